@@ -1,0 +1,284 @@
+"""A Dask cluster of this machine's devices: one worker process per GPU, and CPU workers beside them.
+
+Scheduler and cluster object live in the client's process, as with Dask's own local clusters; every worker has a process of
+its own that ends with the client (``nanny_process``). With GPUs the cluster is dask-cuda's ``LocalCUDACluster``
+(``cuda_cluster``), without them a plain ``SpecCluster``; the class here wraps either, so that neither dask-cuda nor a GPU is
+needed where there is none.
+
+- Placement goes by a resource per device (:func:`resource`), which stands in each Nanny's options and so comes back with a
+  restarted worker.
+- ``allowed-failures`` is 0: with Dask's 3 the client hears of a task that kills its worker after four deaths, and closing
+  hung in 6 of 10 trials; with 0 in none (decision 2).
+- A CPU worker computes with one torch thread unless told: the last bits of an answer depend on the number of threads, and
+  so they are the same for any number of workers. ``"auto"`` devices are one CPU worker per core.
+- Memory is divided evenly over workers of both kinds, cores go to the GPU workers first (one each, to feed the GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from distributed import Client, Scheduler
+from distributed.deploy.spec import SpecCluster
+
+from daskinfer import device as device_room
+from daskinfer.device import Device
+from daskinfer.errors import ClusterError, OptionError
+from daskinfer.nanny_process import NannyProcess
+from daskinfer.worker import DEVICE_VARIABLE, SCRATCH_VARIABLE, THREADS_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 120.0  # two workers that import torch need 4 s on 2 idle cores; the rest is for machines under load
+CLOSE_SECONDS = 20.0
+# Left to the client and the scheduler; arbitrary.
+CLIENT_MEMORY_SHARE = 0.1
+
+
+def resource(device: str) -> str:
+    """The name of the Dask resource that only the worker of ``device`` has."""
+    return f"daskinfer-{device}"
+
+
+class LocalDeviceCluster:
+    """A Dask cluster of this machine's devices, one worker each.
+
+    Use it as any Dask cluster: ``Client(cluster)``, ``cluster.get_client()``, ``cluster.dashboard_link``, ``with``. What is
+    not listed here is that of the Dask cluster inside.
+
+    Parameters
+    ----------
+    devices
+        The device language of ``predict``: a string or a list of strings. "auto": every GPU, or where there is none one
+        CPU worker per core.
+    threads_per_worker
+        Torch threads of a CPU worker; "auto" divides the cores that the GPU workers leave evenly.
+    memory_limit
+        Host memory per worker, in bytes; "auto" divides nine tenths of this machine's evenly.
+    dashboard_address
+        Where the dashboard listens. None: no dashboard.
+    start_timeout, close_timeout
+        Seconds until all workers have to be there, and until their processes are killed when the cluster is closed.
+
+    Raises
+    ------
+    DeviceError
+        Where a device is unknown, doubled, absent, or cannot be driven by this torch.
+    ClusterError
+        Where workers do not start in time.
+
+    Examples
+    --------
+    >>> import daskinfer as di
+    >>> with di.LocalDeviceCluster("cpu*2") as cluster, cluster.get_client() as client:
+    ...     di.predict(abs, [-1.0, 2.0], client=client)
+    array([1., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        devices: str | Sequence[str] = "auto",
+        *,
+        threads_per_worker: int | str = 1,
+        memory_limit: int | str = "auto",
+        dashboard_address: str | None = f"{LOOPBACK}:0",
+        start_timeout: float = START_SECONDS,
+        close_timeout: float = CLOSE_SECONDS,
+    ) -> None:
+        machine = device_room.machine()
+        self.devices = device_room.parse(devices, machine)
+        if any(d.kind == "inline" for d in self.devices):
+            raise ClusterError("devices='inline' has no workers; a cluster needs 'cpu' or 'cuda' devices. Name some.")
+        device_room.check_drivable(self.devices, torch.version.cuda, machine)
+        n_threads = _torch_threads(threads_per_worker, self.devices, machine.n_cores)
+        memory = _memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
+        scratch = tempfile.mkdtemp(prefix="daskinfer-")
+        workers = {
+            d.name: {
+                "cls": NannyProcess,
+                "options": {
+                    **nanny_options(d.name, memory, scratch, start_timeout),
+                    "environment": {"CUDA_VISIBLE_DEVICES": ""},
+                    "env": worker_variables(d, n_threads, scratch),
+                },
+            }
+            for d in self.devices
+            if d.kind == "cpu"
+        }
+        gpus = [d for d in self.devices if d.kind == "cuda"]
+        environment = dict(os.environ)
+        try:
+            if gpus:
+                from daskinfer.cuda_cluster import start
+
+                inner = start(gpus, workers, memory, scratch, dashboard_address, start_timeout)
+            else:
+                inner = SpecCluster(
+                    workers=workers, scheduler=_scheduler(dashboard_address), name="LocalDeviceCluster", silence_logs=40
+                )
+        except BaseException as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, Exception) and not isinstance(error, ImportError):
+                raise ClusterError(
+                    f"the workers of {', '.join(d.name for d in self.devices)} did not start: {error}. All have to be "
+                    f"there within {start_timeout:g} s. The cause stands in their log above."
+                ) from error
+            raise
+        finally:
+            _restore(environment)
+        self._cluster: Any = inner
+        self.close_timeout = close_timeout
+        # Also run when the last reference goes, and when the interpreter exits.
+        self._end = weakref.finalize(self, _end, inner, scratch, close_timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._cluster, name)
+
+    @property
+    def scheduler_address(self) -> str:
+        """Where clients connect."""
+        return str(self._cluster.scheduler_address)
+
+    @property
+    def dashboard_link(self) -> str:
+        """The URL of the dashboard."""
+        return str(self._cluster.dashboard_link)
+
+    def get_client(self) -> Client:
+        """A new client of this cluster; it becomes the current one."""
+        return Client(self)
+
+    def scale(self, *_: Any, **__: Any) -> None:
+        """Refuse: the workers are the devices."""
+        raise ClusterError(
+            f"this cluster has one worker for each of {', '.join(d.name for d in self.devices)}; it cannot scale. "
+            "Make a LocalDeviceCluster with other devices."
+        )
+
+    adapt = scale
+
+    def close(self, timeout: float | None = None) -> None:
+        """End all workers and the scheduler, and remove what they left; kill what does not end in ``timeout`` seconds.
+
+        None: the ``close_timeout`` of the constructor.
+        """
+        if (ending := self._end.detach()) is not None:
+            _, end, (inner, scratch, usual), _ = ending
+            end(inner, scratch, usual if timeout is None else timeout)
+
+    def __enter__(self) -> LocalDeviceCluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        address = self._cluster.scheduler_address if self._end.alive else "closed"
+        return f"LocalDeviceCluster({', '.join(d.name for d in self.devices)}; {address})"
+
+    def _repr_html_(self) -> str:
+        return str(self._cluster._repr_html_())
+
+
+def nanny_options(name: str, memory_limit: int, scratch: str, start_timeout: float) -> dict[str, Any]:
+    """What Nannies of both kinds are started with, beside what the kind asks for."""
+    return {
+        "name": name,
+        "nthreads": 1,  # one chunk at a time
+        "resources": {resource(name): 1},
+        "memory_limit": memory_limit,
+        "local_directory": scratch,
+        "start_timeout": start_timeout,
+        "host": LOOPBACK,
+        "dashboard": False,
+        "preload": ["daskinfer.worker"],  # imports torch while the cluster starts, not in the first chunk
+        "silence_logs": 40,
+    }
+
+
+def worker_variables(device: Device, n_threads: int, scratch: str) -> dict[str, str]:
+    """What a worker reads of its device from its environment."""
+    return {DEVICE_VARIABLE: device.name, THREADS_VARIABLE: str(n_threads), SCRATCH_VARIABLE: scratch}
+
+
+def scheduler_options() -> dict[str, Any]:
+    """What the scheduler is started with, whatever the cluster."""
+    return {"allowed_failures": 0}
+
+
+def _scheduler(dashboard_address: str | None) -> dict[str, Any]:
+    return {
+        "cls": Scheduler,
+        "options": {
+            "host": LOOPBACK,
+            "port": 0,
+            "dashboard": dashboard_address is not None,
+            "dashboard_address": dashboard_address,
+            **scheduler_options(),
+        },
+    }
+
+
+def _torch_threads(asked: int | str, devices: Sequence[Device], n_cores: int) -> int:
+    if asked == "auto":
+        n_gpus = sum(d.kind == "cuda" for d in devices)
+        return max(1, (n_cores - n_gpus) // max(1, len(devices) - n_gpus))
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise OptionError(f"threads_per_worker is {asked!r}; it may be a number from 1 or 'auto'. Pass one of these.")
+    return asked
+
+
+def _memory_limit(asked: int | str, n_workers: int, memory_nbytes: int) -> int:
+    if asked == "auto":
+        return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise OptionError(f"memory_limit is {asked!r}; it may be a number of bytes or 'auto'. Pass one of these.")
+    return asked
+
+
+def _restore(environment: dict[str, str]) -> None:
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _end(cluster: Any, scratch: str, timeout: float) -> None:
+    """Close in time, then end what is left of our own processes."""
+    left = [process for worker in cluster.workers.values() for process in _processes(worker.pids())]
+    deadline = time.monotonic() + timeout
+    try:
+        cluster.close(timeout=timeout)
+    except Exception as error:
+        logger.warning("the cluster did not close within %g s (%r); its processes are killed", timeout, error)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if time.monotonic() < deadline:
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+            if process.is_running():
+                process.kill()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _processes(pids: Sequence[int]) -> list[psutil.Process]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found

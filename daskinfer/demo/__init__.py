@@ -1,0 +1,1 @@
+"""The network and the digits that `daskinfer demo` runs on."""

@@ -1,0 +1,83 @@
+"""The demo's network: small enough for a CPU, real enough to be right about handwritten digits."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+
+class DigitNet(nn.Module):
+    """Three small convolutions and two linear layers, from an image of 8 by 8 pixels to the logits of ten digits.
+
+    In evaluation mode a row's answer depends on that row alone; in training mode, which `make` starts in, batch
+    normalisation looks across the batch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from daskinfer.demo.net import DigitNet
+    >>> DigitNet()(torch.zeros(3, 1, 8, 8)).shape
+    torch.Size([3, 10])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),  # (n, 1, 8, 8) -> (n, 16, 8, 8)
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            # A stride, not pooling after it: twice the rows per second on one core.
+            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),  # (n, 16, 8, 8) -> (n, 32, 4, 4)
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1, bias=False),  # (n, 32, 4, 4) -> (n, 32, 4, 4)
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(
+            nn.Flatten(),  # (n, 32, 4, 4) -> (n, 512)
+            nn.Dropout(0.3),
+            nn.Linear(512, 64),  # (n, 512) -> (n, 64)
+            nn.ReLU(),
+            nn.Linear(64, 10),  # (n, 64)  -> (n, 10)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score each image for each of the ten digits.
+
+        Parameters
+        ----------
+        images : Tensor, (n, 1, 8, 8) float32
+            Brightness from 0 (paper) to 1 (ink).
+
+        Returns
+        -------
+        Tensor, (n, 10) float32
+            Logits; the greatest of a row is the digit that the network reads.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from daskinfer.demo.net import DigitNet
+        >>> DigitNet().forward(torch.zeros(3, 1, 8, 8)).dtype
+        torch.float32
+        """
+        return cast(Tensor, self.head(self.features(images)))  # (n, 10) float32
+
+
+def make() -> DigitNet:
+    """Build the network with random weights, ready for those of ``digits.safetensors``.
+
+    Returns
+    -------
+    DigitNet
+        On the CPU, in training mode; no file was read.
+
+    Examples
+    --------
+    >>> from daskinfer.demo.net import make
+    >>> sum(p.numel() for p in make().parameters())
+    51194
+    """
+    return DigitNet()

@@ -1,0 +1,89 @@
+"""How a network is run: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from daskinfer.errors import OptionError
+
+_AUTOCAST = ("bf16", "fp16")
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of :class:`Options` as keywords."""
+
+    dtype: str | Mapping[str, str] | None
+    autocast: str | None
+    preprocess: Callable[..., Any] | None
+    postprocess: Callable[..., Any] | None
+    output: Any
+    pad: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a network is run; each field is also a keyword of ``predict``, ``map_blocks``, ``run`` and ``plan``.
+
+    Parameters
+    ----------
+    dtype
+        Cast the input to this dtype, by its name ("float32", "bfloat16"), micro-batch by micro-batch in the worker.
+        A mapping casts the ports that it names. None casts nothing, and an input that the network cannot take is refused.
+    autocast
+        "bf16" or "fp16": run the network under ``torch.autocast``. None: in its own precision.
+    preprocess
+        Called in the worker on the rows of each micro-batch (ndarrays, one argument per port), before padding; what it
+        returns is given to the network: an array, a tuple (by position) or a dict (by name), with as many rows.
+    postprocess
+        Called in the worker on the network's answer (ndarrays in the network's structure), padding taken off; what it
+        returns is the answer, with as many rows.
+    output
+        What the answer looks like, for networks whose answer cannot be found out by a trial on made-up rows: an array
+        of any number of rows, such as ``np.empty((0, 10), "float32")``, in the structure of the network's answer.
+        None: found out.
+    pad
+        True: every micro-batch is filled up with zero rows to one shape, so that answers do not depend on how the
+        input is cut. False: for networks that look across the batch, or that cannot take zeros.
+
+    Raises
+    ------
+    OptionError
+        Where a field is outside what is allowed.
+
+    Examples
+    --------
+    >>> Options(autocast="bf16").autocast
+    'bf16'
+    """
+
+    dtype: str | Mapping[str, str] | None = None
+    autocast: str | None = None
+    preprocess: Callable[..., Any] | None = None
+    postprocess: Callable[..., Any] | None = None
+    output: Any = None
+    pad: bool = True
+
+    def __post_init__(self) -> None:
+        if self.autocast is not None and self.autocast not in _AUTOCAST:
+            raise OptionError(f"autocast is {self.autocast!r}; it may be 'bf16', 'fp16' or None. Pass one of these.")
+        for name in ("preprocess", "postprocess"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise OptionError(
+                    f"{name} is a {type(given).__name__}; it may be a function of arrays or None. Pass a function."
+                )
+        if self.dtype is not None and not isinstance(self.dtype, str | Mapping):
+            raise OptionError(
+                f"dtype is a {type(self.dtype).__name__}; it may be a name such as 'float32', a mapping from port to"
+                " name, or None. Pass the dtype's name."
+            )
+        if not isinstance(self.pad, bool):
+            raise OptionError(f"pad is {self.pad!r}; it may be True or False. Pass one of these.")
+
+    def cast(self, port: str) -> str | None:
+        """The name of the dtype that ``port`` is cast to, None where it stays as it is."""
+        if isinstance(self.dtype, Mapping):
+            return self.dtype.get(port)
+        return self.dtype

@@ -1,0 +1,278 @@
+"""One chunk through one model: micro-batches, transfers, precision, and what to do when memory runs out.
+
+Micro-batches lie on a grid that starts at row 0 of the whole input, whatever the chunk (decision 3). A row keeps its place
+inside its micro-batch, and what the chunk does not hold of it is zeros, so the network sees every row at the same place of
+a tensor of the same shape however the input is cut. The last bits of an answer depend on both.
+
+The caller's rows are copied into a buffer of the runner's own: a network may write into its input, the source may be
+read-only, and a retry has to see what the first attempt saw (decision 11). The buffers serve all micro-batches of a chunk,
+since fresh pages cost more than the copy.
+
+Out of memory, the micro-batch is halved, the tensors of the failed attempt are let go, and the same rows are run again; a
+model remembers what it could hold. Answers then agree within rounding, and the receipt says which size was used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from daskinfer.errors import ChunkError, DaskInferError, ModelError
+from daskinfer.model import LoadedModel
+from daskinfer.options import Options
+from daskinfer.structure import Ports, Structure, call, flatten
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# torch has no class of its own for running out of memory on the CPU.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every chunk: the ports, the micro-batch, the options and what the answer looks like.
+
+    ``outputs`` holds one empty array (0, *shape) per output; None while that is being found out.
+    """
+
+    ports: Ports
+    batch_size: int
+    options: Options = field(default_factory=Options)
+    outputs: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A chunk's outputs, each (n, *shape), in the order of ``structure``, and the smallest micro-batch that was used."""
+
+    arrays: list[Array]
+    structure: Structure
+    batch_size: int
+    seconds: float
+
+
+def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -> Answer:
+    """Run the network over one chunk.
+
+    Parameters
+    ----------
+    model
+        The loaded network; its lock is held meanwhile.
+    rows
+        One array per port, (n, ...) each, n >= 1.
+    start
+        Row of the whole input that the chunk begins with.
+    job
+        What is the same for every chunk.
+
+    Raises
+    ------
+    ModelError
+        Where an answer is not arrays with as many rows as went in.
+    ChunkError
+        Where the network fails, or a single row does not fit into memory.
+    """
+    with model.lock, _said_of_rows(model, start, start + len(rows[0])):
+        began = time.perf_counter()
+        batch_size = min(job.batch_size, model.max_batch_size or job.batch_size)
+        while True:
+            try:
+                arrays, structure = _Pass(model, rows, start, batch_size, job).run()
+                return Answer(arrays, structure, batch_size, time.perf_counter() - began)
+            except Exception as error:
+                if not _is_out_of_memory(error) or batch_size == 1:
+                    raise
+            # Out of the except block: while it runs, the traceback keeps the failed attempt's tensors alive.
+            batch_size = _shrink(model, batch_size)
+
+
+def _shrink(model: LoadedModel, batch_size: int) -> int:
+    smaller = batch_size // 2
+    logger.warning("%s: out of memory at micro-batch %d; going on with %d", model.device, batch_size, smaller)
+    model.max_batch_size = smaller
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return smaller
+
+
+class _Pass:
+    """One attempt at a chunk with one micro-batch size."""
+
+    def __init__(self, model: LoadedModel, rows: Sequence[Array], start: int, batch_size: int, job: Job) -> None:
+        self.model, self.rows, self.start, self.batch_size, self.job = model, rows, start, batch_size, job
+        self.n_rows = len(rows[0])
+        self.results: list[Array] = []
+        self.structure: Structure | None = None
+        self._buffers: dict[int, Array] = {}
+
+    def run(self) -> tuple[list[Array], Structure]:
+        for begin, end in self._cells():
+            arrays, structure = self._micro_batch(begin, end)
+            self._place(arrays, structure, begin, end)
+        assert self.structure is not None  # a chunk has rows
+        return self.results, self.structure
+
+    def _cells(self) -> Iterator[tuple[int, int]]:
+        """Rows of the chunk, begin to end, that fall into one cell of the global grid."""
+        begin = 0
+        while begin < self.n_rows:
+            end = min(self.n_rows, begin + self.batch_size - (self.start + begin) % self.batch_size)
+            yield begin, end
+            begin = end
+
+    def _micro_batch(self, begin: int, end: int) -> tuple[list[Array], Structure]:
+        job, n_rows = self.job, end - begin
+        value = job.ports.join([port[begin:end] for port in self.rows])
+        ports = job.ports
+        if job.options.preprocess is not None:
+            value = call(job.options.preprocess, value)
+            ports = Ports.of(value)
+        arrays = [np.asarray(array) for array in ports.split(value)]
+        _check_rows(dict(zip(ports.names, arrays, strict=True)), n_rows, "preprocess")
+        offset = (self.start + begin) % self.batch_size if job.options.pad else 0
+        batch = [self._batched(i, name, array, offset) for i, (name, array) in enumerate(zip(ports.names, arrays, strict=True))]
+        answer, structure = self._call(ports.join(batch))
+        _check_rows(dict(zip(structure.names, answer, strict=True)), len(batch[0]), "the model")
+        trimmed = [_to_numpy(array[offset : offset + n_rows]) for array in answer]
+        if job.options.postprocess is None:
+            return trimmed, structure
+        answer, structure = _flat(job.options.postprocess(structure.rebuild(trimmed)), "postprocess")
+        _check_rows(dict(zip(structure.names, answer, strict=True)), n_rows, "postprocess")
+        return [_to_numpy(array) for array in answer], structure
+
+    def _batched(self, i: int, name: str, array: Array, offset: int) -> Any:
+        """Copy rows to their place in a buffer of the runner's own, and from there onto the device."""
+        cast = self.job.options.cast(name)
+        size = self.batch_size if self.job.options.pad else len(array)
+        shape, dtype = (size, *array.shape[1:]), _numpy_dtype(cast) or array.dtype
+        buffer = self._buffers.get(i)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = self._buffers[i] = np.empty(shape, dtype)
+        # Zeroed each time: the network may have written there.
+        buffer[:offset] = 0
+        buffer[offset + len(array) :] = 0
+        buffer[offset : offset + len(array)] = array
+        if not self.model.takes_tensors:
+            return buffer
+        tensor = torch.from_numpy(buffer).to(self.model.device)
+        return tensor if cast is None else tensor.to(getattr(torch, cast))
+
+    def _call(self, batch: Any) -> tuple[list[Any], Structure]:
+        if not self.model.takes_tensors:
+            return _flat(call(self.model.run, batch), "the model")
+        with torch.inference_mode(), self._precision():
+            return _flat(call(self.model.run, batch), "the model")
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.job.options.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=_AUTOCAST_DTYPES[self.job.options.autocast])
+
+    def _place(self, arrays: list[Array], structure: Structure, begin: int, end: int) -> None:
+        """Copy a micro-batch's answer into the chunk's: it may lie in the buffer that the next one overwrites."""
+        if not self.results:
+            self.structure = structure
+            self.results = [np.empty((self.n_rows, *array.shape[1:]), array.dtype) for array in arrays]
+            self._check_promise()
+        if [a.shape[1:] for a in arrays] != [r.shape[1:] for r in self.results]:
+            raise ModelError(
+                f"rows {self.start + begin}:{self.start + end} gave {_shapes(arrays)} and earlier rows "
+                f"{_shapes(self.results)}; every row's answer has to have one shape. Pad or reduce it in postprocess."
+            )
+        for result, array in zip(self.results, arrays, strict=True):
+            result[begin:end] = array
+
+    def _check_promise(self) -> None:
+        """Compare the first answer with the one that the plan was made with."""
+        promised = self.job.outputs
+        if promised is not None and [(p.shape[1:], p.dtype) for p in promised] != [
+            (r.shape[1:], r.dtype) for r in self.results
+        ]:
+            raise ModelError(
+                f"the model gave {_shapes(self.results)} per row where {_shapes(promised)} was planned; the two have to "
+                "agree. Pass output= as it really is."
+            )
+
+
+def numpy_of(tensor: torch.Tensor) -> Array:
+    """A tensor on any device as an ndarray; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    array: Array = tensor.cpu().resolve_conj().resolve_neg().numpy()
+    return array
+
+
+def _to_numpy(array: Any) -> Array:
+    if isinstance(array, torch.Tensor):
+        return numpy_of(array)
+    if hasattr(array, "__cuda_array_interface__"):  # CuPy
+        array = array.get()
+    return np.asarray(array)
+
+
+def _flat(answer: Any, who: str) -> tuple[list[Any], Structure]:
+    try:
+        arrays, structure = flatten(answer)
+    except TypeError as error:
+        raise ModelError(
+            f"{who} returned a {error}; an array with one entry per row is needed, or tuples and dicts of them. "
+            "Return a tensor or an ndarray."
+        ) from None
+    if not arrays:
+        raise ModelError(f"{who} returned no array; one with an entry per row is needed. Return a tensor or an ndarray.")
+    return arrays, structure
+
+
+def _check_rows(arrays: dict[str, Any], n_rows: int, who: str) -> None:
+    for name, array in arrays.items():
+        if len(array.shape) == 0 or array.shape[0] != n_rows:
+            raise ModelError(
+                f"{who} returned {name} of shape {tuple(array.shape)} for {n_rows} rows; its first axis has to be the "
+                f"rows', {n_rows} long. Return one entry per row."
+            )
+
+
+def _numpy_dtype(cast: str | None) -> np.dtype[Any] | None:
+    """The dtype to cast to while copying, None where torch has to cast (bfloat16) or nothing does."""
+    try:
+        return None if cast is None else np.dtype(cast)
+    except TypeError:
+        return None
+
+
+def _shapes(arrays: Sequence[Array]) -> str:
+    return ", ".join(f"{tuple(a.shape[1:])} {a.dtype}" for a in arrays)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def _said_of_rows(model: LoadedModel, start: int, stop: int) -> Iterator[None]:
+    """Say which rows, on which device, whatever goes wrong meanwhile."""
+    where = f"rows {start}:{stop} on {model.device}"
+    try:
+        yield
+    except DaskInferError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:
+        advice = (
+            "A single row does not fit into memory: use a device with more of it."
+            if _is_out_of_memory(error)
+            else "Run these rows with devices='inline' to see the whole traceback."
+        )
+        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from error

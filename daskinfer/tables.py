@@ -1,0 +1,66 @@
+"""Small tables for people: aligned text for terminals and logs, HTML for notebooks.
+
+Plain strings in, one string out; every cell is escaped in HTML. Terminal colours and live displays are not made here.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of aligned columns under their headers; a column whose cells are all numbers stands to the right.
+
+    Examples
+    --------
+    >>> print(text_table(("device", "rows"), [["cpu:0", "1,000"], ["cuda:0", "9"]]))
+    device   rows
+    cpu:0   1,000
+    cuda:0      9
+    """
+    columns = list(zip(headers, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [_is_numeric(column[1:]) for column in columns]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in (headers, *rows)
+    )
+
+
+def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table as one HTML element."""
+    right = [_is_numeric([row[i] for row in rows]) for i in range(len(headers))]
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+    body = "".join(
+        "<tr>" + "".join(_html_cell(c, numeric) for c, numeric in zip(row, right, strict=True)) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def format_nbytes(nbytes: int) -> str:
+    """A number of bytes for people, in binary units.
+
+    Examples
+    --------
+    >>> format_nbytes(0), format_nbytes(1536), format_nbytes(3 << 30)
+    ('0 B', '1.5 KiB', '3.0 GiB')
+    """
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def _html_cell(cell: str, numeric: bool) -> str:
+    align = ' style="text-align:right"' if numeric else ""
+    return f"<td{align}>{html.escape(cell)}</td>"
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return all(cell[:1].isdigit() for cell in cells if cell)

@@ -1,0 +1,106 @@
+"""Where a chunk runs: which device this process has, and how many threads torch may use on it.
+
+A worker of our own cluster is told by two environment variables, set before its Python starts. A worker of somebody else's
+cluster is one device: its first visible GPU, else the CPU with as many threads as Dask gave it. Without any cluster
+(``devices="inline"``, or a lazy array computed in threads) it is the CPU of this process, with torch's own threads; the
+lock of the loaded model then lets one chunk run at a time, so the cores are not oversubscribed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from distributed import get_worker
+
+from daskinfer.errors import DeviceError
+
+DEVICE_VARIABLE = "DASKINFER_DEVICE"  # the device's name in the plan, "cuda:1"
+UUID_VARIABLE = "DASKINFER_DEVICE_UUID"  # "GPU-…"; empty for CPUs
+SCRATCH_VARIABLE = "DASKINFER_SCRATCH"  # the folder of our own cluster, removed with it
+THREADS_VARIABLE = "DASKINFER_TORCH_THREADS"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The device that this process computes on.
+
+    ``device`` is its name in the plan, ``torch_device`` torch's; ``n_threads`` None leaves torch's threads as they are.
+    """
+
+    device: str
+    device_name: str
+    torch_device: torch.device
+    n_threads: int | None
+    worker: str
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """Use this seat's share of the cores in the current thread; torch keeps the number per thread."""
+        if self.n_threads is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.n_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def seat() -> Seat:
+    """The seat of the thread that asks.
+
+    Raises
+    ------
+    DeviceError
+        Where this process was pinned to one GPU and sees another.
+    """
+    try:
+        worker = get_worker()
+    except ValueError:
+        return Seat("inline", _cpu_name(), torch.device("cpu"), None, f"process {os.getpid()}")
+    name = os.environ.get(DEVICE_VARIABLE) or str(worker.name)
+    n_threads = int(os.environ.get(THREADS_VARIABLE) or worker.state.nthreads)
+    device, device_name = _torch_device(os.environ.get(DEVICE_VARIABLE), os.environ.get(UUID_VARIABLE, ""))
+    return Seat(name, device_name, device, n_threads, worker.address)
+
+
+@functools.cache
+def _torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
+    """Torch's device and the hardware's name. dask-cuda rotates the visible GPUs: a worker's own is always the first."""
+    if pinned is not None and pinned.startswith("cpu"):
+        return torch.device("cpu"), _cpu_name()
+    if not torch.cuda.is_available():
+        if pinned is not None:
+            raise DeviceError(
+                f"the worker of {pinned} finds no CUDA device (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}, torch {torch.__version__}); it needs the GPU that it is "
+                "pinned to. Install the CUDA build of torch, or leave the device out."
+            )
+        return torch.device("cpu"), _cpu_name()
+    return _first_gpu(pinned, uuid)
+
+
+def _first_gpu(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
+    found = torch.cuda.get_device_properties(0)
+    if uuid.startswith("GPU-") and str(found.uuid) != uuid.removeprefix("GPU-"):
+        raise DeviceError(
+            f"the worker of {pinned} sees GPU-{found.uuid} as its first device; it was pinned to {uuid}. "
+            "Something set CUDA_VISIBLE_DEVICES, or started CUDA, before the pinning: start CUDA in no preload script."
+        )
+    return torch.device("cuda:0"), found.name
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
