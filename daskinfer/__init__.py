@@ -1,1 +1,61 @@
-"""daskinfer."""
+"""Apply a trained network to a large array on every device you own, in order, with Dask.
+
+The rooms of the house, lower floors first; a room imports from its own floor and below, never from above::
+
+    0  errors  tables  records  options  structure             plain Python
+    1  hardware  device  planner  plan_record                  + NVML, numbers only
+    2  packed  fingerprint  model  cache  runner  probe        + torch
+    3  worker  nanny_process  cluster  cuda_cluster  kept
+       placement  io  inputs  graph  driver                    + dask
+    4  assembly  api  demo  cli
+
+Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from daskinfer.api import close, devices, map_blocks, plan, predict, run
+    from daskinfer.cluster import LocalDeviceCluster
+    from daskinfer.errors import DaskInferError
+    from daskinfer.model import Model
+    from daskinfer.options import Options
+
+__all__ = [
+    "DaskInferError",
+    "LocalDeviceCluster",
+    "Model",
+    "Options",
+    "close",
+    "devices",
+    "map_blocks",
+    "plan",
+    "predict",
+    "run",
+]
+
+_HOMES = {
+    "DaskInferError": "errors",
+    "LocalDeviceCluster": "cluster",
+    "Model": "model",
+    "Options": "options",
+    "close": "api",
+    "devices": "api",
+    "map_blocks": "api",
+    "plan": "api",
+    "predict": "api",
+    "run": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'daskinfer' has no attribute {name!r}")
+    return getattr(import_module(f"daskinfer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

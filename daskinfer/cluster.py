@@ -23,7 +23,8 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -34,9 +35,10 @@ from distributed.deploy.spec import SpecCluster
 
 from daskinfer import device as device_room
 from daskinfer.device import Device
-from daskinfer.errors import ClusterError, OptionError
+from daskinfer.errors import ClusterError, DaskInferError, OptionError
+from daskinfer.model import SCRATCH_VARIABLE
 from daskinfer.nanny_process import NannyProcess
-from daskinfer.worker import DEVICE_VARIABLE, SCRATCH_VARIABLE, THREADS_VARIABLE
+from daskinfer.worker import DEVICE_VARIABLE, THREADS_VARIABLE, UUID_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -105,43 +107,13 @@ class LocalDeviceCluster:
         n_threads = _torch_threads(threads_per_worker, self.devices, machine.n_cores)
         memory = _memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
         scratch = tempfile.mkdtemp(prefix="daskinfer-")
-        workers = {
-            d.name: {
-                "cls": NannyProcess,
-                "options": {
-                    **nanny_options(d.name, memory, scratch, start_timeout),
-                    "environment": {"CUDA_VISIBLE_DEVICES": ""},
-                    "env": worker_variables(d, n_threads, scratch),
-                },
-            }
-            for d in self.devices
-            if d.kind == "cpu"
-        }
-        gpus = [d for d in self.devices if d.kind == "cuda"]
-        environment = dict(os.environ)
-        try:
-            if gpus:
-                from daskinfer.cuda_cluster import start
-
-                inner = start(gpus, workers, memory, scratch, dashboard_address, start_timeout)
-            else:
-                inner = SpecCluster(
-                    workers=workers, scheduler=_scheduler(dashboard_address), name="LocalDeviceCluster", silence_logs=40
-                )
-        except BaseException as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, Exception) and not isinstance(error, ImportError):
-                raise ClusterError(
-                    f"the workers of {', '.join(d.name for d in self.devices)} did not start: {error}. All have to be "
-                    f"there within {start_timeout:g} s. The cause stands in their log above."
-                ) from error
-            raise
-        finally:
-            _restore(environment)
-        self._cluster: Any = inner
+        start = Start(memory, scratch, dashboard_address, start_timeout)
+        with _environment_kept(), _cleaned_up(self.devices, scratch, start_timeout):
+            cluster = _started(self.devices, n_threads, start)
+        self._cluster: Any = cluster
         self.close_timeout = close_timeout
         # Also run when the last reference goes, and when the interpreter exits.
-        self._end = weakref.finalize(self, _end, inner, scratch, close_timeout)
+        self._end = weakref.finalize(self, _end, cluster, scratch, close_timeout)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -196,43 +168,94 @@ class LocalDeviceCluster:
         return str(self._cluster._repr_html_())
 
 
-def nanny_options(name: str, memory_limit: int, scratch: str, start_timeout: float) -> dict[str, Any]:
-    """What Nannies of both kinds are started with, beside what the kind asks for."""
-    return {
-        "name": name,
-        "nthreads": 1,  # one chunk at a time
-        "resources": {resource(name): 1},
-        "memory_limit": memory_limit,
-        "local_directory": scratch,
-        "start_timeout": start_timeout,
-        "host": LOOPBACK,
-        "dashboard": False,
-        "preload": ["daskinfer.worker"],  # imports torch while the cluster starts, not in the first chunk
-        "silence_logs": 40,
-    }
+@dataclass(frozen=True)
+class Start:
+    """What the workers and the scheduler of one cluster are started with, whatever their kind."""
 
+    memory_limit: int
+    scratch: str
+    dashboard_address: str | None
+    timeout: float
 
-def worker_variables(device: Device, n_threads: int, scratch: str) -> dict[str, str]:
-    """What a worker reads of its device from its environment."""
-    return {DEVICE_VARIABLE: device.name, THREADS_VARIABLE: str(n_threads), SCRATCH_VARIABLE: scratch}
+    def nanny_options(self, device: Device, n_threads: int) -> dict[str, Any]:
+        """Keywords of the :class:`NannyProcess` of a device."""
+        return {
+            "name": device.name,
+            "nthreads": 1,  # one chunk at a time
+            "resources": {resource(device.name): 1},
+            "memory_limit": self.memory_limit,
+            "local_directory": self.scratch,
+            "start_timeout": self.timeout,
+            "host": LOOPBACK,
+            "dashboard": False,
+            "preload": ["daskinfer.worker"],  # imports torch while the cluster starts, not in the first chunk
+            "silence_logs": logging.ERROR,
+            "env": {
+                DEVICE_VARIABLE: device.name,
+                UUID_VARIABLE: device.uuid,
+                THREADS_VARIABLE: str(n_threads),
+                SCRATCH_VARIABLE: self.scratch,
+            },
+        }
 
-
-def scheduler_options() -> dict[str, Any]:
-    """What the scheduler is started with, whatever the cluster."""
-    return {"allowed_failures": 0}
-
-
-def _scheduler(dashboard_address: str | None) -> dict[str, Any]:
-    return {
-        "cls": Scheduler,
-        "options": {
+    def scheduler_options(self) -> dict[str, Any]:
+        """Keywords of the scheduler."""
+        return {
             "host": LOOPBACK,
             "port": 0,
-            "dashboard": dashboard_address is not None,
-            "dashboard_address": dashboard_address,
-            **scheduler_options(),
-        },
+            "dashboard": self.dashboard_address is not None,
+            "dashboard_address": self.dashboard_address,
+            "allowed_failures": 0,
+        }
+
+
+def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
+    """Start the Dask cluster and wait for all its workers."""
+    workers = {
+        d.name: {
+            "cls": NannyProcess,
+            "options": {**start.nanny_options(d, n_threads), "environment": {"CUDA_VISIBLE_DEVICES": ""}},
+        }
+        for d in devices
+        if d.kind == "cpu"
     }
+    if len(workers) < len(devices):
+        from daskinfer import cuda_cluster
+
+        return cuda_cluster.start([d for d in devices if d.kind == "cuda"], workers, start)
+    return SpecCluster(
+        workers=workers,
+        scheduler={"cls": Scheduler, "options": start.scheduler_options()},
+        name=LocalDeviceCluster.__name__,
+        silence_logs=logging.ERROR,
+    )
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Leave this process's environment as it was: dask-cuda writes into it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _cleaned_up(devices: Sequence[Device], scratch: str, timeout: float) -> Iterator[None]:
+    """Where starting fails, leave no folder, and say which workers failed."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, DaskInferError) or not isinstance(error, Exception):
+            raise
+        raise ClusterError(
+            f"the workers of {', '.join(d.name for d in devices)} did not start: {error}. All have to be there within "
+            f"{timeout:g} s. The cause stands in their log above."
+        ) from error
 
 
 def _torch_threads(asked: int | str, devices: Sequence[Device], n_cores: int) -> int:
@@ -244,18 +267,17 @@ def _torch_threads(asked: int | str, devices: Sequence[Device], n_cores: int) ->
     return asked
 
 
+def memory_per_worker(n_workers: int, memory_nbytes: int) -> int:
+    """Bytes of host memory that each worker may take, whatever its kind."""
+    return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
+
+
 def _memory_limit(asked: int | str, n_workers: int, memory_nbytes: int) -> int:
     if asked == "auto":
-        return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
+        return memory_per_worker(n_workers, memory_nbytes)
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise OptionError(f"memory_limit is {asked!r}; it may be a number of bytes or 'auto'. Pass one of these.")
     return asked
-
-
-def _restore(environment: dict[str, str]) -> None:
-    for name in set(os.environ) - set(environment):
-        del os.environ[name]
-    os.environ.update(environment)
 
 
 def _end(cluster: Any, scratch: str, timeout: float) -> None:

@@ -7,14 +7,14 @@ variables. Its own memory limit would divide the host's memory by the GPU worker
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from daskinfer.cluster import LOOPBACK, nanny_options, scheduler_options, worker_variables
+from daskinfer.cluster import LOOPBACK, Start
 from daskinfer.device import Device
 from daskinfer.errors import MissingExtra
 from daskinfer.nanny_process import NannyProcess
-from daskinfer.worker import UUID_VARIABLE
 
 try:
     from dask_cuda import LocalCUDACluster
@@ -25,59 +25,39 @@ except ImportError as error:
     ) from error
 
 
-def start(
-    gpus: Sequence[Device],
-    cpu_workers: dict[str, Any],
-    memory_limit: int,
-    scratch: str,
-    dashboard_address: str | None,
-    start_timeout: float,
-) -> Any:
+def start(gpus: Sequence[Device], cpu_workers: dict[str, Any], with_: Start) -> Any:
     """Start a LocalCUDACluster of ``gpus`` and let ``cpu_workers`` (worker specs by name) join it."""
-    cluster = _DeviceCUDACluster(gpus, memory_limit, scratch, dashboard_address, start_timeout)
+    cluster = _DeviceCUDACluster(gpus, with_)
     # Not through scale(): on such a cluster it drops workers that it did not name.
     cluster.worker_spec.update({name: cluster.beside(spec) for name, spec in cpu_workers.items()})
     try:
         cluster.sync(cluster._correct_state)
-    except Exception:
+    except BaseException:
         cluster.close()
         raise
     return cluster
 
 
 class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda ships no annotations
-    def __init__(
-        self,
-        gpus: Sequence[Device],
-        memory_limit: int,
-        scratch: str,
-        dashboard_address: str | None,
-        start_timeout: float,
-    ) -> None:
+    def __init__(self, gpus: Sequence[Device], with_: Start) -> None:
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
-        self._of_ours = (memory_limit, scratch, start_timeout)
+        self._with = with_
         super().__init__(
             CUDA_VISIBLE_DEVICES=[gpu.uuid for gpu in gpus],
-            memory_limit=memory_limit,
-            local_directory=scratch,
+            memory_limit=with_.memory_limit,
+            local_directory=with_.scratch,
             host=LOOPBACK,
-            dashboard_address=dashboard_address,
-            scheduler_kwargs=scheduler_options(),
+            dashboard_address=with_.dashboard_address,
+            scheduler_kwargs=with_.scheduler_options(),
             name="LocalDeviceCluster",
-            silence_logs=40,
+            silence_logs=logging.ERROR,
         )
 
     def new_worker_spec(self) -> dict[str, Any]:
         ((uuid, spec),) = super().new_worker_spec().items()
-        gpu = self._gpus[uuid]
-        options = spec["options"]
-        ours = nanny_options(gpu.name, *self._of_ours)
-        options.update(
-            ours,
-            preload=[*options["preload"], *ours["preload"]],
-            env={**options["env"], **worker_variables(gpu, 1, self._of_ours[1]), UUID_VARIABLE: uuid},
-        )
-        return {uuid: {"cls": NannyProcess, "options": options}}
+        theirs, ours = spec["options"], self._with.nanny_options(self._gpus[uuid], n_threads=1)
+        both = {"preload": theirs["preload"] + ours["preload"], "env": {**theirs["env"], **ours["env"]}}
+        return {uuid: {"cls": NannyProcess, "options": {**theirs, **ours, **both}}}
 
     def beside(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The spec of a CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""

@@ -183,9 +183,7 @@ def _devices(entry: str, machine: Machine) -> Sequence[Device]:
     for pattern, devices_of in _FORMS:
         if match := re.fullmatch(pattern, entry, re.IGNORECASE):
             return devices_of(match, machine)
-    raise DeviceError(
-        f"device {short_repr(entry)} is unknown; allowed are {_ALLOWED}. {_found(machine)}. Use one of them."
-    )
+    raise DeviceError(f"device {short_repr(entry)} is unknown; allowed are {_ALLOWED}. {_found(machine)}. Use one of them.")
 
 
 def _auto(_: re.Match[str], machine: Machine) -> Sequence[Device]:
@@ -254,9 +252,7 @@ def _found(machine: Machine) -> str:
 def _cure(machine: Machine) -> str:
     """First match wins: the likeliest reason why a GPU is missing, and what to do."""
     if machine.hidden_gpus:
-        return (
-            f'CUDA_VISIBLE_DEVICES hides {machine.hidden_gpus} more: unset it or name them there, or use devices="cpu".'
-        )
+        return f'CUDA_VISIBLE_DEVICES hides {machine.hidden_gpus} more: unset it or name them there, or use devices="cpu".'
     if machine.gpus:
         return "Ask for one of these."
     if not machine.driver:

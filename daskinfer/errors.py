@@ -9,7 +9,7 @@
     ├── OptionError       (ValueError)          an option, weight or batch size
     ├── DeviceError       (ValueError)          a device that is unknown, doubled, absent or not drivable
     ├── ModelError        (ValueError)          a network that cannot be found, loaded, hashed or understood
-    ├── PlanError         (ValueError)          several of the above at once
+    ├── PlanError         (ValueError)          a plan that cannot fit, or several of the above at once
     ├── ClusterError      (RuntimeError)        workers that did not start, or an operation a cluster refuses
     ├── ChunkError        (RuntimeError)        rows that failed while the network ran
     └── MissingExtra      (ImportError)         an optional package that is not installed
@@ -62,7 +62,7 @@ class ModelError(DaskInferError, ValueError):
 
 
 class PlanError(DaskInferError, ValueError):
-    """Several reasons at once why a plan cannot work; ``reasons`` holds each as a sentence."""
+    """Why a plan cannot work; ``reasons`` holds each as a sentence."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
         super().__init__(tuple(reasons))
@@ -73,6 +73,8 @@ class PlanError(DaskInferError, ValueError):
         return tuple(self.args[0])
 
     def __str__(self) -> str:
+        if len(self.reasons) == 1:
+            return self.reasons[0]
         lines = "\n".join(f"  {i}. {reason}" for i, reason in enumerate(self.reasons, 1))
         return f"this cannot run, for {len(self.reasons)} reasons:\n{lines}"
 

@@ -11,7 +11,7 @@ took 28 s, as a node 1 s). Files and factories need none: their recipe is a few 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask
@@ -20,7 +20,10 @@ import numpy as np
 from dask.layers import ArraySliceDep
 
 from daskinfer.cache import models
+from daskinfer.io import Target
 from daskinfer.model import PackedModel, Recipe
+from daskinfer.options import Options
+from daskinfer.packed import ByValue
 from daskinfer.probe import Promise
 from daskinfer.records import Receipt
 from daskinfer.runner import Array, Job, run_chunk
@@ -48,9 +51,7 @@ def block(*args: Any, recipe: Recipe, job: Job) -> Block:
     with here.threads():
         model = models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
         answer = run_chunk(model, rows, where.start, job)
-    receipt = Receipt(
-        where.start, where.stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker
-    )
+    receipt = Receipt(where.start, where.stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker)
     return Block(answer.arrays, receipt)
 
 
@@ -72,7 +73,7 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
         *packed,
         ArraySliceDep((row_chunks,)),
         recipe=_as_node(recipe),
-        job=job,
+        job=replace(job, options=_by_value(job.options)),
         dtype=object,
         meta=np.empty(0, dtype=object),
         token="infer",
@@ -82,6 +83,19 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
 def outputs(blocks: da.Array, promise: Promise) -> Any:
     """The public arrays, in the structure of the network's answer, each (n, *shape)."""
     return promise.structure.rebuild([_output(blocks, i, output) for i, output in enumerate(promise.outputs)])
+
+
+def written(blocks: da.Array, targets: Sequence[Target]) -> da.Array:
+    """Blocks that write their outputs, each to its target, and keep only the receipt."""
+    return da.map_blocks(
+        _write,
+        blocks,
+        ArraySliceDep((blocks.chunks[0],)),
+        targets=tuple(targets),
+        dtype=object,
+        meta=np.empty(0, dtype=object),
+        token="write",
+    )
 
 
 def tasks(blocks: da.Array) -> list[Any]:
@@ -107,10 +121,16 @@ def _pick(computed: Block, i: int) -> Array:
     return computed.arrays[i]
 
 
+def _write(computed: Block, where: tuple[slice], targets: tuple[Target, ...]) -> Block:
+    for target, rows in zip(targets, computed.arrays, strict=True):
+        target.write(where[0].start, rows)
+    return Block([], computed.receipt)
+
+
 def _one_per_chunk(port: da.Array) -> da.Array:
     if port.ndim == 1:
         return port
-    whole = port.rechunk({axis: -1 for axis in range(1, port.ndim)})
+    whole = port.rechunk(dict.fromkeys(range(1, port.ndim), -1))
     return da.map_blocks(
         _whole, whole, drop_axis=list(range(1, port.ndim)), dtype=object, meta=np.empty(0, dtype=object), token="rows"
     )
@@ -118,6 +138,12 @@ def _one_per_chunk(port: da.Array) -> da.Array:
 
 def _whole(rows: Array) -> Array:
     return rows
+
+
+def _by_value(options: Options) -> Options:
+    """Let the functions among the options reach workers that cannot import them."""
+    before, after = options.preprocess, options.postprocess
+    return replace(options, preprocess=before and ByValue(before), postprocess=after and ByValue(after))
 
 
 def _as_node(recipe: Recipe) -> Any:

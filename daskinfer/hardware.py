@@ -118,7 +118,7 @@ def machine() -> Machine:
         gpus=gpus,
         hidden_gpus=sum(len(gpu.devices) for gpu in found.gpus) - len(gpus),
         n_cores=_n_cores(),
-        cpu_label=_cpu_label(),
+        cpu_label=cpu_label(),
         memory_nbytes=_host_nbytes(),
         driver=found.driver,
         driver_cuda=found.driver_cuda,
@@ -280,6 +280,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cpu_label() -> str:
+def cpu_label() -> str:
+    """The processor's name; empty where it is unknown."""
     named = re.search(r"^model name\s*:\s*(.+)$", _read("proc/cpuinfo"), re.MULTILINE)
     return named[1] if named else platform.processor()

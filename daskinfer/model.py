@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ import torch
 from daskinfer import fingerprint as fingerprints
 from daskinfer import packed
 from daskinfer.errors import ModelError
+
+SCRATCH_VARIABLE = "DASKINFER_SCRATCH"  # a worker's environment names the folder of our own cluster here
 
 
 @dataclass
@@ -185,15 +188,16 @@ class PackedModel:
 
 @dataclass(frozen=True)
 class ShippedModel:
-    """A packed network that lies in a file on the worker's host."""
+    """A packed network whose file ``name`` lies on the worker's host."""
 
     key: str
-    path: str
+    name: str
     nbytes: int
 
     def load(self, device: torch.device) -> LoadedModel:
-        with _said_of(f"the model shipped to {self.path}"):
-            return LoadedModel.of(packed.from_file(self.path), device)
+        path = shipped_path(self.name)
+        with _said_of(f"the model shipped to {path}"):
+            return LoadedModel.of(packed.from_file(path), device)
 
     def fingerprint(self) -> str:
         raise NotImplementedError("the client reads the fingerprint before it ships a model")
@@ -295,6 +299,12 @@ class ProgramFile:
 
     def fingerprint(self) -> str:
         return _versioned(self.version) or _digest("program", _file_digest(self.path))
+
+
+def shipped_path(name: str) -> str:
+    """Where a shipped file lies on this host: with our own cluster, which removes it at the latest, else per user."""
+    folder = os.environ.get(SCRATCH_VARIABLE) or os.path.join(tempfile.gettempdir(), f"daskinfer-{os.getuid()}")
+    return os.path.join(folder, name)
 
 
 def as_model(model: Any) -> Model:

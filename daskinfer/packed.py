@@ -1,8 +1,8 @@
 """A network in memory as bytes: its tensors in one safetensors block, everything else pickled beside them.
 
 Tensors are taken out of the pickle one by one and copied, so that a later change of the network does not reach what was
-packed: a host maps the block once for all its workers, and the key is read off the content. The form never leaves a run: it is no file
-format for keeping models.
+packed: a host maps the block once for all its workers, and the key is read off the content. The form never leaves a run:
+it is no file format for keeping models.
 
 The key holds for one client process (the class object and the tensors' content, decision 7): a class that is defined
 again is another network, the same network packed twice is the same key. What must hold between processes is in
@@ -185,7 +185,11 @@ def _own_modules_by_value() -> Iterator[None]:
 
 def is_own(module: object) -> bool:
     """Whether a module is a user's file: not installed, not the standard library, not this package."""
-    if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in ("__main__", "__mp_main__", "daskinfer"):
+    if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in (
+        "__main__",
+        "__mp_main__",
+        "daskinfer",
+    ):
         return False
     path = getattr(module, "__file__", None)
     if not path or sys.modules.get(module.__name__) is not module:

@@ -275,7 +275,7 @@ def _cure(layout: Layout, device: str, nbytes: int, row_nbytes: int) -> str:
     if rows < 1:
         return f"Not even one row fits beside the network: leave {device} out, or use one with more memory."
     if rows >= layout.cell_rows:
-        return f"Use chunk_nbytes={nbytes} or less."
+        return f"Cut the input into chunks of {rows} rows or less."
     if layout.cell_rows > layout.batch_size:
         return f"Use an output whose write-units (its chunks or shards) hold {rows} rows or less."
     return f"Use batch_size={rows} or less."

@@ -129,6 +129,31 @@ def lay_out(
     return Layout(n_rows, batch_size, cell_rows, tuple(chunks))
 
 
+def follow(row_chunks: Sequence[int], weights: Sequence[float], *, batch_size: int) -> Layout:
+    """Keep chunks that are cut already, and give each to the device that is furthest behind its share.
+
+    Chunks need not start on the grid; a row keeps its place in its micro-batch all the same, at the price of a
+    micro-batch more where a cell is cut in two.
+
+    Examples
+    --------
+    >>> [chunk.device for chunk in follow((10, 10, 10, 10), [3.0, 1.0], batch_size=5).chunks]
+    [0, 0, 0, 1]
+    """
+    given = [0] * len(weights)
+    chunks, start = [], 0
+    for index, n_rows in enumerate(row_chunks):
+        # Who would be done first with this chunk on top; lighter devices therefore start late and never finish last.
+        device = min(
+            (d for d, weight in enumerate(weights) if weight > 0),
+            key=lambda d: (given[d] + max(1, n_rows)) / weights[d],
+        )
+        given[device] += n_rows
+        chunks.append(Chunk(index, start, start + n_rows, device))
+        start += n_rows
+    return Layout(start, batch_size, batch_size, tuple(chunks))
+
+
 def _parts(n_cells: int, n_rounds: int) -> Iterator[tuple[int, int]]:
     """One device's chunks as (part, cells): sizes differ by rounding only and the first part is the largest."""
     if n_cells < n_rounds:  # a cell is indivisible: spread them, and spend no time on rounds without one
@@ -283,15 +308,12 @@ def _from_mapping(weights: Mapping[str, float], names: Sequence[str], kinds: Seq
                 "Take the entry out, or add the device to devices."
             )
         if word in by_word:
-            raise OptionError(
-                f"device_weights has two entries for {word!r}, {key!r} is one; allowed is one. Take one out."
-            )
+            raise OptionError(f"device_weights has two entries for {word!r}, {key!r} is one; allowed is one. Take one out.")
         by_word[word] = weight
     for name, kind in zip(names, kinds, strict=True):
         if _fold(name) not in by_word and _fold(kind) not in by_word:
             raise OptionError(
-                f"device_weights has no entry for {name}; every device needs one. "
-                f"Add {name!r} or {kind!r}; 0 leaves it out."
+                f"device_weights has no entry for {name}; every device needs one. Add {name!r} or {kind!r}; 0 leaves it out."
             )
     return [by_word.get(_fold(name), by_word.get(_fold(kind))) for name, kind in zip(names, kinds, strict=True)]
 
@@ -310,9 +332,7 @@ def _check_weight(name: str, weight: object) -> float:
             value = float("inf")
         if isfinite(value) and value >= 0:
             return value
-    raise OptionError(
-        f"the weight of {name} is {weight!r}; allowed are finite numbers from 0. Use 0 to leave {name} out."
-    )
+    raise OptionError(f"the weight of {name} is {weight!r}; allowed are finite numbers from 0. Use 0 to leave {name} out.")
 
 
 def _join(names: Sequence[str]) -> str:

@@ -140,7 +140,9 @@ class _Pass:
         arrays = [np.asarray(array) for array in ports.split(value)]
         _check_rows(dict(zip(ports.names, arrays, strict=True)), n_rows, "preprocess")
         offset = (self.start + begin) % self.batch_size if job.options.pad else 0
-        batch = [self._batched(i, name, array, offset) for i, (name, array) in enumerate(zip(ports.names, arrays, strict=True))]
+        batch = [
+            self._batched(i, name, array, offset) for i, (name, array) in enumerate(zip(ports.names, arrays, strict=True))
+        ]
         answer, structure = self._call(ports.join(batch))
         _check_rows(dict(zip(structure.names, answer, strict=True)), len(batch[0]), "the model")
         trimmed = [_to_numpy(array[offset : offset + n_rows]) for array in answer]

@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from distributed import get_worker
 
+from daskinfer.device import Device
 from daskinfer.errors import DeviceError
+from daskinfer.hardware import cpu_label
 
 DEVICE_VARIABLE = "DASKINFER_DEVICE"  # the device's name in the plan, "cuda:1"
 UUID_VARIABLE = "DASKINFER_DEVICE_UUID"  # "GPU-…"; empty for CPUs
-SCRATCH_VARIABLE = "DASKINFER_SCRATCH"  # the folder of our own cluster, removed with it
 THREADS_VARIABLE = "DASKINFER_TORCH_THREADS"
 
 
@@ -53,6 +53,21 @@ class Seat:
             torch.set_num_threads(before)
 
 
+def describe() -> Device:
+    """What this worker is, as the plan wants to know it; run on workers by the client."""
+    here = seat()
+    worker = get_worker()
+    on_gpu = here.torch_device.type == "cuda"
+    return Device(
+        name=here.device,
+        kind=here.torch_device.type,
+        index=0,
+        uuid=f"GPU-{torch.cuda.get_device_properties(0).uuid}" if on_gpu else "",
+        label=here.device_name,
+        memory_nbytes=int(worker.memory_manager.memory_limit or 0),
+    )
+
+
 def seat() -> Seat:
     """The seat of the thread that asks.
 
@@ -64,7 +79,7 @@ def seat() -> Seat:
     try:
         worker = get_worker()
     except ValueError:
-        return Seat("inline", _cpu_name(), torch.device("cpu"), None, f"process {os.getpid()}")
+        return Seat("inline", cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
     name = os.environ.get(DEVICE_VARIABLE) or str(worker.name)
     n_threads = int(os.environ.get(THREADS_VARIABLE) or worker.state.nthreads)
     device, device_name = _torch_device(os.environ.get(DEVICE_VARIABLE), os.environ.get(UUID_VARIABLE, ""))
@@ -75,7 +90,7 @@ def seat() -> Seat:
 def _torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
     """Torch's device and the hardware's name. dask-cuda rotates the visible GPUs: a worker's own is always the first."""
     if pinned is not None and pinned.startswith("cpu"):
-        return torch.device("cpu"), _cpu_name()
+        return torch.device("cpu"), cpu_label()
     if not torch.cuda.is_available():
         if pinned is not None:
             raise DeviceError(
@@ -83,7 +98,7 @@ def _torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
                 f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}, torch {torch.__version__}); it needs the GPU that it is "
                 "pinned to. Install the CUDA build of torch, or leave the device out."
             )
-        return torch.device("cpu"), _cpu_name()
+        return torch.device("cpu"), cpu_label()
     return _first_gpu(pinned, uuid)
 
 
@@ -95,12 +110,3 @@ def _first_gpu(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
             "Something set CUDA_VISIBLE_DEVICES, or started CUDA, before the pinning: start CUDA in no preload script."
         )
     return torch.device("cuda:0"), found.name
-
-
-@functools.cache
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"

@@ -17,8 +17,7 @@ MIG_UUID = "MIG-aaaa"
 def made_up(n_gpus: int = 2, **fields: object) -> Machine:
     """A machine that is nowhere, with GPUs named GPU-0000 and up, and 4 cores."""
     gpus = tuple(
-        Device(f"cuda:{i}", "cuda", i, uuid=f"GPU-{i:04d}", label="Fast One", memory_nbytes=16 << 30)
-        for i in range(n_gpus)
+        Device(f"cuda:{i}", "cuda", i, uuid=f"GPU-{i:04d}", label="Fast One", memory_nbytes=16 << 30) for i in range(n_gpus)
     )
     known = {"n_cores": 4, "cpu_label": "Slow One", "memory_nbytes": 8 << 30, "driver": "580.65.06"}
     return Machine(gpus=gpus, **{**known, "driver_cuda": (13, 0), **fields})
@@ -182,9 +181,7 @@ def test_a_driver_of_the_same_major_version_or_newer_or_unknown_passes(driver_cu
 
 
 @pytest.mark.parametrize(("driver_cuda", "major"), [((13, 0), 13), ((12, 8), 12), (None, 13)])
-def test_a_cpu_build_of_torch_is_refused_with_the_build_to_install(
-    driver_cuda: tuple[int, int] | None, major: int
-) -> None:
+def test_a_cpu_build_of_torch_is_refused_with_the_build_to_install(driver_cuda: tuple[int, int] | None, major: int) -> None:
     """GPUs are never left idle in silence: the message names them and the build that suits the driver."""
     machine = made_up(driver_cuda=driver_cuda)
     message = rf"cuda:0 \(Fast One\), cuda:1 .*CPUs only.*CUDA {major} build.*\[cuda{major}\].*devices=\"cpu\""

@@ -111,9 +111,7 @@ def test_a_gpu_in_mig_mode_is_its_instances(variable: str | None, nvml: pytest.M
     assert all((g.memory_nbytes == 2 << 30) == g.uuid.startswith("MIG") for g in found.gpus)
 
 
-def test_a_gpu_that_does_not_answer_is_left_out_aloud(
-    nvml: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_that_does_not_answer_is_left_out_aloud(nvml: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """One GPU off the bus costs that GPU alone, and a warning."""
     nvml.setenv("NVML_STAND_IN_LOST", "1")
     assert uuids(machine()) == [GPU(0), GPU(2), GPU(3)]

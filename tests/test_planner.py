@@ -235,9 +235,7 @@ def test_the_partial_cell_is_the_last_chunks():
     assert layout.padded_rows(layout.chunks[-1]) == 10
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "row_chunks", "per_device"), [(0, (0,), (0, 0)), (1, (1,), (1, 0)), (2, (1, 1), (1, 1))]
-)
+@pytest.mark.parametrize(("n_rows", "row_chunks", "per_device"), [(0, (0,), (0, 0)), (1, (1,), (1, 0)), (2, (1, 1), (1, 1))])
 def test_few_rows_make_few_chunks(n_rows, row_chunks, per_device):
     """No row gives no chunk, and dask's chunks of an empty axis; fewer rows than devices leave the later ones out."""
     layout = lay_out(n_rows, [1.0, 1.0], batch_size=1)

@@ -7,9 +7,7 @@ from daskinfer.tables import format_nbytes, html_table, text_table
 
 def test_numbers_stand_to_the_right():
     """A column of numbers is aligned to the right, any other to the left, and no line ends in blanks."""
-    assert text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == (
-        "a           n\nx       1,000\nlonger   9.5%"
-    )
+    assert text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == ("a           n\nx       1,000\nlonger   9.5%")
     assert text_table(("n", "a"), [["1", "x"], ["22", ""]]) == " n  a\n 1  x\n22"
 
 

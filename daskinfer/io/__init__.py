@@ -91,9 +91,7 @@ class Draft:
     Leaving it well publishes the output by a rename; leaving it by an error removes what was written.
     """
 
-    def __init__(
-        self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int
-    ) -> None:
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int) -> None:
         self.path = path
         self._temporary = f"{path}.{os.getpid()}.partial"
         self._created = (shape, dtype, unit_rows)

@@ -29,7 +29,8 @@ class Source:
         return mapped
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
-        return self._map()[index]
+        rows: np.ndarray[Any, Any] = self._map()[index]
+        return rows
 
 
 class Target:

@@ -1,0 +1,374 @@
+"""The functions that users call: each validates, assembles and hands over, nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from distributed import Client
+
+from daskinfer import driver, graph, kept
+from daskinfer.assembly import Refusals, Weights, Work, assemble, find_promise, keep_bfloat16, merge_options
+from daskinfer.device import DeviceTable, machine, parse
+from daskinfer.errors import InputError, OutputExists
+from daskinfer.inputs import Inputs
+from daskinfer.io import Draft, check_free
+from daskinfer.model import as_model
+from daskinfer.options import OptionFields, Options
+from daskinfer.plan_record import Plan
+from daskinfer.planner import auto_batch_size, check_batch_size, lay_out
+from daskinfer.records import Receipt, RunReport
+from daskinfer.runner import Job
+
+Path = str | os.PathLike[str]
+
+
+def predict(
+    model: Any,
+    x: Any,
+    *,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    return_report: bool = False,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Any:
+    """Apply a network to an array on every device, and give the answers in the input's order.
+
+    Parameters
+    ----------
+    model
+        A module, a function of ndarrays, an object with ``load(device)`` and ``__call__(batch)``, a :class:`Model`, the
+        path of a ``.pt2`` program, or ``"pkg.mod:make"``.
+    x
+        The input, (n, ...): a numpy array, list of numbers, torch tensor, memmap, dask array or path (``.npy``, ``.zarr``).
+        A dict gives named ports (``net(image=…, meta=…)``), a tuple positional ones, each of the same length n.
+    devices
+        A string or list: "auto" (every GPU, or where there is none one CPU worker per core), "cuda", "cuda:1",
+        "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4", comma-joined; "inline" computes in this process.
+    device_weights
+        The share of rows that each device gets: a list in the devices' order, a mapping by device or kind, "even", or
+        "auto" (a prior by kind, shown as assumed). 0 leaves a device out.
+    batch_size
+        Rows of a micro-batch; "auto" goes by the size of a row and the smallest share.
+    client
+        A Dask client, whose workers are then the devices. None: the current client if there is one and ``devices`` is
+        "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close`).
+    return_report
+        True: return (answer, :class:`RunReport`).
+    options, **fields
+        How the network is run: an :class:`Options`, or its fields as keywords.
+
+    Returns
+    -------
+    ndarray, or the network's structure of them
+        (n, ...), in the input's order; torch tensors on the CPU where an input was a tensor. bfloat16 answers come back
+        as float32.
+
+    Raises
+    ------
+    DaskInferError
+        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows.
+
+    Examples
+    --------
+    >>> import daskinfer as di, torch
+    >>> net = torch.nn.Linear(3, 2)
+    >>> x = torch.ones(1000, 3)
+    >>> bool(torch.allclose(di.predict(net, x, devices=["cpu", "cpu"], device_weights=[1, 3]), net(x)))
+    True
+    """
+    work = assemble(
+        model,
+        x,
+        devices=devices,
+        device_weights=device_weights,
+        batch_size=batch_size,
+        client=client,
+        options=options,
+        fields=fields,
+    )
+    results = [np.empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
+
+    def keep(block: graph.Block, start: int, stop: int) -> None:
+        for result, rows in zip(results, block.arrays, strict=True):
+            result[start:stop] = rows
+
+    report = _compute(work, keep)
+    leaves = [torch.from_numpy(r) for r in results] if work.inputs.tensors else results
+    answer = work.promise.structure.rebuild(leaves)
+    return (answer, report) if return_report else answer
+
+
+def map_blocks(
+    model: Any,
+    x: Any,
+    *,
+    batch_size: int | str = "auto",
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Any:
+    """Apply a network lazily: dask arrays in, dask arrays out; nothing is computed and no row is read.
+
+    The result is plain Dask: slice it, reduce it, store it, compute it on any scheduler or none. Several outputs share one
+    hidden block per chunk: ``dask.compute(y["a"], y["b"])`` runs the network once, two separate ``.compute()`` twice.
+
+    Parameters
+    ----------
+    model
+        As for :func:`predict`.
+    x
+        As for :func:`predict`; a dask array keeps its chunks on axis 0, and may have several chunks on later axes.
+    batch_size
+        Rows of a micro-batch; "auto" goes by the size of a row.
+    options, **fields
+        As for :func:`predict`.
+
+    Returns
+    -------
+    dask array, or the network's structure of them
+        (n, ...), with the input's chunks on axis 0.
+
+    Raises
+    ------
+    DaskInferError
+        Whatever cannot work, all reasons at once.
+
+    Examples
+    --------
+    >>> import dask.array as da, daskinfer as di, torch
+    >>> lazy = di.map_blocks(torch.nn.Linear(3, 2), da.ones((1000, 3), chunks=(100, 3), dtype="float32"))
+    >>> lazy
+    dask.array<output, shape=(1000, 2), dtype=float32, chunksize=(100, 2), chunktype=numpy.ndarray>
+    >>> lazy.mean(axis=0).compute().shape
+    (2,)
+    """
+    refusals = Refusals()
+    with refusals.collect():
+        inputs = Inputs.of(x)
+    with refusals.collect():
+        given = merge_options(options, fields)
+    with refusals.collect():
+        asked = check_batch_size(batch_size)
+    with refusals.collect():
+        recipe = as_model(model).recipe()
+    refusals.raise_if_any()
+    given = keep_bfloat16(given, inputs)
+    promise = find_promise(recipe, inputs, given)
+    size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
+    row_chunks = inputs.row_chunks or _even_chunks(inputs, promise.row_nbytes, size)
+    blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
+    return graph.outputs(blocks, promise)
+
+
+def run(
+    model: Any,
+    source: Any,
+    target: Path | Mapping[str, Path],
+    *,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> RunReport:
+    """Apply a network from storage to storage: workers read their rows and write their answers.
+
+    Parameters
+    ----------
+    model, devices, device_weights, batch_size, client, options, **fields
+        As for :func:`predict`.
+    source
+        The path of a ``.npy`` or ``.zarr`` array, (n, ...), or anything else that :func:`predict` takes.
+    target
+        The path of the answer, ``.npy`` or ``.zarr``, which must not exist; a mapping from output name to path where the
+        network has several. It appears under its name once it is complete.
+
+    Returns
+    -------
+    RunReport
+        Rows, seconds, and each device's part.
+
+    Raises
+    ------
+    DaskInferError
+        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows;
+        nothing is left at ``target`` then.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     x, y = os.path.join(folder, "x.npy"), os.path.join(folder, "y.zarr")
+    ...     np.save(x, np.arange(10.0))
+    ...     di.run(np.sqrt, x, y, devices="inline").rows
+    10
+    """
+    work, paths = _assemble_run(
+        model,
+        source,
+        target,
+        devices=devices,
+        device_weights=device_weights,
+        batch_size=batch_size,
+        client=client,
+        options=options,
+        fields=fields,
+    )
+    shape = (work.inputs.n_rows,)
+    with ExitStack() as drafts:
+        targets = [
+            drafts.enter_context(Draft(path, shape + o.shape[1:], o.dtype, work.layout.cell_rows))
+            for path, o in zip(paths, work.promise.outputs, strict=True)
+        ]
+        return _compute(work, lambda *_: None, targets)
+
+
+def plan(
+    model: Any,
+    x: Any,
+    *,
+    target: Path | Mapping[str, Path] | None = None,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Plan:
+    """What would run where, in which chunks, with how many bytes; refuses here what cannot work, all reasons at once.
+
+    Parameters
+    ----------
+    model, x, devices, device_weights, batch_size, client, options, **fields
+        As for :func:`predict`.
+    target
+        As for :func:`run`: plan a run to storage. None: plan a predict.
+
+    Returns
+    -------
+    Plan
+        A table when printed, in a notebook as HTML.
+
+    Raises
+    ------
+    DaskInferError
+        Whatever cannot work, all reasons at once.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np
+    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1])
+    >>> [(d.device, d.n_rows) for d in plan.devices]
+    [('cpu:0', 75), ('cpu:1', 25)]
+    """
+    arguments: dict[str, Any] = {
+        "devices": devices,
+        "device_weights": device_weights,
+        "batch_size": batch_size,
+        "client": client,
+        "options": options,
+        "fields": fields,
+    }
+    if target is None:
+        return assemble(model, x, **arguments).plan()
+    return _assemble_run(model, x, target, **arguments)[0].plan()
+
+
+def devices() -> DeviceTable:
+    """What this machine has: its GPUs as NVML sees them, and the CPU.
+
+    Returns
+    -------
+    DeviceTable
+        A tuple of devices that prints as a table.
+
+    Examples
+    --------
+    >>> import daskinfer as di
+    >>> di.devices()[-1].name
+    'cpu:0'
+    """
+    here = machine()
+    return DeviceTable((*here.gpus, *parse("cpu", here)))
+
+
+def close() -> None:
+    """End the cluster that ``predict`` kept for this process; without one, do nothing.
+
+    A call that still runs in another thread is not disturbed; the cluster ends with it.
+
+    Examples
+    --------
+    >>> import daskinfer as di
+    >>> di.close()
+    """
+    kept.kept.close()
+
+
+def _compute(work: Work, keep: Any, targets: Sequence[Any] = ()) -> RunReport:
+    """Compute every chunk, give its block to ``keep(block, start, stop)``, and sum the receipts up."""
+    receipts: list[Receipt] = []
+    with work.placement.open() as client, driver.shipped(client, work.recipe) as recipe:
+        began = time.perf_counter()
+        blocks = graph.build(work.inputs.cut(work.layout.row_chunks), recipe, work.job)
+        if targets:
+            blocks = graph.written(blocks, targets)
+        if work.layout.n_rows:
+            for index, block in driver.compute(blocks, work.layout, work.placement, client):
+                chunk = work.layout.chunks[index]
+                keep(block, chunk.start, chunk.stop)
+                if block.receipt is not None:
+                    receipts.append(block.receipt)
+        seconds = time.perf_counter() - began
+    asked = {part.device: part.share for part in work.plan().devices}
+    return RunReport.from_receipts(receipts, asked, seconds=seconds, batch_size=work.layout.batch_size)
+
+
+def _assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> tuple[Work, list[str]]:
+    refusals = Refusals()
+    paths: dict[str, str] = {}
+    for name, path in target.items() if isinstance(target, Mapping) else [("", target)]:
+        with refusals.collect():
+            paths[name] = _check_output(path, source)
+    work = assemble(model, source, refusals=refusals, to_store=True, **arguments)
+    names = work.promise.structure.names
+    if isinstance(target, Mapping) and set(paths) != set(names):
+        raise InputError(
+            f"the outputs named are {', '.join(map(str, target)) or 'nothing'}; the network's are {', '.join(names)}. "
+            "Give each a path."
+        )
+    if not isinstance(target, Mapping) and len(names) != 1:
+        raise InputError(
+            f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
+            f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
+        )
+    return work, [paths[name] for name in names] if isinstance(target, Mapping) else [paths[""]]
+
+
+def _check_output(path: Path, source: Any) -> str:
+    for read in _paths(source):
+        if os.path.commonpath([os.path.abspath(path), os.path.abspath(read)]) == os.path.abspath(read):
+            raise OutputExists(
+                f"the output {os.fspath(path)!r} lies inside the input {os.fspath(read)!r}; an input is never written to. "
+                "Choose another path."
+            )
+    return check_free(path)
+
+
+def _paths(source: Any) -> list[Path]:
+    ports = source.values() if isinstance(source, Mapping) else source if isinstance(source, tuple) else [source]
+    return [port for port in ports if isinstance(port, str | os.PathLike)]
+
+
+def _even_chunks(inputs: Inputs, row_out_nbytes: int, batch_size: int) -> tuple[int, ...]:
+    layout = lay_out(inputs.n_rows, [1.0], batch_size=batch_size, row_nbytes=inputs.row_nbytes + row_out_nbytes)
+    return layout.row_chunks

@@ -1,0 +1,210 @@
+"""From what a user typed to a plan that can run: everything is looked at, all that cannot work is said at once.
+
+Nothing starts here: no cluster, no task, and no row is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distributed import Client
+
+from daskinfer.errors import DaskInferError, PlanError
+from daskinfer.inputs import Inputs
+from daskinfer.model import Recipe, as_model
+from daskinfer.options import OptionFields, Options
+from daskinfer.placement import Placement, place
+from daskinfer.plan_record import Plan, describe, memory_refusals
+from daskinfer.planner import (
+    MIN_BATCHES,
+    Layout,
+    auto_batch_size,
+    check_batch_size,
+    fit_chunk_nbytes,
+    follow,
+    lay_out,
+    resolve_weights,
+)
+from daskinfer.probe import Promise, promise
+from daskinfer.runner import Job
+
+Weights = str | Sequence[float] | Mapping[str, float]
+
+# Bytes of output in a write-unit (a store's chunk): large enough for a disk, small enough to balance; arbitrary.
+WRITE_UNIT_NBYTES = 1 << 20
+
+
+class Refusals:
+    """Collects errors raised on purpose, so that a user hears of all of them in one go."""
+
+    def __init__(self) -> None:
+        self._errors: list[DaskInferError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep an error of ours for later; others pass."""
+        try:
+            yield
+        except DaskInferError as error:
+            self._errors.append(error)
+
+    def raise_if_any(self) -> None:
+        """Raise the one error, or one that lists them all."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            said = (e.reasons if isinstance(e, PlanError) else [str(e)] for e in self._errors)
+            raise PlanError([reason for reasons in said for reason in reasons])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call that can run: what is computed, where, in which chunks."""
+
+    name: str
+    inputs: Inputs
+    recipe: Recipe
+    promise: Promise
+    job: Job
+    placement: Placement
+    weights: tuple[float, ...]
+    weights_assumed: bool
+    layout: Layout
+
+    def plan(self) -> Plan:
+        """The plan as people read it."""
+        devices = self.placement.devices
+        outputs = zip(self.promise.structure.names, self.promise.outputs, strict=True)
+        return Plan(
+            devices=describe(
+                self.layout,
+                names=[d.name for d in devices],
+                labels=[d.label for d in devices],
+                weights=self.weights,
+                row_in_nbytes=self.inputs.row_nbytes,
+                row_out_nbytes=self.promise.row_nbytes,
+                model_nbytes=self.recipe.nbytes,
+            ),
+            layout=self.layout,
+            weights_assumed=self.weights_assumed,
+            model=self.name,
+            inputs=self.inputs.describe(),
+            outputs=tuple(f"{name}: {(self.inputs.n_rows, *o.shape[1:])} {o.dtype}" for name, o in outputs),
+        )
+
+    def refusals(self) -> list[str]:
+        """Sentences on what does not fit into memory."""
+        row_nbytes = self.inputs.row_nbytes + self.promise.row_nbytes
+        limits = self.placement.limits
+        return memory_refusals(
+            self.plan().devices, self.layout, limits, row_nbytes=row_nbytes, model_nbytes=self.recipe.nbytes
+        )
+
+
+def assemble(
+    model: Any,
+    x: Any,
+    *,
+    devices: str | Sequence[str],
+    device_weights: Weights,
+    batch_size: int | str,
+    client: Client | None,
+    options: Options | None,
+    fields: OptionFields,
+    refusals: Refusals | None = None,
+    to_store: bool = False,
+) -> Work:
+    """Look at every argument, find out what the answer looks like, and lay the rows out.
+
+    ``refusals`` may hold errors that the caller has found already. ``to_store`` cuts at write-units of an output store.
+
+    Raises
+    ------
+    DaskInferError
+        The one thing that cannot work, or a PlanError with all of them.
+    """
+    refusals = refusals or Refusals()
+    given: dict[str, Any] = {}
+    with refusals.collect():
+        given["inputs"] = Inputs.of(x)
+    with refusals.collect():
+        given["options"] = merge_options(options, fields)
+    with refusals.collect():
+        given["batch_size"] = check_batch_size(batch_size)
+    with refusals.collect():
+        given["placement"] = placement = place(devices, client)
+        names, kinds = [d.name for d in placement.devices], [d.kind for d in placement.devices]
+        given["weights"] = resolve_weights(device_weights, names, kinds)
+    with refusals.collect():
+        given["model"] = as_model(model)
+        given["recipe"] = given["model"].recipe()
+    with refusals.collect():
+        if {"inputs", "options", "recipe"} <= given.keys():
+            given["options"] = keep_bfloat16(given["options"], given["inputs"])
+            given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
+    refusals.raise_if_any()
+    assumed = isinstance(device_weights, str) and device_weights == "auto"
+    return _lay_out(given, weights_assumed=assumed, to_store=to_store)
+
+
+def _lay_out(given: dict[str, Any], *, weights_assumed: bool, to_store: bool) -> Work:
+    inputs: Inputs = given["inputs"]
+    wanted: Promise = given["promise"]
+    placement: Placement = given["placement"]
+    recipe: Recipe = given["recipe"]
+    weights: tuple[float, ...] = given["weights"]
+    batch_size = given["batch_size"] or auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights)
+    if inputs.row_chunks is not None:
+        layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
+    else:
+        layout = lay_out(
+            inputs.n_rows,
+            weights,
+            batch_size=batch_size,
+            cell_rows=_write_unit(inputs.n_rows, batch_size, wanted, weights) if to_store else None,
+            row_nbytes=inputs.row_nbytes + wanted.row_nbytes,
+            chunk_nbytes=fit_chunk_nbytes(placement.limits, recipe.nbytes),
+        )
+    job = Job(inputs.ports, batch_size, given["options"], wanted.outputs)
+    work = Work(
+        given["model"].name,
+        inputs,
+        recipe,
+        wanted,
+        job,
+        placement,
+        weights,
+        weights_assumed and len(weights) > 1,
+        layout,
+    )
+    if sentences := work.refusals():
+        raise PlanError(sentences)
+    return work
+
+
+def merge_options(options: Options | None, fields: OptionFields) -> Options:
+    """The options record, with the keywords on top of it."""
+    return replace(options or Options(), **fields)
+
+
+def keep_bfloat16(options: Options, inputs: Inputs) -> Options:
+    """Cast ports that came as bfloat16 tensors back to it in the worker, unless told otherwise."""
+    if not inputs.bfloat16 or options.dtype is not None:
+        return options
+    return replace(options, dtype=dict.fromkeys(inputs.bfloat16, "bfloat16"))
+
+
+def find_promise(recipe: Recipe, inputs: Inputs, options: Options) -> Promise:
+    """What the answer to these inputs looks like."""
+    return promise(recipe, inputs.ports, inputs.like(), options)
+
+
+def _write_unit(n_rows: int, batch_size: int, wanted: Promise, weights: Sequence[float]) -> int:
+    """Rows of a store's chunk: whole micro-batches of about ``WRITE_UNIT_NBYTES``, few enough to meet every share."""
+    by_size = WRITE_UNIT_NBYTES // max(1, wanted.row_nbytes)
+    smallest = min(weight for weight in weights if weight > 0) / sum(weights)
+    by_share = int(n_rows * smallest / MIN_BATCHES)
+    return max(1, min(by_size, by_share) // batch_size) * batch_size

@@ -1,0 +1,124 @@
+"""Computes the blocks of a lazy array on the devices that the plan gave them to.
+
+For now each device's chunks are handed to Dask at once, kept on their device by a restriction, and collected as they end;
+what is submitted therefore holds the whole of an in-memory input. The bounded window per device takes this room over.
+
+A network in memory is shipped before: one file per host, mapped by every worker there, so it rides in no task; it is not
+sent where all workers have it loaded already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import dask.array as da
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
+
+from daskinfer import graph
+from daskinfer.cache import models
+from daskinfer.errors import ChunkError
+from daskinfer.graph import Block
+from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
+from daskinfer.placement import Placement
+from daskinfer.planner import Layout
+from daskinfer.worker import seat
+
+
+@contextlib.contextmanager
+def shipped(client: Client | None, recipe: Recipe) -> Iterator[Recipe]:
+    """While inside, every host of the cluster has the network's file; what is yielded travels in tasks instead of it."""
+    if client is None or not isinstance(recipe, PackedModel):
+        yield recipe
+        return
+    name = f"model-{recipe.key}.safetensors"
+    receivers = _receivers(client, recipe.key)
+    if receivers:
+        client.run(_receive, name, recipe.packed.to_bytes(), workers=receivers)
+    try:
+        yield ShippedModel(recipe.key, name, recipe.nbytes)
+    finally:
+        if receivers and client.status == "running":
+            client.run(_forget, name, workers=_reachable(client, receivers))
+
+
+def compute(blocks: da.Array, layout: Layout, placement: Placement, client: Client | None) -> Iterator[tuple[int, Block]]:
+    """Compute every block and yield (chunk index, block) as they end, in no particular order.
+
+    Raises
+    ------
+    ChunkError, ModelError
+        What the first chunk that fails raised; the others are cancelled.
+    """
+    tasks = graph.tasks(blocks)
+    if client is None:
+        yield from enumerate(dask.compute(*tasks, scheduler="synchronous", optimize_graph=False))
+        return
+    futures: dict[Any, int] = {}
+    try:
+        for device in range(len(placement.devices)):
+            mine = [chunk.index for chunk in layout.chunks if chunk.device == device]
+            futures |= zip(_submit(client, [tasks[i] for i in mine], placement.restriction(device)), mine, strict=True)
+        for future in as_completed(list(futures), loop=client.loop):
+            yield futures[future], _result(future, layout, futures[future])
+            future.release()
+    finally:
+        client.cancel([future for future in futures if future.status == "pending"])
+
+
+def _submit(client: Client, tasks: list[Any], restriction: dict[str, Any]) -> list[Any]:
+    with warnings.catch_warnings():
+        # An in-memory input is in the graph until it has a data plane of its own.
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        futures: list[Any] = client.compute(tasks, optimize_graph=False, **restriction)
+    return futures
+
+
+def _result(future: Any, layout: Layout, index: int) -> Block:
+    try:
+        block: Block = future.result()
+    except KilledWorker as error:
+        chunk = layout.chunks[index]
+        raise ChunkError(
+            f"chunk {index} (rows {chunk.start}:{chunk.stop}) ended its worker {error.last_worker}; a worker has to outlive "
+            "its chunks. Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size or leave "
+            "the rows out."
+        ) from error
+    return block
+
+
+def _receivers(client: Client, key: str) -> list[str]:
+    """One worker of each host where a worker has not loaded the model yet."""
+    hosts = {address: info["host"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+    loaded = client.run(_has_loaded, key)
+    return list({hosts[address]: address for address, has in loaded.items() if not has and address in hosts}.values())
+
+
+def _reachable(client: Client, addresses: list[str]) -> list[str]:
+    there = client.scheduler_info(n_workers=-1)["workers"]
+    return [address for address in addresses if address in there]
+
+
+def _has_loaded(key: str) -> bool:
+    return (key, str(seat().torch_device)) in models
+
+
+def _receive(name: str, content: bytes) -> None:
+    path = shipped_path(name)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(content)
+    os.rename(temporary, path)
+
+
+def _forget(name: str) -> None:
+    path = shipped_path(name)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))  # refused while others' files, or the rest of our own cluster's, lie there

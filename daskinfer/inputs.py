@@ -1,0 +1,155 @@
+"""What users hand over as input, brought to one form: ports, each an array that dask can cut.
+
+::
+
+    numpy array, memmap       as it is
+    list of numbers           an array; Python floats become float32, as in torch
+    torch tensor              an array of the same memory where it lies on the CPU; answers are then tensors
+    dask array                as it is, with its own chunks on axis 0
+    path (.npy, .zarr)        read where the work is done
+    dict, tuple               one of these per port
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import torch
+
+from daskinfer.errors import InputError
+from daskinfer.io import open_source
+from daskinfer.runner import Array, numpy_of
+from daskinfer.structure import Ports
+
+_NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The ports of one input and their arrays, all with the same number of rows.
+
+    ``tensors`` says that a port was a torch tensor; ``bfloat16`` names the ports whose numbers NumPy could only hold as
+    float32.
+    """
+
+    ports: Ports
+    arrays: tuple[Any, ...]
+    tensors: bool
+    bfloat16: tuple[str, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> Inputs:
+        """Bring an input of any of the forms above to this one.
+
+        Raises
+        ------
+        InputError, SourceMissing
+            Where a port cannot be read as an array of numbers with rows, or ports differ in length.
+        """
+        ports = Ports.of(value)
+        if not ports.names:
+            raise InputError("the input has no ports; it needs at least one array. Pass an array, or a dict of arrays.")
+        given = ports.split(value)
+        arrays = tuple(_array(name, array) for name, array in zip(ports.names, given, strict=True))
+        _check_lengths(ports, arrays)
+        tensors = [(n, g) for n, g in zip(ports.names, given, strict=True) if isinstance(g, torch.Tensor)]
+        return cls(ports, arrays, bool(tensors), tuple(n for n, t in tensors if t.dtype == torch.bfloat16))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of every port."""
+        return int(self.arrays[0].shape[0])
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row of all ports."""
+        return sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in self.arrays)
+
+    @property
+    def row_chunks(self) -> tuple[int, ...] | None:
+        """The first axis's chunks where a dask array brings its own, else None."""
+        return next((a.chunks[0] for a in self.arrays if isinstance(a, da.Array)), None)
+
+    @property
+    def paths(self) -> list[str]:
+        """Files that are read."""
+        return [a.path for a in self.arrays if hasattr(a, "path")]
+
+    def like(self) -> list[Array]:
+        """One empty array per port with its shape and dtype; nothing is read."""
+        return [np.empty((0, *a.shape[1:]), a.dtype) for a in self.arrays]
+
+    def describe(self) -> tuple[str, ...]:
+        """A line per port."""
+        return tuple(f"{n}: {tuple(a.shape)} {a.dtype}" for n, a in zip(self.ports.names, self.arrays, strict=True))
+
+    def cut(self, row_chunks: Sequence[int]) -> list[da.Array]:
+        """One dask array per port, cut into these chunks; a file is read chunk by chunk where it is needed."""
+        return [_cut(array, tuple(row_chunks)) for array in self.arrays]
+
+
+def _array(name: str, value: Any) -> Any:
+    array = _as_array(name, value)
+    if array.ndim == 0:
+        raise InputError(f"{name} is 0-d; its first axis has to be the examples'. Pass {name}[None] for one example.")
+    if array.dtype.kind not in _NUMBERS:
+        raise InputError(
+            f"{name} holds {array.dtype}; numbers are needed (bool, int, float or complex). Convert it, or encode it first."
+        )
+    if isinstance(array, da.Array) and any(np.isnan(size) for axis in array.chunks for size in axis):
+        raise InputError(
+            f"{name} is a dask array with unknown chunks; where each row lies has to be known. "
+            "Call .compute_chunk_sizes() on it first."
+        )
+    return array
+
+
+def _as_array(name: str, value: Any) -> Any:
+    if isinstance(value, str | os.PathLike):
+        return open_source(value)
+    if isinstance(value, da.Array):
+        return value
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)  # a memmap as a view: a memmap itself is pickled whole with every chunk
+    if isinstance(value, torch.Tensor):
+        return numpy_of(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} cannot be read as an array: {error}. Its rows have to have one shape.") from error
+    # Python's floats have no precision of their own; torch reads them as float32 too.
+    plain = isinstance(value, list) and array.dtype == np.float64 and not _holds_arrays(value)
+    return array.astype(np.float32) if plain else array
+
+
+def _holds_arrays(value: list[Any]) -> bool:
+    return any(
+        isinstance(item, np.ndarray | np.generic) or (isinstance(item, list) and _holds_arrays(item)) for item in value
+    )
+
+
+def _check_lengths(ports: Ports, arrays: Sequence[Any]) -> None:
+    lengths = {name: int(array.shape[0]) for name, array in zip(ports.names, arrays, strict=True)}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} has {n:,} rows" for name, n in lengths.items())
+        raise InputError(f"{said}; all ports need as many. Cut them to one length.")
+
+
+def _cut(array: Any, row_chunks: tuple[int, ...]) -> da.Array:
+    if isinstance(array, da.Array):
+        return array if array.chunks[0] == row_chunks else array.rechunk({0: row_chunks})
+    chunks = (row_chunks, *((size,) for size in array.shape[1:]))
+    # No name from the content: hashing an array costs more than cutting it.
+    return da.from_array(
+        array,
+        chunks=chunks,
+        name=False,
+        inline_array=True,
+        asarray=False,
+        meta=np.empty((0,) * array.ndim, array.dtype),
+    )

@@ -1,0 +1,131 @@
+"""Which devices a call uses, and who computes for it; first match wins:
+
+1. ``client=``: the client's workers, each one device.
+2. ``devices="auto"`` and a current Dask client: its workers.
+3. ``devices="inline"``: this process.
+4. The cluster kept for this process, of the devices asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from distributed import Client
+
+from daskinfer import worker
+from daskinfer.cluster import memory_per_worker, resource
+from daskinfer.device import Device, check_drivable, machine, parse
+from daskinfer.errors import ClusterError, DeviceError
+from daskinfer.kept import kept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a call in the plan's order, and how to make Dask run a task on each.
+
+    ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty.
+    """
+
+    devices: tuple[Device, ...]
+    client: Client | None = None
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def inline(self) -> bool:
+        """Whether the work is done in this process."""
+        return self.devices[0].kind == "inline"
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Bytes that a chunk and the network may take on each device; 0 where that is unknown."""
+        return tuple(d.free_nbytes or d.memory_nbytes for d in self.devices)
+
+    def restriction(self, device: int) -> dict[str, Any]:
+        """Keywords of ``client.compute`` that keep a task on a device.
+
+        Our own workers have a resource each, which comes back when one is restarted; others are known by address only.
+        """
+        if self.addresses and not self._is_ours(device):
+            return {"workers": [self.addresses[device]]}
+        return {"resources": {resource(self.devices[device].name): 1}}
+
+    def _is_ours(self, device: int) -> bool:
+        assert self.client is not None
+        info = self.client.scheduler_info(n_workers=-1)["workers"].get(self.addresses[device], {})
+        return resource(self.devices[device].name) in info.get("resources", {})
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Client | None]:
+        """The client that computes; None for this process. A cluster is started only here."""
+        if self.client is not None or self.inline:
+            yield self.client
+            return
+        with kept.client([d.uuid or d.kind for d in self.devices]) as client:
+            yield client
+
+
+def place(devices: str | Sequence[str], client: Client | None) -> Placement:
+    """Find the devices of a call; starts nothing.
+
+    Raises
+    ------
+    DeviceError
+        Where a device is unknown, doubled, absent or not drivable, or where both a client and devices are given.
+    ClusterError
+        Where the client has no workers.
+    """
+    if client is not None:
+        if devices != "auto":
+            raise DeviceError(
+                f"devices={devices!r} was given beside client=; a client's devices are its workers. Leave one of them out."
+            )
+        return _of_client(client)
+    current = _current_client() if devices == "auto" else None
+    if current is not None:
+        placement = _of_client(current)
+        _warn_of_unused_gpus(placement)
+        return placement
+    here = machine()
+    found = parse(devices, here)
+    check_drivable(found, torch.version.cuda, here)
+    if found[0].kind == "inline":
+        return Placement((replace(found[0], label=here.cpu_label, memory_nbytes=here.memory_nbytes),))
+    share = memory_per_worker(len(found), here.memory_nbytes)
+    return Placement(tuple(d if d.kind == "cuda" else replace(d, memory_nbytes=share) for d in found))
+
+
+def _of_client(client: Client) -> Placement:
+    found: dict[str, Device] = client.run(worker.describe)
+    if not found:
+        raise ClusterError(
+            f"the client of {client.scheduler.address} has no workers; at least one is needed. Start one, or wait for it "
+            "with client.wait_for_workers(1)."
+        )
+    ordered = sorted(found.items(), key=lambda pair: (pair[1].kind != "cuda", pair[1].name))
+    return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered))
+
+
+def _current_client() -> Client | None:
+    with contextlib.suppress(ValueError):
+        found: Client = Client.current(allow_global=True)
+        return found
+    return None
+
+
+def _warn_of_unused_gpus(placement: Placement) -> None:
+    used = {d.uuid for d in placement.devices}
+    unused = [d.name for d in machine().gpus if d.uuid not in used]
+    if unused:
+        warnings.warn(
+            f"the current Dask client's workers leave {', '.join(unused)} of this machine unused. Pass devices='cuda' to "
+            "use them, or client= to say that this is meant.",
+            stacklevel=4,
+        )

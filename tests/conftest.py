@@ -1,0 +1,94 @@
+"""Fixtures that every test file shares, and the one that counts what a test leaves behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Pools that dask, distributed, asyncio and torch keep for the whole process, whatever uses them.
+KEPT_THREADS = (
+    "Dask-Offload",
+    "Dask-Default-Threads",
+    "TCP-Executor",
+    "ThreadPoolExecutor",
+    "asyncio_",
+    "Profile",
+    "AsyncProcess",
+    "IO loop",
+    "Dask-Callback-Thread",
+    "waitpid-",
+    "pytest_timeout",
+    "tqdm_monitor",
+    "QueueFeederThread",
+)
+LEAVE_SECONDS = 20.0  # a killed worker's kernel clean-up on a busy machine
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Poll until ``condition()`` holds; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def _left_behind() -> dict[str, set[object]]:
+    here = psutil.Process()
+    temporary = Path(tempfile.gettempdir())
+    shared = Path("/dev/shm")
+    return {
+        "processes": {p.pid for p in here.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE},
+        "threads": {t for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
+        "ports": {c.laddr.port for c in here.net_connections("tcp") if c.status == psutil.CONN_LISTEN},
+        "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer")},
+        "shared memory": set(shared.iterdir()) if shared.is_dir() else set(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    """Fail a test that leaves a process, thread, port, temporary file or shared memory; wider fixtures come first."""
+    before = _left_behind()
+    yield
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while any(left := {what: now - before[what] for what, now in _left_behind().items()}.values()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: { {what: things for what, things in left.items() if things} }")
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path) -> Iterator[Path]:
+    """Work in an empty folder."""
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def cluster_client() -> Iterator[object]:
+    """A client of one LocalDeviceCluster of two CPU workers for all tests that bring their own client."""
+    from distributed import Client
+
+    import daskinfer as di
+
+    with di.LocalDeviceCluster("cpu*2") as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[list[str]]:
+    """The cluster that ``predict`` keeps, warm, of ``devices=["cpu", "cpu"]``; ended with the test file."""
+    import daskinfer as di
+
+    di.predict(abs, [1.0], devices=["cpu", "cpu"])
+    yield ["cpu", "cpu"]
+    di.close()
