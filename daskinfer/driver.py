@@ -27,7 +27,7 @@ from daskinfer.graph import Block
 from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
 from daskinfer.placement import Placement
 from daskinfer.planner import Layout
-from daskinfer.worker import seat
+from daskinfer.worker import seat_of
 
 
 @contextlib.contextmanager
@@ -68,7 +68,8 @@ def compute(blocks: da.Array, layout: Layout, placement: Placement, client: Clie
             yield futures[future], _result(future, layout, futures[future])
             future.release()
     finally:
-        client.cancel([future for future in futures if future.status == "pending"])
+        if pending := [future for future in futures if future.status == "pending"]:
+            client.cancel(pending)
 
 
 def _submit(client: Client, tasks: list[Any], restriction: dict[str, Any]) -> list[Any]:
@@ -104,8 +105,8 @@ def _reachable(client: Client, addresses: list[str]) -> list[str]:
     return [address for address in addresses if address in there]
 
 
-def _has_loaded(key: str) -> bool:
-    return (key, str(seat().torch_device)) in models
+def _has_loaded(key: str, dask_worker: Any) -> bool:
+    return (key, str(seat_of(dask_worker).torch_device)) in models
 
 
 def _receive(name: str, content: bytes) -> None:

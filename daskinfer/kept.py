@@ -112,6 +112,7 @@ class _Started:
     def watch(self, seconds: float, then: Callable[[], None]) -> None:
         self._stop_clock()
         self._clock = threading.Timer(seconds, then)
+        self._clock.name = "daskinfer-idle"
         self._clock.daemon = True
         self._clock.start()
 

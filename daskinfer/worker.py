@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from distributed import get_worker
@@ -53,10 +54,9 @@ class Seat:
             torch.set_num_threads(before)
 
 
-def describe() -> Device:
-    """What this worker is, as the plan wants to know it; run on workers by the client."""
-    here = seat()
-    worker = get_worker()
+def describe(dask_worker: Any) -> Device:
+    """What this worker is, as the plan wants to know it; the client runs it, and Dask hands over the worker."""
+    here = seat_of(dask_worker)
     on_gpu = here.torch_device.type == "cuda"
     return Device(
         name=here.device,
@@ -64,12 +64,12 @@ def describe() -> Device:
         index=0,
         uuid=f"GPU-{torch.cuda.get_device_properties(0).uuid}" if on_gpu else "",
         label=here.device_name,
-        memory_nbytes=int(worker.memory_manager.memory_limit or 0),
+        memory_nbytes=int(dask_worker.memory_manager.memory_limit or 0),
     )
 
 
 def seat() -> Seat:
-    """The seat of the thread that asks.
+    """The seat of the task that asks, or of this process where it is no worker's.
 
     Raises
     ------
@@ -80,6 +80,11 @@ def seat() -> Seat:
         worker = get_worker()
     except ValueError:
         return Seat("inline", cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
+    return seat_of(worker)
+
+
+def seat_of(worker: Any) -> Seat:
+    """The seat of a Dask worker, asked for in its own process."""
     name = os.environ.get(DEVICE_VARIABLE) or str(worker.name)
     n_threads = int(os.environ.get(THREADS_VARIABLE) or worker.state.nthreads)
     device, device_name = _torch_device(os.environ.get(DEVICE_VARIABLE), os.environ.get(UUID_VARIABLE, ""))

@@ -45,7 +45,7 @@ def _left_behind() -> dict[str, set[object]]:
     shared = Path("/dev/shm")
     return {
         "processes": {p.pid for p in here.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE},
-        "threads": {t for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
+        "threads": {t.name for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
         "ports": {c.laddr.port for c in here.net_connections("tcp") if c.status == psutil.CONN_LISTEN},
         "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer")},
         "shared memory": set(shared.iterdir()) if shared.is_dir() else set(),
@@ -58,9 +58,9 @@ def _leaves_nothing() -> Iterator[None]:
     before = _left_behind()
     yield
     deadline = time.monotonic() + LEAVE_SECONDS
-    while any(left := {what: now - before[what] for what, now in _left_behind().items()}.values()):
+    while left := {what: new for what, now in _left_behind().items() if (new := now - before[what])}:
         if time.monotonic() > deadline:
-            pytest.fail(f"left behind: { {what: things for what, things in left.items() if things} }")
+            pytest.fail(f"left behind: {left}")
         time.sleep(0.05)
 
 
