@@ -14,7 +14,7 @@ from distributed import Client
 
 from daskinfer import driver, graph, kept
 from daskinfer.assembly import Refusals, Weights, Work, assemble, find_promise, keep_bfloat16, merge_options
-from daskinfer.device import DeviceTable, machine, parse
+from daskinfer.device import DeviceTable, here
 from daskinfer.errors import InputError, OutputExists
 from daskinfer.inputs import Inputs
 from daskinfer.io import Draft, check_free
@@ -297,8 +297,7 @@ def devices() -> DeviceTable:
     >>> di.devices()[-1].name
     'cpu:0'
     """
-    here = machine()
-    return DeviceTable((*here.gpus, *parse("cpu", here)))
+    return here()
 
 
 def close() -> None:

@@ -17,7 +17,7 @@ from daskinfer.errors import DeviceError
 from daskinfer.hardware import Device, Machine, machine
 from daskinfer.tables import format_nbytes, html_table, text_table
 
-__all__ = ["MAX_CPU_WORKERS", "Device", "DeviceTable", "Machine", "check_drivable", "machine", "parse"]
+__all__ = ["MAX_CPU_WORKERS", "Device", "DeviceTable", "Machine", "check_drivable", "here", "machine", "parse"]
 
 MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000", and no machine gains from more processes than this
 
@@ -59,6 +59,20 @@ _TABLE_HEADERS = ("device", "name", "memory", "free", "uuid")
 
 def _nbytes(nbytes: int) -> str:
     return format_nbytes(nbytes) if nbytes else ""
+
+
+def here() -> DeviceTable:
+    """What this machine has: its GPUs as NVML sees them, and one CPU worker, named with the cores there are.
+
+    Examples
+    --------
+    >>> here()[-1].name
+    'cpu:0'
+    """
+    found = machine()
+    (cpu,) = parse("cpu", found)
+    cores = "1 core" if found.n_cores == 1 else f"{found.n_cores} cores"
+    return DeviceTable((*found.gpus, replace(cpu, label=f"{cpu.label}, {cores}")))
 
 
 def parse(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
