@@ -19,7 +19,6 @@ from daskinfer.options import OptionFields, Options
 from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
 from daskinfer.planner import (
-    MIN_BATCHES,
     Layout,
     auto_batch_size,
     check_batch_size,
@@ -35,6 +34,8 @@ Weights = str | Sequence[float] | Mapping[str, float]
 
 # Bytes of output in a write-unit (a store's chunk): large enough for a disk, small enough to balance; arbitrary.
 WRITE_UNIT_NBYTES = 1 << 20
+# Write-units in the smallest share: every share is met to within 1/64 of it; arbitrary.
+MIN_WRITE_UNITS = 32
 
 
 class Refusals:
@@ -206,5 +207,5 @@ def _write_unit(n_rows: int, batch_size: int, wanted: Promise, weights: Sequence
     """Rows of a store's chunk: whole micro-batches of about ``WRITE_UNIT_NBYTES``, few enough to meet every share."""
     by_size = WRITE_UNIT_NBYTES // max(1, wanted.row_nbytes)
     smallest = min(weight for weight in weights if weight > 0) / sum(weights)
-    by_share = int(n_rows * smallest / MIN_BATCHES)
+    by_share = int(n_rows * smallest / MIN_WRITE_UNITS)
     return max(1, min(by_size, by_share) // batch_size) * batch_size

@@ -60,10 +60,18 @@ def _explain(error: Exception, *, debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the whole traceback of an error, and debug lines of the log.")
 def main(debug: bool) -> None:
     """Apply a trained network to a large array on every device, in order."""
-    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("daskinfer").setLevel(logging.DEBUG if debug else logging.WARNING)
+    _log_to_stderr(logging.DEBUG if debug else logging.WARNING)
     # A factory "my_nets:make" is meant to be found where the command is given, as with python -m.
     sys.path.insert(0, os.getcwd())
+
+
+def _log_to_stderr(level: int) -> None:
+    """Show our own log; the root logger stays as it is, or Dask's lines would come too."""
+    logger = logging.getLogger("daskinfer")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
 
 
 def _ports(text: str) -> Any:

@@ -13,6 +13,7 @@ import zarr
 from daskinfer.api import run
 from daskinfer.demo import digits
 from daskinfer.model import Model
+from daskinfer.runner import Array
 
 SEED = 2026
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
@@ -41,14 +42,14 @@ def show(folder: Path, n_rows: int, devices: str) -> Iterator[str]:
     yield ""
     yield str(report)
     yield ""
-    answer = zarr.open_array(scores, mode="r")[:]
+    answer = np.asarray(zarr.open_array(scores, mode="r")[:])
     n_right = int((np.argmax(answer, axis=1) == labels).sum())
     yield f"accuracy        {n_right / n_rows:.2%} ({n_right:,} of {n_rows:,} digits right)"
     yield f"checked         {_compared(answer, plain_loop(images))}"
     yield f"the answers     {scores}"
 
 
-def plain_loop(images: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def plain_loop(images: Path) -> Array:
     """What anybody would write without daskinfer: batches of the images, one after the other, (n, 10) float32."""
     network = Model(os.fspath(WEIGHTS), factory="daskinfer.demo.net:make").recipe().load(torch.device("cpu")).run
     rows = zarr.open_array(images, mode="r")
@@ -57,9 +58,7 @@ def plain_loop(images: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]
     return np.asarray(torch.cat(batches).numpy())
 
 
-def _compared(
-    answer: np.ndarray[tuple[int, ...], np.dtype[np.float32]], plain: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-) -> str:
+def _compared(answer: Array, plain: Array) -> str:
     difference = float(np.abs(answer - plain).max())
     verdict = "equals" if difference <= TOLERANCE else "DIFFERS FROM"
     return f"the answer {verdict} a plain torch loop's, in the same order (largest difference {difference:.1g})"
