@@ -56,7 +56,7 @@ def _explain(error: Exception, *, debug: bool) -> None:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="daskinfer")
+@click.version_option(package_name="daskinfer", prog_name="daskinfer")
 @click.option("--debug", is_flag=True, help="Show the whole traceback of an error, and debug lines of the log.")
 def main(debug: bool) -> None:
     """Apply a trained network to a large array on every device, in order."""

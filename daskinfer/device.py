@@ -50,6 +50,8 @@ class DeviceTable(tuple[Device, ...]):
     def __str__(self) -> str:
         return text_table(_TABLE_HEADERS, self._cells())
 
+    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+
     def _repr_html_(self) -> str:
         return html_table(_TABLE_HEADERS, self._cells())
 

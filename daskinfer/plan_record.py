@@ -189,6 +189,8 @@ class Plan:
         table = text_table(self._headers(), [*self._cells(), self._total()])
         return "\n".join([*self._head(), "", table, *(f"note: {note}" for note in self.notes)])
 
+    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+
     def _repr_html_(self) -> str:
         head = "<br>".join(html.escape(line) for line in self._head())
         table = html_table(self._headers(), [*self._cells(), self._total()])

@@ -119,6 +119,8 @@ class RunReport:
     def __str__(self) -> str:
         return f"{text_table(_REPORT_HEADERS, self._cells())}\n{self._summary()}"
 
+    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+
     def _repr_html_(self) -> str:
         return f"{html_table(_REPORT_HEADERS, self._cells())}<p>{html.escape(self._summary())}</p>"
 

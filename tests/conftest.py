@@ -27,6 +27,7 @@ KEPT_THREADS = (
     "pytest_timeout",
     "tqdm_monitor",
     "QueueFeederThread",
+    "zarr_",
 )
 LEAVE_SECONDS = 20.0  # a killed worker's kernel clean-up on a busy machine
 
