@@ -266,7 +266,7 @@ def plan(
     Examples
     --------
     >>> import daskinfer as di, numpy as np
-    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1])
+    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1], batch_size=5)
     >>> [(d.device, d.n_rows) for d in plan.devices]
     [('cpu:0', 75), ('cpu:1', 25)]
     """

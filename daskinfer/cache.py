@@ -6,12 +6,15 @@ chunks there are. ``n_loads`` counts, for tests and reports.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from daskinfer.model import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 # A process that runs several networks in turn keeps this many; arbitrary, small since each may fill a device's memory.
 MAX_MODELS = 4
@@ -21,7 +24,7 @@ class ModelCache:
     """Loaded models by key, least recently used first.
 
     Note: threads share it. One lock guards the table; each key has a lock of its own, held while that model loads, so
-    that a slow load keeps nobody else waiting.
+    that a slow load keeps nobody else waiting. A model that is dropped is closed once the chunk that runs on it is done.
     """
 
     def __init__(self, max_models: int = MAX_MODELS) -> None:
@@ -40,6 +43,7 @@ class ModelCache:
                 if key in self._models:
                     self._models.move_to_end(key)
                     return self._models[key]
+            self._evict(self._max_models - 1)  # before loading: the device may not hold one more
             model = load()
             self._keep(key, model)
             return model
@@ -60,11 +64,18 @@ class ModelCache:
 
     def _evict(self, n_kept: int) -> None:
         with self._lock:
-            evicted = [self._models.popitem(last=False) for _ in range(max(0, len(self._models) - n_kept))]
-            for key, _ in evicted:
-                self._loading.pop(key, None)
-        for _, model in evicted:
+            evicted = [self._models.popitem(last=False)[1] for _ in range(max(0, len(self._models) - n_kept))]
+        for model in evicted:
+            _close(model)
+
+
+def _close(model: LoadedModel) -> None:
+    """Close a model that nobody asked to close: what goes wrong is not the fault of whoever loads the next."""
+    with model.lock:
+        try:
             model.close()
+        except Exception:
+            logger.warning("a model could not be closed", exc_info=True)
 
 
 models = ModelCache()

@@ -20,24 +20,26 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
-from distributed import Client, Scheduler
+from distributed import Client, Scheduler, Status
 from distributed.deploy.spec import SpecCluster
 
 from daskinfer import device as device_room
 from daskinfer.device import Device
 from daskinfer.errors import ClusterError, DaskInferError, OptionError
 from daskinfer.model import SCRATCH_VARIABLE
-from daskinfer.nanny_process import NannyProcess
+from daskinfer.nanny_process import NannyProcess, kill
 from daskinfer.worker import DEVICE_VARIABLE, THREADS_VARIABLE, UUID_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0  # two workers that import torch need 4 s on 2 idle cores; the rest is for machines under load
 CLOSE_SECONDS = 20.0
+POLL_SECONDS = 0.01
 # Left to the client and the scheduler; arbitrary.
 CLIENT_MEMORY_SHARE = 0.1
 
@@ -108,12 +111,13 @@ class LocalDeviceCluster:
         memory = _memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
         scratch = tempfile.mkdtemp(prefix="daskinfer-")
         start = Start(memory, scratch, dashboard_address, start_timeout)
-        with _environment_kept(), _cleaned_up(self.devices, scratch, start_timeout):
+        with _cleaned_up(self.devices, scratch, start_timeout):
             cluster = _started(self.devices, n_threads, start)
         self._cluster: Any = cluster
         self.close_timeout = close_timeout
         # Also run when the last reference goes, and when the interpreter exits.
-        self._end = weakref.finalize(self, _end, cluster, scratch, close_timeout)
+        self._end = weakref.finalize(self, _end_wherever, cluster, scratch, close_timeout)
+        _open.add(self)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -127,8 +131,15 @@ class LocalDeviceCluster:
 
     @property
     def dashboard_link(self) -> str:
-        """The URL of the dashboard."""
-        return str(self._cluster.dashboard_link)
+        """The URL of the dashboard; empty where there is none."""
+        has_one = self._cluster.scheduler_spec["options"]["dashboard"]
+        return str(self._cluster.dashboard_link) if has_one else ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every device still has its worker, or a nanny that brings it back."""
+        nannies = self._cluster.workers.values()
+        return self._end.alive and len(nannies) == len(self.devices) and all(nanny.running for nanny in nannies)
 
     def get_client(self) -> Client:
         """A new client of this cluster; it becomes the current one."""
@@ -203,44 +214,61 @@ class Start:
         return {
             "host": LOOPBACK,
             "port": 0,
+            "local_directory": self.scratch,
             "dashboard": self.dashboard_address is not None,
-            "dashboard_address": self.dashboard_address,
+            # Without a dashboard the scheduler still serves its health there, by default on every interface.
+            "dashboard_address": self.dashboard_address or f"{LOOPBACK}:0",
             "allowed_failures": 0,
         }
 
 
+class _DeviceSpecCluster(SpecCluster):  # type: ignore[misc]  # distributed ships no annotations
+    def __init__(self, workers: dict[str, Any], start: Start) -> None:
+        with ended_on_failure(self):
+            super().__init__(
+                workers=workers,
+                scheduler={"cls": Scheduler, "options": start.scheduler_options()},
+                name=LocalDeviceCluster.__name__,
+                silence_logs=logging.ERROR,
+            )
+
+
 def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
     """Start the Dask cluster and wait for all its workers."""
+    # Not by the workers' names: Dask forgets a nanny for good once a worker of its name is away for 15 s, and under load a
+    # restart takes longer.
     workers = {
-        d.name: {
+        f"nanny of {d.name}": {
             "cls": NannyProcess,
             "options": {**start.nanny_options(d, n_threads), "environment": {"CUDA_VISIBLE_DEVICES": ""}},
         }
         for d in devices
         if d.kind == "cpu"
     }
-    if len(workers) < len(devices):
+    if len(workers) == len(devices):
+        cluster = _DeviceSpecCluster(workers, start)
+    else:
         from daskinfer import cuda_cluster
 
-        return cuda_cluster.start([d for d in devices if d.kind == "cuda"], workers, start)
-    return SpecCluster(
-        workers=workers,
-        scheduler={"cls": Scheduler, "options": start.scheduler_options()},
-        name=LocalDeviceCluster.__name__,
-        silence_logs=logging.ERROR,
-    )
+        cluster = cuda_cluster.start([d for d in devices if d.kind == "cuda"], workers, start)
+    with contextlib.suppress(ValueError):
+        sys.path.remove(cluster.scheduler.local_directory)  # every server of Dask's puts its folder in front
+    return cluster
 
 
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Leave this process's environment as it was: dask-cuda writes into it."""
-    before = dict(os.environ)
+def ended_on_failure(cluster: Any) -> Iterator[None]:
+    """Where a cluster's constructor fails or is interrupted, end what it has started: nobody else can."""
     try:
         yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if cluster.status is Status.starting:
+                cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
+            kill(_processes(cluster))
+            _end(cluster, CLOSE_SECONDS)
+        cluster.status = Status.closed  # also where it had not got as far as to have anything to close
+        raise
 
 
 @contextlib.contextmanager
@@ -280,27 +308,59 @@ def _memory_limit(asked: int | str, n_workers: int, memory_nbytes: int) -> int:
     return asked
 
 
-def _end(cluster: Any, scratch: str, timeout: float) -> None:
+_open: weakref.WeakSet[LocalDeviceCluster] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    """A forked child has a copy of every cluster, but the workers, sockets and folders are its parent's."""
+    for cluster in list(_open):
+        cluster._end.detach()
+        cluster._cluster.shutdown_on_close = False
+        with contextlib.suppress(AttributeError):  # Dask's own; without it the child removes the scheduler's folder
+            cluster._cluster.scheduler._workdir._finalizer.detach()
+
+
+os.register_at_fork(after_in_child=_disown)
+
+
+def _end_wherever(cluster: Any, scratch: str, timeout: float) -> None:
+    """End the cluster in this thread, unless it is the one that would have to do it meanwhile."""
+    if cluster.called_from_running_loop:
+        # The garbage collector runs wherever it likes; on the event loop, waiting for the loop would never end.
+        threading.Thread(target=_end_wherever, args=(cluster, scratch, timeout), name="daskinfer-end").start()
+        return
+    _end(cluster, timeout)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(cluster: Any, timeout: float) -> None:
     """Close in time, then end what is left of our own processes."""
-    left = [process for worker in cluster.workers.values() for process in _processes(worker.pids())]
     deadline = time.monotonic() + timeout
+    processes = _processes(cluster)
     try:
         cluster.close(timeout=timeout)
     except Exception as error:
         logger.warning("the cluster did not close within %g s (%r); its processes are killed", timeout, error)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if time.monotonic() < deadline:
-                with contextlib.suppress(psutil.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-            if process.is_running():
-                process.kill()
-    shutil.rmtree(scratch, ignore_errors=True)
+    _wait_while(lambda: any(map(_runs, processes)), deadline - time.monotonic())
+    kill(processes)
+    if cluster.status is not Status.closed:
+        cluster.status = Status.running  # it gave up half-way, and would wait for itself
+        with contextlib.suppress(Exception):
+            cluster.close(timeout=CLOSE_SECONDS)
 
 
-def _processes(pids: Sequence[int]) -> list[psutil.Process]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(pid))
-    return found
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while condition() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _processes(cluster: Any) -> list[psutil.Process]:
+    return [process for nanny in list(getattr(cluster, "_created", ())) for process in nanny.processes()]
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process is still there; one that only waits for init to take note is not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False

@@ -7,11 +7,13 @@ variables. Its own memory limit would divide the host's memory by the GPU worker
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from daskinfer.cluster import LOOPBACK, Start
+from daskinfer.cluster import LOOPBACK, Start, ended_on_failure
 from daskinfer.device import Device
 from daskinfer.errors import MissingExtra
 from daskinfer.nanny_process import NannyProcess
@@ -26,40 +28,63 @@ except ImportError as error:
 
 
 def start(gpus: Sequence[Device], cpu_workers: dict[str, Any], with_: Start) -> Any:
-    """Start a LocalCUDACluster of ``gpus`` and let ``cpu_workers`` (worker specs by name) join it."""
-    cluster = _DeviceCUDACluster(gpus, with_)
-    # Not through scale(): on such a cluster it drops workers that it did not name.
-    cluster.worker_spec.update({name: cluster.beside(spec) for name, spec in cpu_workers.items()})
+    """Start a LocalCUDACluster of ``gpus`` and ``cpu_workers`` (worker specs by name)."""
+    with _environment_kept():
+        return _DeviceCUDACluster(gpus, cpu_workers, with_)
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Leave this process's environment as it was: dask-cuda writes into it."""
+    before = dict(os.environ)
     try:
-        cluster.sync(cluster._correct_state)
-    except BaseException:
-        cluster.close()
-        raise
-    return cluster
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda ships no annotations
-    def __init__(self, gpus: Sequence[Device], with_: Start) -> None:
+    def __init__(self, gpus: Sequence[Device], cpu_workers: dict[str, Any], with_: Start) -> None:
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
+        self._cpu_workers = cpu_workers
         self._with = with_
-        super().__init__(
-            CUDA_VISIBLE_DEVICES=[gpu.uuid for gpu in gpus],
-            memory_limit=with_.memory_limit,
-            local_directory=with_.scratch,
-            host=LOOPBACK,
-            dashboard_address=with_.dashboard_address,
-            scheduler_kwargs=with_.scheduler_options(),
-            name="LocalDeviceCluster",
-            silence_logs=logging.ERROR,
-        )
+        with ended_on_failure(self):
+            super().__init__(
+                CUDA_VISIBLE_DEVICES=[gpu.uuid for gpu in gpus],
+                n_workers=len(gpus) + len(cpu_workers),
+                memory_limit=with_.memory_limit,
+                local_directory=with_.scratch,
+                host=LOOPBACK,
+                dashboard_address=with_.dashboard_address,
+                scheduler_kwargs=with_.scheduler_options(),
+                name="LocalDeviceCluster",
+                silence_logs=logging.ERROR,
+            )
+
+    def scale(self, n: int = 0, memory: Any = None, cores: Any = None) -> Any:
+        """Write the specs that dask-cuda's constructor asks for, and no more: it starts them itself right afterwards.
+
+        Dask's own would start them from a callback, where what goes wrong is logged and not raised.
+        """
+        if n <= len(self.worker_spec):
+            return super().scale(n, memory, cores)
+        while len(self.worker_spec) < n:
+            self.worker_spec.update(self.new_worker_spec())
+        return None
 
     def new_worker_spec(self) -> dict[str, Any]:
+        """dask-cuda's spec of the next GPU with what is ours, then the CPU workers', so that all start at once."""
+        if self._gpus.keys() <= self.worker_spec.keys():
+            name = next(name for name in self._cpu_workers if name not in self.worker_spec)
+            return {name: self._beside(self._cpu_workers[name])}
         ((uuid, spec),) = super().new_worker_spec().items()
         theirs, ours = spec["options"], self._with.nanny_options(self._gpus[uuid], n_threads=1)
         both = {"preload": theirs["preload"] + ours["preload"], "env": {**theirs["env"], **ours["env"]}}
         return {uuid: {"cls": NannyProcess, "options": {**theirs, **ours, **both}}}
 
-    def beside(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """The spec of a CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""
+    def _beside(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """A CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""
         shared = {name: self.new_spec["options"][name] for name in ("security", "protocol", "config")}
         return {**spec, "options": {**shared, **spec["options"]}}

@@ -62,10 +62,10 @@ class ModelError(DaskInferError, ValueError):
 
 
 class PlanError(DaskInferError, ValueError):
-    """Why a plan cannot work; ``reasons`` holds each as a sentence."""
+    """Why a plan cannot work; ``reasons`` holds each as a sentence, and a single one may be given as it is."""
 
-    def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__(tuple(reasons))
+    def __init__(self, reasons: str | Sequence[str]) -> None:
+        super().__init__((reasons,) if isinstance(reasons, str) else tuple(reasons))
 
     @property
     def reasons(self) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ import numpy as np
 from dask.layers import ArraySliceDep
 
 from daskinfer.cache import models
+from daskinfer.errors import ChunkError
 from daskinfer.io import Target
 from daskinfer.model import PackedModel, Recipe
 from daskinfer.options import Options
 from daskinfer.packed import ByValue
-from daskinfer.probe import Promise
+from daskinfer.probe import Promise, given_promise
 from daskinfer.records import Receipt
 from daskinfer.runner import Array, Job, run_chunk
 from daskinfer.worker import seat
@@ -47,6 +48,7 @@ def block(*args: Any, recipe: Recipe, job: Job) -> Block:
     if where.start == where.stop:
         assert job.outputs is not None  # found out before a graph is built
         return Block([output.copy() for output in job.outputs], None)
+    _check_rows(job, rows, where)
     here = seat()
     with here.threads():
         model = models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
@@ -55,13 +57,23 @@ def block(*args: Any, recipe: Recipe, job: Job) -> Block:
     return Block(answer.arrays, receipt)
 
 
+def _check_rows(job: Job, rows: Sequence[Array], where: slice) -> None:
+    for name, port in zip(job.ports.names, rows, strict=True):
+        if len(port) != where.stop - where.start:
+            raise ChunkError(
+                f"rows {where.start}:{where.stop}: the dask array of {name} computed {len(port)} rows there; its chunks "
+                "have to say what they hold. Mend them, or call .compute_chunk_sizes() on it."
+            )
+
+
 def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
     """The private array of blocks: 1-d, dtype object, one element per chunk of the ports' first axis.
 
     Parameters
     ----------
     ports
-        One dask array per port, all with the same chunks on axis 0; chunks on later axes are put together.
+        One dask array per port, all with the same chunks on axis 0; chunks on later axes are put together. A 1-d array of
+        dtype object holds whole rows.
     recipe, job
         The network and how it is run.
     """
@@ -73,7 +85,7 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
         *packed,
         ArraySliceDep((row_chunks,)),
         recipe=_as_node(recipe),
-        job=replace(job, options=_by_value(job.options)),
+        job=replace(job, options=_to_travel(job.options)),
         dtype=object,
         meta=np.empty(0, dtype=object),
         token="infer",
@@ -140,10 +152,15 @@ def _whole(rows: Array) -> Array:
     return rows
 
 
-def _by_value(options: Options) -> Options:
-    """Let the functions among the options reach workers that cannot import them."""
-    before, after = options.preprocess, options.postprocess
-    return replace(options, preprocess=before and ByValue(before), postprocess=after and ByValue(after))
+def _to_travel(options: Options) -> Options:
+    """Let the functions among the options reach workers that cannot import them, and no row of ``output`` travel."""
+    before, after, output = options.preprocess, options.postprocess, options.output
+    return replace(
+        options,
+        preprocess=before and ByValue(before),
+        postprocess=after and ByValue(after),
+        output=None if output is None else given_promise(output).empty(),
+    )
 
 
 def _as_node(recipe: Recipe) -> Any:

@@ -17,16 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import torch
 
 from daskinfer.errors import InputError
-from daskinfer.io import open_source
+from daskinfer.io import Source, open_source
 from daskinfer.runner import Array, numpy_of
 from daskinfer.structure import Ports
 
 _NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
+# Python's numbers have no precision of their own: read as torch reads them.
+_PLAIN = {"float64": np.float32, "complex128": np.complex64}
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,22 @@ class Inputs:
         return tuple(f"{n}: {tuple(a.shape)} {a.dtype}" for n, a in zip(self.ports.names, self.arrays, strict=True))
 
     def cut(self, row_chunks: Sequence[int]) -> list[da.Array]:
-        """One dask array per port, cut into these chunks; a file is read chunk by chunk where it is needed."""
+        """One dask array per port, cut into these chunks; a file is read chunk by chunk where it is needed.
+
+        A file's is 1-d, of dtype object, and its chunks are the rows, (n, ...): taking the later axes off afterwards would
+        be a task more per chunk.
+        """
         return [_cut(array, tuple(row_chunks)) for array in self.arrays]
 
 
 def _array(name: str, value: Any) -> Any:
     array = _as_array(name, value)
-    if array.ndim == 0:
-        raise InputError(f"{name} is 0-d; its first axis has to be the examples'. Pass {name}[None] for one example.")
     if array.dtype.kind not in _NUMBERS:
         raise InputError(
             f"{name} holds {array.dtype}; numbers are needed (bool, int, float or complex). Convert it, or encode it first."
         )
+    if array.ndim == 0:
+        raise InputError(f"{name} is 0-d; its first axis has to be the examples'. Pass {name}[None] for one example.")
     if isinstance(array, da.Array) and any(np.isnan(size) for axis in array.chunks for size in axis):
         raise InputError(
             f"{name} is a dask array with unknown chunks; where each row lies has to be known. "
@@ -114,17 +121,29 @@ def _as_array(name: str, value: Any) -> Any:
         return open_source(value)
     if isinstance(value, da.Array):
         return value
-    if isinstance(value, np.ndarray):
-        return np.asarray(value)  # a memmap as a view: a memmap itself is pickled whole with every chunk
-    if isinstance(value, torch.Tensor):
-        return numpy_of(value)
+    _refuse_hidden(name, value)
     try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"{name} cannot be read as an array: {error}. Its rows have to have one shape.") from error
-    # Python's floats have no precision of their own; torch reads them as float32 too.
-    plain = isinstance(value, list) and array.dtype == np.float64 and not _holds_arrays(value)
-    return array.astype(np.float32) if plain else array
+        # Of a memmap, a view: a memmap itself is pickled whole with every chunk.
+        array = numpy_of(value) if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{name} cannot be read as an array: {str(error).rstrip('.')}. Its rows have to be numbers in one shape; "
+            "convert it first."
+        ) from error
+    if array.dtype.name not in _PLAIN or not isinstance(value, list) or _holds_arrays(value):
+        return array
+    return array.astype(_PLAIN[array.dtype.name])
+
+
+def _refuse_hidden(name: str, value: Any) -> None:
+    """Refuse what NumPy would take at a price: dask values would be computed here, a mask would be dropped."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"{name} is a masked array; a network sees no mask. Pass {name}.filled(…).")
+    if any(dask.is_dask_collection(item) for item in (value if isinstance(value, list) else [value])):
+        raise InputError(
+            f"{name} is or holds a dask {type(value).__name__}; one dask array is needed. "
+            "Pass its .data, .to_dask_array(lengths=True) or dask.array.stack(…)."
+        )
 
 
 def _holds_arrays(value: list[Any]) -> bool:
@@ -143,13 +162,25 @@ def _check_lengths(ports: Ports, arrays: Sequence[Any]) -> None:
 def _cut(array: Any, row_chunks: tuple[int, ...]) -> da.Array:
     if isinstance(array, da.Array):
         return array if array.chunks[0] == row_chunks else array.rechunk({0: row_chunks})
-    chunks = (row_chunks, *((size,) for size in array.shape[1:]))
     # No name from the content: hashing an array costs more than cutting it.
+    if not isinstance(array, np.ndarray):
+        meta = np.empty(0, object)
+        return da.from_array(_Rows(array), chunks=(row_chunks,), name=False, inline_array=True, asarray=False, meta=meta)
+    chunks = (row_chunks, *((size,) for size in array.shape[1:]))
     return da.from_array(
-        array,
-        chunks=chunks,
-        name=False,
-        inline_array=True,
-        asarray=False,
-        meta=np.empty((0,) * array.ndim, array.dtype),
+        array, chunks=chunks, name=False, inline_array=True, asarray=False, meta=np.empty((0,) * array.ndim, array.dtype)
     )
+
+
+class _Rows:
+    """A source as a 1-d array whose elements are whole rows."""
+
+    dtype = np.dtype(object)
+    ndim = 1
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.shape = source.shape[:1]
+
+    def __getitem__(self, index: Any) -> Array:
+        return self._source[index]

@@ -31,6 +31,7 @@ class KeptCluster:
         self.idle_seconds = idle_seconds
         self._lock = threading.Lock()
         self._current: _Started | None = None
+        self._of_parent: _Started | None = None
 
     @contextlib.contextmanager
     def client(self, devices: Sequence[str]) -> Iterator[Client]:
@@ -49,9 +50,9 @@ class KeptCluster:
                 started.retire()
 
     def forget(self) -> None:
-        """After a fork: the parent's cluster is not the child's."""
+        """After a fork: the parent's cluster is not the child's, and the client's end would be told to its scheduler."""
         self._lock = threading.Lock()
-        self._current = None
+        self._of_parent, self._current = self._current, None
 
     def _enter(self, devices: tuple[str, ...]) -> _Started:
         with self._lock:
@@ -93,8 +94,8 @@ class _Started:
             raise
 
     def alive(self) -> bool:
-        """Whether the cluster can still be used; a user may have ended it from the dashboard."""
-        return bool(self.client.status == "running")
+        """Whether the cluster can still be used; the scheduler or a nanny may have been ended by others."""
+        return self.client.status == "running" and self.cluster.whole
 
     def enter(self) -> None:
         self.n_users += 1
@@ -124,8 +125,10 @@ class _Started:
     def _end_if_unused(self) -> None:
         if self._retired and self.n_users == 0:
             self._stop_clock()
-            self.client.close()
-            self.cluster.close()
+            try:
+                self.client.close()
+            finally:
+                self.cluster.close()
 
 
 kept = KeptCluster()

@@ -16,16 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import os
+import pkgutil
+import reprlib
 import tempfile
 import threading
+import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
+import safetensors.torch
 import torch
+from torch.export.passes import move_to_device_pass
 
 from daskinfer import fingerprint as fingerprints
 from daskinfer import packed
@@ -52,7 +57,10 @@ class LoadedModel:
     def of(cls, network: Any, device: torch.device) -> LoadedModel:
         """Put a network that nobody else uses onto ``device``."""
         if isinstance(network, torch.nn.Module):
-            return cls(network.eval().requires_grad_(False).to(device), device, takes_tensors=True)
+            network.eval()  # one by one: a network's own train() often forgets to return it
+            network.requires_grad_(False)
+            network.to(device)
+            return cls(network, device, takes_tensors=True)
         if hasattr(network, "load"):
             network.load(str(device))
         return cls(network, device, takes_tensors=False, on_close=getattr(network, "close", None))
@@ -96,17 +104,18 @@ class Model:
         ``close()``; a path to weights (``.safetensors``, or a state dict in ``.pt``/``.pth``), which needs ``factory``;
         a path to a ``.pt2`` program of ``torch.export``; or ``"pkg.mod:make"``, a factory that is called for it.
     factory
-        Makes the network that the weights of ``source`` are loaded into: ``"pkg.mod:make"`` or the function itself.
+        Makes the network that the weights of ``source`` are loaded into, a new one at each call: ``"pkg.mod:make"`` or
+        the function itself. None: ``source`` is no weights file.
     kwargs
         Keywords for the factory. None: none.
     version
-        Says which network this is, in place of reading its content; for those whose content cannot be read stably.
-        None: the content is read.
+        Says which network this is, for those whose content cannot be read stably. None: the content is read.
 
     Raises
     ------
     ModelError
-        When it is used, if it cannot be found, imported or loaded. Making a Model touches nothing.
+        When it is used, if it cannot be found, imported or loaded, or if ``factory`` or ``kwargs`` are given to a source
+        that has no use for them. Making a Model touches nothing.
 
     Examples
     --------
@@ -127,49 +136,79 @@ class Model:
     @property
     def name(self) -> str:
         """A short name for tables and logs."""
-        if isinstance(self.source, str | os.PathLike):
-            return Path(self.source).name
-        return getattr(self.source, "__name__", type(self.source).__name__)
+        is_path = isinstance(self.source, str | os.PathLike)
+        return Path(self.source).name if is_path else getattr(self.source, "__name__", type(self.source).__name__)
 
     def recipe(self) -> Recipe:
         """What travels to the workers."""
         if isinstance(self.source, str | os.PathLike):
             return self._from_reference(os.fspath(self.source))
-        if not callable(self.source):
+        self._takes_none("factory", "kwargs")
+        if not callable(self.source) or isinstance(self.source, type | torch.export.ExportedProgram):
+            what = f"class {self.name}" if isinstance(self.source, type) else self.name
             raise ModelError(
-                f"the model is a {type(self.source).__name__}, which cannot be called; allowed are an nn.Module, a "
-                "function of arrays, an object with load(device) and __call__(batch), a path, and 'pkg.mod:make'. "
-                "Pass one of these."
+                f"the model is a {what}, which cannot be called on arrays; allowed are an nn.Module, a function, an "
+                "object with load(device) and __call__(batch), a path (a program's is .pt2), and 'pkg.mod:make'. Pass one."
             )
-        return PackedModel(packed.pack(self.source), self.version)
+        return PackedModel(packed.pack(self.source), version=self.version)
 
     def _from_reference(self, source: str) -> Recipe:
         suffix = Path(source).suffix.lower()
-        kwargs = dict(self.kwargs or {})
         if suffix in _WEIGHTS_READERS:
             if self.factory is None:
                 raise ModelError(
                     f"{source} holds weights only; a factory has to make the network that takes them. "
                     "Pass Model(…, factory='pkg.mod:make'), or --factory pkg.mod:make."
                 )
-            factory = self.factory if isinstance(self.factory, str) else packed.pack(self.factory)
-            return WeightsFile(_existing(source), FactoryCall(factory, kwargs), self.version)
+            return WeightsFile(*_found(source), FactoryCall.of(self, self.factory), version=self.version)
+        self._takes_none("factory")
         if suffix == ".pt2":
-            return ProgramFile(_existing(source), self.version)
+            self._takes_none("kwargs")
+            return ProgramFile(*_found(source), version=self.version)
         if ":" in source:
-            return FactoryCall(source, kwargs, self.version)
+            return FactoryCall.of(self, source)
         raise ModelError(
             f"the model {source!r} is neither a file ending in {', '.join([*_WEIGHTS_READERS, '.pt2'])} nor a factory as "
             "'pkg.mod:make'. Pass one of these."
         )
 
+    def _takes_none(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                allowed = "factory= goes with a file of weights, kwargs= with a factory"
+                raise ModelError(f"the model {self.name} was given {name}=; {allowed}. Leave {name}= out.")
+
 
 @dataclass(frozen=True)
-class PackedModel:
+class _Loading(ABC):
+    """Loads, or reads for the fingerprint, what ``_network`` gives, new at each call; ``_what`` names it in messages."""
+
+    version: str | None = field(default=None, kw_only=True)
+
+    def load(self, device: torch.device) -> LoadedModel:
+        with _said_of(self._what):
+            return LoadedModel.of(self._network(), device)
+
+    def fingerprint(self) -> str:
+        if self.version is not None:
+            return _digest("version", str(self.version))
+        with _said_of(self._what):
+            return fingerprints.fingerprint(self._network())
+
+    @abstractmethod
+    def _network(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def _what(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class PackedModel(_Loading):
     """A network in memory, packed; it carries its own bytes until it is shipped as a file."""
 
     packed: packed.Packed
-    version: str | None = None
+    _what = "the model"
 
     @property
     def key(self) -> str:
@@ -179,11 +218,8 @@ class PackedModel:
     def nbytes(self) -> int:
         return self.packed.nbytes
 
-    def load(self, device: torch.device) -> LoadedModel:
-        return LoadedModel.of(self.packed.unpack(), device)
-
-    def fingerprint(self) -> str:
-        return _versioned(self.version) or fingerprints.fingerprint(self.packed.unpack())
+    def _network(self) -> Any:
+        return self.packed.unpack()
 
 
 @dataclass(frozen=True)
@@ -204,101 +240,98 @@ class ShippedModel:
 
 
 @dataclass(frozen=True)
-class FactoryCall:
-    """A factory as ``"pkg.mod:make"``, or packed, and its keywords."""
+class FactoryCall(_Loading):
+    """A factory as ``"pkg.mod:make"``, or packed, and its packed keywords; ``call`` is how messages show it."""
 
     factory: str | packed.Packed
-    kwargs: dict[str, Any]
-    version: str | None = None
+    kwargs: packed.Packed
+    call: str
+    nbytes = 0
+
+    @classmethod
+    def of(cls, model: Model, factory: str | Callable[..., Any]) -> FactoryCall:
+        """Pack what cannot travel by name, so that no call sees what the caller or another call did to it."""
+        kwargs = dict(model.kwargs or {})
+        name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", type(factory).__name__)
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in kwargs.items())
+        by_name = factory if isinstance(factory, str) else packed.pack(factory, "the factory")
+        return cls(by_name, packed.pack(kwargs, "the factory's kwargs"), f"{name}({given})", version=model.version)
 
     @property
     def key(self) -> str:
         made_by = self.factory if isinstance(self.factory, str) else self.factory.key
-        return _digest("factory", made_by, repr(sorted(self.kwargs.items())))
+        return _digest("factory", made_by, self.kwargs.key)
 
     @property
-    def nbytes(self) -> int:
-        return 0
+    def _what(self) -> str:
+        return f"the network of the factory {self.call}"
 
-    def make(self) -> Any:
-        """Import the factory and call it."""
+    def _network(self) -> Any:
         factory = _import(self.factory) if isinstance(self.factory, str) else self.factory.unpack()
-        with _said_of(f"what {self._name} makes of {self.kwargs}"):
-            return factory(**self.kwargs)
-
-    @property
-    def _name(self) -> str:
-        return f"the factory {self.factory!r}" if isinstance(self.factory, str) else "the factory"
-
-    def load(self, device: torch.device) -> LoadedModel:
-        made = self.make()
+        made = factory(**self.kwargs.unpack())
         if not callable(made):
             raise ModelError(
-                f"{self._name} returned a {type(made).__name__}; it has to return an nn.Module, a "
+                f"the factory {self.call} returned a {type(made).__name__}; it has to return an nn.Module, a "
                 "function of arrays or an object with load(device) and __call__(batch). Change what it returns."
             )
-        return LoadedModel.of(made, device)
-
-    def fingerprint(self) -> str:
-        return _versioned(self.version) or fingerprints.fingerprint(self.make())
+        return made
 
 
 @dataclass(frozen=True)
-class WeightsFile:
-    """A state dict in a file, and the factory of the network that takes it."""
+class WeightsFile(_Loading):
+    """A state dict in a file, and the factory of the network that takes it; ``state`` is the file's when it was found."""
 
     path: str
+    state: str
+    nbytes: int
     factory: FactoryCall
-    version: str | None = None
 
     @property
     def key(self) -> str:
-        return _digest("weights", _file_state(self.path), self.factory.key)
+        return _digest("weights", self.state, self.factory.key)
 
     @property
-    def nbytes(self) -> int:
-        return os.stat(self.path).st_size
+    def _what(self) -> str:
+        return f"the network of the factory {self.factory.call} with the weights in {self.path}"
 
-    def load(self, device: torch.device) -> LoadedModel:
-        network = self.factory.make()
+    def _network(self) -> torch.nn.Module:
+        network = self.factory._network()
         if not isinstance(network, torch.nn.Module):
             raise ModelError(
-                f"{self.factory._name} returned a {type(network).__name__}; weights can only be loaded "
+                f"the factory {self.factory.call} returned a {type(network).__name__}; weights can only be loaded "
                 "into an nn.Module. Change what it returns, or drop the weights file."
             )
-        with _said_of(f"the weights in {self.path}"):
-            network.load_state_dict(_WEIGHTS_READERS[Path(self.path).suffix.lower()](self.path), strict=True)
-        return LoadedModel.of(network, device)
-
-    def fingerprint(self) -> str:
-        return _versioned(self.version) or _digest("weights", _file_digest(self.path), self.factory.fingerprint())
+        weights = _WEIGHTS_READERS[Path(self.path).suffix.lower()](self.path)
+        network.load_state_dict(_with_tied(weights, network), strict=True)
+        return network
 
 
 @dataclass(frozen=True)
-class ProgramFile:
-    """A program of ``torch.export`` in a ``.pt2`` file."""
+class ProgramFile(_Loading):
+    """A program of ``torch.export`` in a ``.pt2`` file; ``state`` is the file's when it was found."""
 
     path: str
-    version: str | None = None
+    state: str
+    nbytes: int
 
     @property
     def key(self) -> str:
-        return _digest("program", _file_state(self.path))
+        return _digest("program", self.state)
 
     @property
-    def nbytes(self) -> int:
-        return os.stat(self.path).st_size
+    def _what(self) -> str:
+        return f"the program in {self.path}"
 
     def load(self, device: torch.device) -> LoadedModel:
-        from torch.export.passes import move_to_device_pass
-
-        with _said_of(f"the program in {self.path}"):
-            program = move_to_device_pass(torch.export.load(self.path), device)
+        with _said_of(self._what):
             # An exported module has no eval(): what it does was fixed when it was exported.
-            return LoadedModel(program.module(), device, takes_tensors=True)
+            network = move_to_device_pass(torch.export.load(self.path), device).module().requires_grad_(False)
+            return LoadedModel(network, device, takes_tensors=True)
 
-    def fingerprint(self) -> str:
-        return _versioned(self.version) or _digest("program", _file_digest(self.path))
+    def _network(self) -> list[Any]:
+        """What the fingerprint reads: the file's bytes differ from save to save."""
+        program = torch.export.load(self.path)
+        return [program.graph_module.code, str(program.graph_signature), program.state_dict, program.constants]
 
 
 def shipped_path(name: str) -> str:
@@ -312,46 +345,40 @@ def as_model(model: Any) -> Model:
     return model if isinstance(model, Model) else Model(model)
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    # Files from before torch 1.6 are no zip archives, and cannot be mapped.
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
 
 
 _WEIGHTS_READERS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
-    ".safetensors": _read_safetensors,
-    ".pt": _read_state_dict,
-    ".pth": _read_state_dict,
+    ".safetensors": safetensors.torch.load_file,
+    **dict.fromkeys((".pt", ".pth"), _read_state_dict),
 }
 
 
-def _import(reference: str) -> Callable[..., Any]:
-    module, _, name = reference.partition(":")
+def _with_tied(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Add the second names of tied weights: safetensors stores one of them only."""
+    own = network.state_dict(keep_vars=True)
+    known = {id(own[name]): tensor for name, tensor in weights.items() if name in own}
+    return {**{name: known[id(tensor)] for name, tensor in own.items() if id(tensor) in known}, **weights}
+
+
+def _import(reference: str) -> Any:
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        return pkgutil.resolve_name(reference)
+    except Exception as error:  # importing runs the module, which may raise anything
         raise ModelError(
-            f"the factory {reference!r} cannot be imported ({error}); it has to be 'package.module:name' of something "
-            "that every worker can import. Correct the name, or put its folder on PYTHONPATH."
+            f"the factory {reference!r} cannot be imported ({type(error).__name__}: {error}); it has to be "
+            "'package.module:name' of what every worker can import. Correct the name, or put its folder on PYTHONPATH."
         ) from error
-    if not callable(found):
-        raise ModelError(
-            f"the factory {reference!r} is a {type(found).__name__}; it has to be a function or a class. "
-            "Name one that makes the network."
-        )
-    return cast("Callable[..., Any]", found)
 
 
-def _existing(path: str) -> str:
+def _found(path: str) -> tuple[str, str, int]:
+    """The whole path of a file, its state (another for another file that lies there later) and its size in bytes."""
     if not os.path.isfile(path):
         raise ModelError(f"the model file {path!r} does not exist; a readable file is needed. Correct the path.")
-    return os.path.abspath(path)
+    state, path = os.stat(path), os.path.abspath(path)
+    return path, f"{path} {state.st_size} {state.st_mtime_ns}", state.st_size
 
 
 @contextlib.contextmanager
@@ -359,26 +386,14 @@ def _said_of(thing: str) -> Iterator[None]:
     """Add the name of what was being loaded to whatever goes wrong meanwhile."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{thing} cannot be loaded: {type(error).__name__}: {error}. It has to load on every worker. "
-            "Check that file and factory belong together."
+            "Correct the file, or what makes the network."
         ) from error
-
-
-def _versioned(version: str | None) -> str | None:
-    return None if version is None else _digest("version", version)
 
 
 def _digest(*words: str) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()
-
-
-def _file_state(path: str) -> str:
-    state = os.stat(path)
-    return f"{path} {state.st_size} {state.st_mtime_ns}"
-
-
-def _file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

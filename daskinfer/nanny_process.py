@@ -2,12 +2,12 @@
 
 Dask's own clusters start workers by multiprocessing from the client. That re-imports the user's script, which then needs a
 ``__main__`` guard (without one: 194 log lines and a hang), and it leaves the nanny's environment in the client. So each
-worker gets a plain Python that runs its Nanny (``python -m daskinfer.nanny_process``), whose options come over its standard
-input, and GPUs take the same way: no script of the user is ever imported again (this replaces the exit that decision 9
-asked for where there are GPUs).
+worker gets a plain Python that runs its Nanny, whose module path and options come over its standard input, and GPUs take
+the same way: no script of the user is ever imported again (this replaces the exit that decision 9 asked for where there
+are GPUs).
 
 The pipe stays open as long as the client lives. When the client ends, however it ends, the pipe does too, and nanny and
-worker exit with it.
+worker exit with it. Ctrl-C does not reach them: they are a process group of their own, and the client decides.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
@@ -28,7 +29,18 @@ import psutil
 from distributed import Nanny
 from distributed.deploy.spec import ProcessInterface
 
-_READY = "daskinfer-worker-ready"
+# A worker that is not in the middle of a chunk ends within 1 s, most of it torch's clean-up (measured); one that is may
+# take this long.
+GRACE_SECONDS = 3.0
+
+# The client's module path comes first of all: started by "-m", a random.py in the working directory would be imported in
+# place of Python's, although the client's own path does not hold that directory.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline() or 'null') or sys.path; "
+    "from daskinfer.nanny_process import main; main()"
+)
+_LENGTH_NBYTES = 8
+_CURRENT_CLIENT = "scheduler"  # what a current Client sets in the configuration: not for the workers of another cluster
 
 
 class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships no annotations
@@ -62,28 +74,42 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         self.options = options
         self.process: asyncio.subprocess.Process | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether the process is there; its worker may be on its way back."""
+        return self.process is not None and self.process.returncode is None
+
     async def start(self) -> None:
         """Start the process and wait until its worker has joined the scheduler."""
+        message = self._message()
         environment = {**os.environ, **self.environment}
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "daskinfer.nanny_process",
+            "-P",
+            "-c",
+            _START,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: value for name, value in environment.items() if value is not None},
+            process_group=0,
         )
         assert self.process.stdin is not None
-        message = cloudpickle.dumps(
-            {"scheduler": self.scheduler, "options": self.options, "path": sys.path, "config": dask.config.config}
-        )
-        self.process.stdin.write(len(message).to_bytes(8, "little") + message)
+        self.process.stdin.write(message)
         try:
             await asyncio.wait_for(self._ready(), self.start_timeout)
+        except TimeoutError:
+            await self.close()
+            raise RuntimeError(f"the worker {self.name} was not there within {self.start_timeout:g} s") from None
         except BaseException:
             await self.close()
             raise
         await super().start()
+
+    def _message(self) -> bytes:
+        config = {key: value for key, value in dask.config.config.items() if key != _CURRENT_CLIENT}
+        content = cloudpickle.dumps({"scheduler": self.scheduler, "options": self.options, "config": config})
+        path = json.dumps([str(entry) for entry in sys.path]).encode()
+        return path + b"\n" + len(content).to_bytes(_LENGTH_NBYTES, "little") + bytes(content)
 
     async def _ready(self) -> None:
         assert self.process is not None and self.process.stdout is not None
@@ -94,70 +120,80 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
     async def close(self) -> None:
         """Ask the nanny to end by closing its input; kill what is left of it after its own grace."""
-        process, self.process = self.process, None
-        if process is not None and process.returncode is None:
-            family = _family(process.pid)
-            assert process.stdin is not None
-            process.stdin.close()
+        if self.process is not None and self.running:
+            family = self.processes()
+            assert self.process.stdin is not None
+            self.process.stdin.close()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), GRACE_SECONDS)
-            _kill(family)
-            await process.wait()
+                await asyncio.wait_for(self.process.wait(), GRACE_SECONDS)
+            kill(family)
+            await self.process.wait()
         await super().close()
 
-    def pids(self) -> list[int]:
-        """Process ids of the nanny and everything that it started."""
-        return [p.pid for p in _family(self.process.pid)] if self.process is not None else []
+    def processes(self) -> list[psutil.Process]:
+        """The nanny's process and everything that it started."""
+        if self.process is None or not self.running:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            nanny = psutil.Process(self.process.pid)
+            return [nanny, *nanny.children(recursive=True)]
+        return []
 
 
-# A worker that is not in the middle of a chunk ends within 0.3 s (measured); one that is may take this long.
-GRACE_SECONDS = 3.0
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
-
-
-def _kill(processes: list[psutil.Process]) -> None:
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill those that are still there, but let Python's tracker of semaphores remove those of the killed and end itself."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                process.kill()
 
 
 async def _serve(scheduler: str, options: dict[str, Any], answers: int) -> None:
     """Run the nanny until the client closes the pipe or the nanny ends."""
     loop = asyncio.get_running_loop()
-    pipe_closed = asyncio.Event()
-    loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(sys.stdin.fileno(), 1) else pipe_closed.set())
-    try:
-        nanny = await Nanny(scheduler, **options)
-    except Exception as error:
+    closed = loop.create_future()
+
+    def end_of_client() -> None:
+        # Nothing more comes over the pipe: that it can be read means that its other end is gone.
+        loop.remove_reader(sys.stdin.fileno())
+        closed.set_result(None)
+
+    loop.add_reader(sys.stdin.fileno(), end_of_client)
+    started = asyncio.ensure_future(_started(scheduler, options))
+    await asyncio.wait([started, closed], return_when=asyncio.FIRST_COMPLETED)
+    if not started.done():
+        return  # a nanny cannot be closed while it starts: main() kills what it started
+    if error := started.exception():
+        while error.__cause__ is not None:  # Dask's own says no more than that the nanny failed to start
+            error = error.__cause__
         os.write(answers, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
         return
+    nanny = started.result()
     os.write(answers, json.dumps({"ready": nanny.worker_address}).encode() + b"\n")
     ended = asyncio.ensure_future(nanny.finished())
-    closed = asyncio.ensure_future(pipe_closed.wait())
     await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
-    loop.remove_reader(sys.stdin.fileno())
-    await nanny.close(timeout=GRACE_SECONDS / 2)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(nanny.close(timeout=GRACE_SECONDS / 2), GRACE_SECONDS)
+
+
+async def _started(scheduler: str, options: dict[str, Any]) -> Nanny:
+    return await Nanny(scheduler, **options)
 
 
 def main() -> None:
     """Read the options from standard input and serve; whatever the worker prints goes to standard error."""
-    # Ctrl-C reaches the whole process group: the client decides when workers end.
+    # Somebody may still send it to every process: the client decides when workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.dup(1)
     os.dup2(2, 1)
-    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
-    message = cloudpickle.loads(sys.stdin.buffer.read(size))
-    sys.path[:] = message["path"]
+    size = int.from_bytes(sys.stdin.buffer.read(_LENGTH_NBYTES), "little")
+    content = sys.stdin.buffer.read(size)
+    if not size or len(content) < size:
+        return  # the client has ended already
+    message = cloudpickle.loads(content)
     dask.config.update(dask.config.config, message["config"])
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    asyncio.run(_serve(message["scheduler"], message["options"], answers))
-
-
-if __name__ == "__main__":
-    main()
+    with asyncio.Runner() as runner:
+        runner.run(_serve(message["scheduler"], message["options"], answers))
+        # Before the runner waits for tasks that wait for these.
+        kill(psutil.Process().children(recursive=True))

@@ -66,7 +66,7 @@ class Options:
     pad: bool = True
 
     def __post_init__(self) -> None:
-        if self.autocast is not None and self.autocast not in _AUTOCAST:
+        if self.autocast is not None and not (isinstance(self.autocast, str) and self.autocast in _AUTOCAST):
             raise OptionError(f"autocast is {self.autocast!r}; it may be 'bf16', 'fp16' or None. Pass one of these.")
         for name in ("preprocess", "postprocess"):
             given = getattr(self, name)
@@ -74,11 +74,7 @@ class Options:
                 raise OptionError(
                     f"{name} is a {type(given).__name__}; it may be a function of arrays or None. Pass a function."
                 )
-        if self.dtype is not None and not isinstance(self.dtype, str | Mapping):
-            raise OptionError(
-                f"dtype is a {type(self.dtype).__name__}; it may be a name such as 'float32', a mapping from port to"
-                " name, or None. Pass the dtype's name."
-            )
+        object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
         if not isinstance(self.pad, bool):
             raise OptionError(f"pad is {self.pad!r}; it may be True or False. Pass one of these.")
 
@@ -87,3 +83,13 @@ class Options:
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(port)
         return self.dtype
+
+
+def _checked_dtype(dtype: Any) -> str | dict[str, str] | None:
+    """A mapping is copied: options do not change once they are made."""
+    names = [*dtype.keys(), *dtype.values()] if isinstance(dtype, Mapping) else [] if dtype is None else [dtype]
+    if all(isinstance(name, str) for name in names):
+        return dict(dtype) if isinstance(dtype, Mapping) else dtype
+    raise OptionError(
+        f"dtype is {dtype!r}; it may be a name such as 'float32', a mapping from port to name, or None. Pass a name."
+    )

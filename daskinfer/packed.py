@@ -11,31 +11,34 @@ again is another network, the same network packed twice is the same key. What mu
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import hashlib
 import io
-import json
 import os
 import pickle
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import safetensors.torch
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from daskinfer.errors import ModelError
 
 _SKELETON = "skeleton"  # the tensor that holds the pickle
-# What safetensors can hold; other tensors stay in the pickle, at the price of a copy.
-_BLOCK_DTYPES = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8}
-    | {torch.uint8, torch.bool}
-)
+# Tensors lie in the block as integers of their size, so that every dtype has a place there.
+_STAND_INS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+_TENSORS = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may hold more than its bytes
+_INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
+_by_value_lock = threading.RLock()  # cloudpickle's registry is the process's; held while something is pickled by value
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Packed:
     def to_bytes(self) -> bytes:
         """One block of bytes, which :func:`from_file` reads back."""
         skeleton = torch.frombuffer(bytearray(self.skeleton), dtype=torch.uint8)
-        return safetensors.torch.save({**self.tensors, _SKELETON: skeleton}, metadata={"key": self.key})
+        return safetensors.torch.save({**self.tensors, _SKELETON: skeleton})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unblock, (self.to_bytes(),)
@@ -64,7 +67,7 @@ class Packed:
         return _Unpickler(self.skeleton, {name: t.clone() for name, t in self.tensors.items()}).load()
 
 
-def pack(network: Any) -> Packed:
+def pack(network: Any, name: str = "the model") -> Packed:
     """Take ``network`` (a module, a function, any object) apart; it stays as it is.
 
     Classes and functions of files that are not installed (a notebook, a script, a file beside it) travel by value.
@@ -72,7 +75,13 @@ def pack(network: Any) -> Packed:
     Raises
     ------
     ModelError
-        Where something in it cannot be pickled.
+        Where something in it cannot be pickled; ``name`` says in the message what was packed.
+
+    Examples
+    --------
+    >>> packed = pack(torch.nn.Linear(2, 3))
+    >>> packed.unpack()
+    Linear(in_features=2, out_features=3, bias=True)
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -81,8 +90,8 @@ def pack(network: Any) -> Packed:
             pickler.dump(network)
     except Exception as error:
         raise ModelError(
-            f"the model ({type(network).__name__}) cannot be sent to workers: {error}. It has to be picklable. "
-            "Keep handles, locks and lambdas out of its attributes, export it by torch.export to a .pt2 file, "
+            f"{name} ({type(network).__name__}) cannot be sent to workers: {error}. It has to be picklable. "
+            "Keep open files, locks and other handles out of its attributes, export it by torch.export to a .pt2 file, "
             "or pass a factory as 'pkg.mod:make'."
         ) from error
     skeleton = buffer.getvalue()
@@ -119,24 +128,65 @@ def _unblock(block: bytes) -> Packed:
     return Packed(_key(skeleton, tensors), skeleton, tensors)
 
 
+class _Place(NamedTuple):
+    """Where a tensor's bytes lie in the block, and what they were; the pickle holds it in the tensor's place."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # as it lies there: the tensor's axes from the largest stride to the smallest
+    axes: tuple[int, ...]  # which of the tensor's axes each of them is
+    is_parameter: bool
+    requires_grad: bool
+
+    def tensor(self, stored: torch.Tensor) -> torch.Tensor:
+        """The tensor again, in the memory that ``stored`` lies in."""
+        order = [self.axes.index(axis) for axis in range(len(self.axes))]
+        tensor = stored.view(self.dtype).reshape(self.shape).permute(order)
+        if self.is_parameter:
+            return torch.nn.Parameter(tensor, self.requires_grad)
+        return tensor.requires_grad_(self.requires_grad)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no annotations
     """Puts tensors aside under a number; the same tensor twice (tied weights) keeps one number."""
 
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer, protocol=5)
         self.tensors: dict[str, torch.Tensor] = {}
-        self._names: dict[int, str] = {}
+        self._places: dict[int, _Place] = {}
         self._kept: list[torch.Tensor] = []  # an id is a tensor's own only while the tensor lives
 
-    def persistent_id(self, thing: Any) -> tuple[str, bool, bool] | None:
-        if type(thing) not in (torch.Tensor, torch.nn.Parameter) or not _fits_block(thing):
+    def persistent_id(self, thing: Any) -> _Place | None:
+        if type(thing) not in _TENSORS or not _fits_block(thing):
             return None
-        if id(thing) not in self._names:
+        if id(thing) not in self._places:
             self._kept.append(thing)
-            self._names[id(thing)] = str(len(self._names))
-            # A copy: safetensors refuses tensors that share memory, and a later change must not reach a packed network.
-            self.tensors[self._names[id(thing)]] = thing.detach().to("cpu", copy=True).contiguous()
-        return self._names[id(thing)], isinstance(thing, torch.nn.Parameter), thing.requires_grad
+            self._places[id(thing)] = self._put(thing)
+        return self._places[id(thing)]
+
+    def _put(self, thing: torch.Tensor) -> _Place:
+        name = str(len(self.tensors))
+        # The order of the axes in memory is kept: a channels-last network computes other last bits, and faster.
+        axes = tuple(sorted(range(thing.dim()), key=thing.stride, reverse=True))
+        # A copy: safetensors refuses tensors that share memory, and a later change must not reach a packed network.
+        stored = thing.detach().permute(axes).to("cpu", copy=True).contiguous().resolve_conj().resolve_neg()
+        self.tensors[name] = stored.reshape(-1).view(_STAND_INS[thing.itemsize])
+        is_parameter = isinstance(thing, torch.nn.Parameter)
+        return _Place(name, thing.dtype, tuple(stored.shape), axes, is_parameter, thing.requires_grad)
+
+    def reducer_override(self, thing: Any) -> Any:
+        if type(thing) in _TENSORS and vars(thing):
+            plain = thing.detach()
+            if isinstance(thing, torch.nn.Parameter):
+                plain = torch.nn.Parameter(plain, thing.requires_grad)
+            return _with_attributes, (plain, vars(thing))
+        if isinstance(thing, torch.nn.Module) and is_parametrized(thing):  # its own way refuses, though all of it can
+            return copyreg.__newobj__, (type(thing),), vars(thing)  # type: ignore[attr-defined]  # not in typeshed
+        if isinstance(thing, functools.cached_property):  # it holds a lock up to Python 3.11
+            return _cached_property, (thing.func, thing.attrname)
+        if isinstance(thing, io.IOBase) and not isinstance(thing, io.BytesIO | io.StringIO):
+            raise pickle.PicklingError(f"it holds an open file ({thing!r})")  # cloudpickle would send what is in it
+        return super().reducer_override(thing)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -147,60 +197,87 @@ class _Unpickler(pickle.Unpickler):
         self._tensors = tensors
         self._made: dict[str, torch.Tensor] = {}
 
-    def persistent_load(self, pid: tuple[str, bool, bool]) -> torch.Tensor:
-        name, is_parameter, requires_grad = pid
-        if name not in self._made:
-            tensor = self._tensors[name]
-            self._made[name] = (
-                torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
-            )
-        return self._made[name]
+    def persistent_load(self, place: _Place) -> torch.Tensor:
+        if place.name not in self._made:
+            self._made[place.name] = place.tensor(self._tensors[place.name])
+        return self._made[place.name]
 
 
 def _fits_block(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.dtype in _BLOCK_DTYPES and tensor.device.type != "meta"
+    """Whether its bytes say all: the others (sparse, quantised, without data, with attributes) are taken apart by pickle."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return dense and tensor.device.type != "meta" and not vars(tensor)
+
+
+def _cached_property(function: Callable[[Any], Any], name: str) -> functools.cached_property[Any]:
+    made = functools.cached_property(function)
+    made.__set_name__(object, name)
+    return made
+
+
+def _with_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
+    vars(tensor).update(attributes)
+    return tensor
 
 
 def _key(skeleton: bytes, tensors: dict[str, torch.Tensor]) -> str:
+    """Read off the bytes; names, dtypes and shapes stand in the skeleton."""
     digest = hashlib.sha256(skeleton)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().data)
     return digest.hexdigest()
 
 
 @contextmanager
 def _own_modules_by_value() -> Iterator[None]:
     """While packing, pickle the classes of modules that a worker may not be able to import by value."""
-    modules = [m for m in list(sys.modules.values()) if is_own(m)]
-    fresh = [m for m in modules if m.__name__ not in cloudpickle.list_registry_pickle_by_value()]
-    for module in fresh:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
+    with _by_value_lock:
+        modules = [module for module in list(sys.modules.values()) if is_own(module)]
+        fresh = [m for m in modules if m.__name__ not in cloudpickle.list_registry_pickle_by_value()]
         for module in fresh:
-            cloudpickle.unregister_pickle_by_value(module)
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            for module in fresh:
+                cloudpickle.unregister_pickle_by_value(module)
 
 
 def is_own(module: object) -> bool:
-    """Whether a module is a user's file: not installed, not the standard library, not this package."""
-    if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in (
-        "__main__",
-        "__mp_main__",
-        "daskinfer",
-    ):
+    """Whether a module is a user's file: not installed, not the standard library, not this package.
+
+    Examples
+    --------
+    >>> is_own(torch)
+    False
+    """
+    if not isinstance(module, ModuleType) or sys.modules.get(module.__name__) is not module:
         return False
-    path = getattr(module, "__file__", None)
-    if not path or sys.modules.get(module.__name__) is not module:
+    path = vars(module).get("__file__")  # not getattr: a module may import others when it is asked for a name
+    if not isinstance(path, str) or module.__name__.partition(".")[0] in ("__main__", "daskinfer"):
         return False
-    return not path.startswith(_INSTALLED) and not os.path.realpath(path).startswith(_INSTALLED)
+    return not path.startswith(_STANDARD_LIBRARY) and not _is_installed(os.path.abspath(path), module.__name__)
 
 
-def _installed_roots() -> tuple[str, ...]:
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    roots = {sysconfig.get_path(name) for name in names} | {sys.prefix, sys.base_prefix, sys.exec_prefix}
-    return tuple(os.path.join(os.path.realpath(root), "") for root in roots)
+def _is_installed(path: str, name: str) -> bool:
+    """Whether the file lies in a folder that an installer fills: by the folder's name, or by what else lies in it."""
+    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
+        return True
+    depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
+    for _ in range(depth):
+        path = os.path.dirname(path)
+    return _holds_distributions(path)
 
 
-_INSTALLED = _installed_roots()
+@functools.cache
+def _holds_distributions(folder: str) -> bool:
+    """Whether ``pip install --target`` or its like was here."""
+    return os.path.isdir(folder) and any(entry.endswith(".dist-info") for entry in os.listdir(folder))
+
+
+def _standard_library() -> tuple[str, ...]:
+    roots = {os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    return tuple(os.path.join(path, "") for root in roots for path in {root, os.path.realpath(root)})
+
+
+_STANDARD_LIBRARY = _standard_library()

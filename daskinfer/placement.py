@@ -80,15 +80,16 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
     DeviceError
         Where a device is unknown, doubled, absent or not drivable, or where both a client and devices are given.
     ClusterError
-        Where the client has no workers.
+        Where the client is closed or asynchronous, or has no workers.
     """
+    automatic = isinstance(devices, str) and devices.strip().lower() == "auto"
     if client is not None:
-        if devices != "auto":
+        if not automatic:
             raise DeviceError(
                 f"devices={devices!r} was given beside client=; a client's devices are its workers. Leave one of them out."
             )
         return _of_client(client)
-    current = _current_client() if devices == "auto" else None
+    current = _current_client() if automatic else None
     if current is not None:
         placement = _of_client(current)
         _warn_of_unused_gpus(placement)
@@ -103,6 +104,9 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
 
 
 def _of_client(client: Client) -> Placement:
+    if client.asynchronous or client.status != "running":
+        state = "asynchronous" if client.asynchronous else client.status
+        raise ClusterError(f"the client is {state}; a running synchronous one is needed. Make one with Client(cluster).")
     found: dict[str, Device] = client.run(worker.describe)
     if not found:
         raise ClusterError(

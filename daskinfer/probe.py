@@ -4,6 +4,7 @@ A ladder, first match wins:
 
 1. ``output=`` says it.
 2. Weights above ``FAKE_ABOVE_NBYTES``, no pre- or postprocessing: fake tensors, which compute shapes only.
+   Only where the input's dtypes are the network's own: fake tensors compute where real ones refuse to mix.
 3. A run of two made-up rows (zeros) on a copy on the CPU, through the same code that runs the chunks.
 4. An error that names ``output=``.
 
@@ -16,17 +17,18 @@ Two rows, not one, since a network that drops the rows' axis, or one exported fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 
-from daskinfer.errors import ChunkError, InputError, ModelError
+from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
 from daskinfer.model import LoadedModel, Recipe
 from daskinfer.options import Options
-from daskinfer.runner import Array, Job, numpy_of, run_chunk
+from daskinfer.runner import Array, Job, numpy_of, precision, run_chunk
 from daskinfer.structure import Ports, Structure, call, flatten
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ class Promise:
         """Bytes of one row of all outputs."""
         return sum(int(np.prod(o.shape[1:])) * o.dtype.itemsize for o in self.outputs)
 
+    def empty(self) -> Any:
+        """An answer to no rows."""
+        return self.structure.rebuild(self.outputs)
+
 
 def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
     """Find out what the answer looks like.
@@ -64,20 +70,24 @@ def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Option
     ------
     InputError
         Where the network does not take the input's dtype but would take its own.
+    OptionError
+        Where ``dtype=`` names a port that there is not, or a dtype that the network cannot be given.
     ModelError
         Where the answer is not arrays of one entry per row, or cannot be found out.
     """
+    _check_ports(ports, options)
     if options.output is not None:
         logger.debug("the answer's shape is given by output=")
-        return _given(options.output)
+        return given_promise(options.output)
     model = recipe.load(torch.device("cpu"))
     try:
-        return _tried(model, ports, rows, options, fake=_pays_to_fake(recipe, model, options))
+        return _tried(model, ports, rows, options, fake=_pays_to_fake(recipe, model, ports, rows, options))
     finally:
         model.close()
 
 
-def _given(output: Any) -> Promise:
+def given_promise(output: Any) -> Promise:
+    """What ``output=`` says, without its rows."""
     try:
         arrays, structure = flatten(output)
     except TypeError as error:
@@ -97,9 +107,17 @@ def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
     return numpy_of(torch.empty(0, dtype=dtype)).dtype if isinstance(dtype, torch.dtype) else np.dtype(dtype)
 
 
-def _pays_to_fake(recipe: Recipe, model: LoadedModel, options: Options) -> bool:
-    plain = options.preprocess is None and options.postprocess is None
-    return plain and model.takes_tensors and recipe.nbytes > FAKE_ABOVE_NBYTES
+def _pays_to_fake(recipe: Recipe, model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> bool:
+    net, plain = model.run, options.preprocess is None and options.postprocess is None
+    if not plain or not isinstance(net, torch.nn.Module) or recipe.nbytes <= FAKE_ABOVE_NBYTES:
+        return False
+    dtypes = [options.cast(name) or port.dtype.name for name, port in zip(ports.names, rows, strict=True)]
+    indexed = any(isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) for part in net.modules())
+    return {*dtypes} <= {*_own_dtypes(net), *(("int32", "int64") if indexed else ())}
+
+
+def _own_dtypes(net: torch.nn.Module) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.is_floating_point()})
 
 
 def _tried(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options, *, fake: bool) -> Promise:
@@ -128,13 +146,13 @@ def _real_run(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: 
 def _fake_run(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), precision(options, "cpu"):
         tensors = [
             torch.empty((N_ROWS, *port.shape[1:]), dtype=_torch_dtype(options.cast(name) or port.dtype.name))
             for name, port in zip(ports.names, rows, strict=True)
         ]
         arrays, structure = flatten(call(model.run, ports.join(tensors)))
-    if any(len(array.shape) == 0 or array.shape[0] != N_ROWS for array in arrays):
+    if not arrays or any(len(array.shape) == 0 or array.shape[0] != N_ROWS for array in arrays):
         raise ValueError("its answer has not one entry per row")  # the real run then says it in full
     return Promise(structure, tuple(np.empty((0, *map(int, a.shape[1:])), _numpy_dtype(a.dtype)) for a in arrays))
 
@@ -145,14 +163,35 @@ def _torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _check_ports(ports: Ports, options: Options) -> None:
+    if not isinstance(options.dtype, Mapping) or options.preprocess is not None:  # preprocess may make ports of its own
+        return
+    if unknown := [name for name in options.dtype if name not in ports.names]:
+        raise OptionError(
+            f"dtype names the port {', '.join(map(repr, unknown))}; the input's are {', '.join(map(repr, ports.names))}. "
+            "Name one of these."
+        )
+
+
 def _refuse_dtype(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> None:
     """Where the network runs once the input has its own dtype, say that this is what to change."""
     if not isinstance(model.run, torch.nn.Module) or options.dtype is not None:
         return
-    for own in sorted({str(p.dtype).removeprefix("torch.") for p in model.run.parameters() if p.is_floating_point()}):
-        try:
-            _real_run(model, ports, rows, replace(options, dtype=own))
-        except ChunkError:
-            continue
-        given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, rows, strict=True))
-        raise InputError(f"{given}, the net is {own}: pass dtype={own!r}")
+    for own in _own_dtypes(model.run):
+        for dtype in _casts(own, ports, rows):
+            try:
+                _real_run(model, ports, rows, replace(options, dtype=dtype))
+            except ChunkError:
+                continue
+            given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, rows, strict=True))
+            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r}")
+
+
+def _casts(own: str, ports: Ports, rows: Sequence[Array]) -> Iterator[str | dict[str, str]]:
+    """Ways to cast the input to ``own``: all ports, then those of fewer and fewer dtypes; a complex one would lose half."""
+    given = {name: port.dtype for name, port in zip(ports.names, rows, strict=True)}
+    castable = {dtype for dtype in given.values() if dtype.kind != "c" and dtype.name != own}
+    for n in range(len(castable), 0, -1):
+        for dtypes in combinations(sorted(castable, key=str), n):
+            names = [name for name, dtype in given.items() if dtype in dtypes]
+            yield own if len(names) == len(given) else dict.fromkeys(names, own)

@@ -15,6 +15,7 @@ model remembers what it could hold. Answers then agree within rounding, and the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskinfer.errors import ChunkError, DaskInferError, ModelError
+from daskinfer.errors import ChunkError, ModelError, OptionError
 from daskinfer.model import LoadedModel
 from daskinfer.options import Options
 from daskinfer.structure import Ports, Structure, call, flatten
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# torch has no class of its own for running out of memory on the CPU.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")
+# torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+_NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,13 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -
     ------
     ModelError
         Where an answer is not arrays with as many rows as went in.
+    OptionError
+        Where the network cannot be given the dtype that was asked for.
     ChunkError
         Where the network fails, or a single row does not fit into memory.
     """
     with model.lock, _said_of_rows(model, start, start + len(rows[0])):
+        rows = [_to_numpy(port) for port in rows]
         began = time.perf_counter()
         batch_size = min(job.batch_size, model.max_batch_size or job.batch_size)
         while True:
@@ -100,8 +105,9 @@ def _shrink(model: LoadedModel, batch_size: int) -> int:
     smaller = batch_size // 2
     logger.warning("%s: out of memory at micro-batch %d; going on with %d", model.device, batch_size, smaller)
     model.max_batch_size = smaller
+    gc.collect()  # a network that catches the error itself leaves its tensors in a cycle of frames
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # pragma: no cover - needs a GPU
     return smaller
 
 
@@ -118,7 +124,7 @@ class _Pass:
     def run(self) -> tuple[list[Array], Structure]:
         for begin, end in self._cells():
             arrays, structure = self._micro_batch(begin, end)
-            self._place(arrays, structure, begin, end)
+            self._place(self._as_promised(arrays), structure, begin, end)
         assert self.structure is not None  # a chunk has rows
         return self.results, self.structure
 
@@ -132,12 +138,7 @@ class _Pass:
 
     def _micro_batch(self, begin: int, end: int) -> tuple[list[Array], Structure]:
         job, n_rows = self.job, end - begin
-        value = job.ports.join([port[begin:end] for port in self.rows])
-        ports = job.ports
-        if job.options.preprocess is not None:
-            value = call(job.options.preprocess, value)
-            ports = Ports.of(value)
-        arrays = [np.asarray(array) for array in ports.split(value)]
+        ports, arrays = self._preprocessed([port[begin:end] for port in self.rows])
         _check_rows(dict(zip(ports.names, arrays, strict=True)), n_rows, "preprocess")
         offset = (self.start + begin) % self.batch_size if job.options.pad else 0
         batch = [
@@ -152,11 +153,23 @@ class _Pass:
         _check_rows(dict(zip(structure.names, answer, strict=True)), n_rows, "postprocess")
         return [_to_numpy(array) for array in answer], structure
 
+    def _preprocessed(self, rows: list[Array]) -> tuple[Ports, list[Array]]:
+        ports = self.job.ports
+        if self.job.options.preprocess is None:
+            return ports, rows
+        # Copies: a function that works in place would write into the caller's array.
+        value = call(self.job.options.preprocess, ports.join([np.array(port) for port in rows]))
+        ports = Ports.of(value)
+        if not ports.names:
+            raise ModelError("preprocess returned no array; one with an entry per row is needed. Return what the net takes.")
+        return ports, [_to_numpy(array) for array in ports.split(value)]
+
     def _batched(self, i: int, name: str, array: Array, offset: int) -> Any:
         """Copy rows to their place in a buffer of the runner's own, and from there onto the device."""
-        cast = self.job.options.cast(name)
+        by_numpy, by_torch = _casts(name, self.job.options.cast(name), for_torch=self.model.takes_tensors)
         size = self.batch_size if self.job.options.pad else len(array)
-        shape, dtype = (size, *array.shape[1:]), _numpy_dtype(cast) or array.dtype
+        # torch takes this machine's byte order only.
+        shape, dtype = (size, *array.shape[1:]), by_numpy or array.dtype.newbyteorder("=")
         buffer = self._buffers.get(i)
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
             buffer = self._buffers[i] = np.empty(shape, dtype)
@@ -167,43 +180,59 @@ class _Pass:
         if not self.model.takes_tensors:
             return buffer
         tensor = torch.from_numpy(buffer).to(self.model.device)
-        return tensor if cast is None else tensor.to(getattr(torch, cast))
+        return tensor if by_torch is None else tensor.to(by_torch)
 
     def _call(self, batch: Any) -> tuple[list[Any], Structure]:
         if not self.model.takes_tensors:
             return _flat(call(self.model.run, batch), "the model")
-        with torch.inference_mode(), self._precision():
+        with torch.inference_mode(), precision(self.job.options, self.model.device.type):
             return _flat(call(self.model.run, batch), "the model")
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.job.options.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, dtype=_AUTOCAST_DTYPES[self.job.options.autocast])
+    def _as_promised(self, arrays: list[Array]) -> list[Array]:
+        """Under autocast the float dtype of an answer differs from device to device: the plan's is the one that counts."""
+        promised = self.job.outputs
+        if self.job.options.autocast is None or promised is None or len(promised) != len(arrays):
+            return arrays
+        return [
+            a.astype(p.dtype, copy=False) if a.dtype.kind == p.dtype.kind == "f" else a
+            for a, p in zip(arrays, promised, strict=True)
+        ]
 
     def _place(self, arrays: list[Array], structure: Structure, begin: int, end: int) -> None:
         """Copy a micro-batch's answer into the chunk's: it may lie in the buffer that the next one overwrites."""
-        if not self.results:
+        if self.structure is None:
             self.structure = structure
             self.results = [np.empty((self.n_rows, *array.shape[1:]), array.dtype) for array in arrays]
             self._check_promise()
-        if [a.shape[1:] for a in arrays] != [r.shape[1:] for r in self.results]:
+        if structure != self.structure or _looks(arrays) != _looks(self.results):
             raise ModelError(
-                f"rows {self.start + begin}:{self.start + end} gave {_shapes(arrays)} and earlier rows "
-                f"{_shapes(self.results)}; every row's answer has to have one shape. Pad or reduce it in postprocess."
+                f"rows {self.start + begin}:{self.start + end} gave {_shapes(arrays)} ({', '.join(structure.names)}) and "
+                f"earlier rows {_shapes(self.results)} ({', '.join(self.structure.names)}); every row's answer has to look "
+                "alike. Pad or reduce it in postprocess."
             )
         for result, array in zip(self.results, arrays, strict=True):
             result[begin:end] = array
 
     def _check_promise(self) -> None:
         """Compare the first answer with the one that the plan was made with."""
-        promised = self.job.outputs
-        if promised is not None and [(p.shape[1:], p.dtype) for p in promised] != [
-            (r.shape[1:], r.dtype) for r in self.results
-        ]:
+        promised, given, structure = self.job.outputs, self.job.options.output, self.structure
+        if given is not None and structure is not None and (names := flatten(given)[1].names) != structure.names:
+            raise ModelError(
+                f"the model gave {', '.join(structure.names)} where output= says {', '.join(names)}; the two have to agree, "
+                "in this order. Pass output= in the structure of the model's answer."
+            )
+        if promised is not None and _looks(promised) != _looks(self.results):
             raise ModelError(
                 f"the model gave {_shapes(self.results)} per row where {_shapes(promised)} was planned; the two have to "
                 "agree. Pass output= as it really is."
             )
+
+
+def precision(options: Options, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The autocast that ``options`` ask for, as a context."""
+    if options.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[options.autocast])
 
 
 def numpy_of(tensor: torch.Tensor) -> Array:
@@ -219,7 +248,7 @@ def _to_numpy(array: Any) -> Array:
     if isinstance(array, torch.Tensor):
         return numpy_of(array)
     if hasattr(array, "__cuda_array_interface__"):  # CuPy
-        array = array.get()
+        array = array.get()  # pragma: no cover - needs a GPU
     return np.asarray(array)
 
 
@@ -245,12 +274,33 @@ def _check_rows(arrays: dict[str, Any], n_rows: int, who: str) -> None:
             )
 
 
-def _numpy_dtype(cast: str | None) -> np.dtype[Any] | None:
-    """The dtype to cast to while copying, None where torch has to cast (bfloat16) or nothing does."""
+def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
+    """The dtypes to cast to while copying and then by torch; None where that is nothing to do (NumPy has no bfloat16)."""
+    if cast is None:
+        return None, None
+    by_torch = getattr(torch, cast, None) if for_torch else None
+    # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
+    by_numpy = _numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
+    if for_torch and not isinstance(by_torch, torch.dtype):
+        raise OptionError(f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32'.")
+    if not for_torch and by_numpy is None:
+        raise OptionError(
+            f"dtype of {port} is {cast!r}; a model that is no nn.Module gets ndarrays, which hold NumPy's numbers only. "
+            "Pass the name of one of NumPy's dtypes, such as 'float32'."
+        )
+    return by_numpy, by_torch
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any] | None:
     try:
-        return None if cast is None else np.dtype(cast)
+        dtype = np.dtype(name)
     except TypeError:
         return None
+    return dtype if dtype.kind in _NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
+
+
+def _looks(arrays: Sequence[Array]) -> list[tuple[Any, ...]]:
+    return [(array.shape[1:], array.dtype) for array in arrays]
 
 
 def _shapes(arrays: Sequence[Array]) -> str:
@@ -269,7 +319,7 @@ def _said_of_rows(model: LoadedModel, start: int, stop: int) -> Iterator[None]:
     where = f"rows {start}:{stop} on {model.device}"
     try:
         yield
-    except DaskInferError as error:
+    except (ModelError, OptionError) as error:
         raise type(error)(f"{where}: {error}") from error
     except Exception as error:
         advice = (

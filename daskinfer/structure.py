@@ -68,7 +68,7 @@ class Structure:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """One name per array: the path of keys that leads to it, "y" where there is only one.
+        """One name per array: the path of keys that leads to it, "y" where there is only one; no two are alike.
 
         Examples
         --------
@@ -76,7 +76,13 @@ class Structure:
         >>> flatten({"logits": np.zeros(2), "aux": (np.ones(2), None)})[1].names
         ('logits', 'aux.0')
         """
-        return ("y",) if self.kind == "array" else tuple(".".join(path) for path in self._paths())
+        names: list[str] = []
+        for path in self._paths():
+            name = ".".join(path) or "y"
+            while name in names:  # {"a": {"b": …}, "a.b": …}, {0: …, "0": …}
+                name += "'"
+            names.append(name)
+        return tuple(names)
 
     def rebuild(self, arrays: Sequence[Any]) -> Any:
         """Put ``arrays`` (in the order that :func:`flatten` gave) back into the form that was taken apart."""
@@ -146,8 +152,19 @@ def _take_apart(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
     raise TypeError(f"{type(value).__name__}{where}")
 
 
+def _mapping(make: type[Any], items: dict[Any, Any]) -> Any:
+    """A mapping of its own kind where that can be filled (a defaultdict, a UserDict), else a plain dict."""
+    try:
+        made = make()
+        for key, value in items.items():
+            made[key] = value
+    except TypeError:
+        return items
+    return made
+
+
 _MAKERS: dict[str, Callable[[Any, tuple[Any, ...], list[Any]], Any]] = {
     "record": lambda make, keys, children: make(**dict(zip(keys, children, strict=True))),
-    "mapping": lambda make, keys, children: make(zip(keys, children, strict=True)),
+    "mapping": lambda make, keys, children: _mapping(make, dict(zip(keys, children, strict=True))),
     "sequence": lambda make, keys, children: make(children),
 }

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,14 +57,15 @@ class Seat:
 def describe(dask_worker: Any) -> Device:
     """What this worker is, as the plan wants to know it; the client runs it, and Dask hands over the worker."""
     here = seat_of(dask_worker)
-    on_gpu = here.torch_device.type == "cuda"
-    return Device(
-        name=here.device,
-        kind=here.torch_device.type,
-        index=0,
-        uuid=f"GPU-{torch.cuda.get_device_properties(0).uuid}" if on_gpu else "",
-        label=here.device_name,
-        memory_nbytes=int(dask_worker.memory_manager.memory_limit or 0),
+    device = Device(here.device, here.torch_device.type, index=0, label=here.device_name)
+    if device.kind == "cpu":
+        return replace(device, memory_nbytes=int(dask_worker.memory_manager.memory_limit or 0))
+    free, total = torch.cuda.mem_get_info(0)
+    return replace(
+        device,
+        uuid=os.environ.get(UUID_VARIABLE) or f"GPU-{torch.cuda.get_device_properties(0).uuid}",
+        memory_nbytes=total,
+        free_nbytes=free + torch.cuda.memory_reserved(0),  # what torch holds back is ours again
     )
 
 

@@ -109,7 +109,7 @@ def test_a_plan_knows_its_sums():
         (64, 49 << 10, "Use batch_size=48 or less."),
         (128, 101 << 10, "Use an output whose write-units (its chunks or shards) hold 100 rows or less."),
         (64, 1 << 10, "Not even one row fits beside the network: leave cuda:0 out, or use one with more memory."),
-        (64, 100 << 10, "Use chunk_nbytes=101376 or less."),
+        (64, 100 << 10, "Cut the input into chunks of 99 rows or less."),
     ],
 )
 def test_a_chunk_that_cannot_fit_is_refused_with_the_cure(cell_rows, limit, cure):

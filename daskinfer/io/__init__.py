@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,21 +90,42 @@ class Draft:
     """An output that is being written under a temporary name beside its own; a context manager.
 
     Leaving it well publishes the output by a rename; leaving it by an error removes what was written.
+
+    Raises
+    ------
+    OutputExists
+        On leaving, where something has appeared at ``path`` meanwhile; what was written then stays where it is.
     """
 
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int) -> None:
         self.path = path
-        self._temporary = f"{path}.{os.getpid()}.partial"
+        self._temporary = f"{path}.{uuid.uuid4().hex[:8]}.partial"
         self._created = (shape, dtype, unit_rows)
 
     def __enter__(self) -> Target:
-        target: Target = _format(self.path, "the output").Target.create(self._temporary, *self._created)
+        try:
+            target: Target = _format(self.path, "the output").Target.create(self._temporary, *self._created)
+        except BaseException:
+            self._remove()  # a disk that is full leaves half a file
+            raise
         return target
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            os.rename(self._temporary, self.path)
-        elif os.path.isdir(self._temporary):
+            self._publish()
+        else:
+            self._remove()
+
+    def _publish(self) -> None:
+        if os.path.lexists(self.path):
+            raise OutputExists(
+                f"the output {self.path!r} appeared while it was being computed; nothing is ever overwritten. "
+                f"The whole answer lies at {self._temporary!r}: move it where you want it."
+            )
+        os.rename(self._temporary, self.path)
+
+    def _remove(self) -> None:
+        if os.path.isdir(self._temporary):
             shutil.rmtree(self._temporary, ignore_errors=True)
         elif os.path.exists(self._temporary):
             os.unlink(self._temporary)

@@ -20,8 +20,8 @@ class Source:
 
     def _map(self) -> np.ndarray[Any, Any]:
         try:
-            mapped: np.ndarray[Any, Any] = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(self.path, mode="r")
+        except (ValueError, OSError) as error:
             raise InputError(
                 f"the input {self.path!r} cannot be read: {error}; a .npy file of numbers is needed. "
                 "Save it with numpy.save(…, allow_pickle=False)."
@@ -29,8 +29,7 @@ class Source:
         return mapped
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
-        rows: np.ndarray[Any, Any] = self._map()[index]
-        return rows
+        return np.asarray(self._map()[index])  # a view: a memmap itself would be pickled as one
 
 
 class Target:
@@ -46,11 +45,7 @@ class Target:
         nbytes = mapped.offset + mapped.nbytes
         del mapped
         # A map beyond a full disk succeeds and kills the writer later (SIGBUS): take the space now.
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-        finally:
-            os.close(descriptor)
+        _reserve(path, nbytes)
         return cls(path)
 
     def write(self, start: int, rows: np.ndarray[Any, Any]) -> None:
@@ -58,3 +53,14 @@ class Target:
         mapped = np.lib.format.open_memmap(self.path, mode="r+")
         mapped[start : start + len(rows)] = rows
         mapped.flush()
+
+
+def _reserve(path: str, nbytes: int) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        raise OSError(error.errno, f"{nbytes} bytes for the output cannot be reserved ({error.strerror})", path) from error
+    finally:
+        os.close(descriptor)

@@ -32,8 +32,8 @@ class Source:
                 self._array = zarr.open_array(self.path, mode="r")
             except Exception as error:
                 raise InputError(
-                    f"the input {self.path!r} cannot be opened as one Zarr array: {type(error).__name__}: {error}. "
-                    "Name the array itself, not the group that holds it."
+                    f"the input {self.path!r} cannot be opened as one Zarr array: {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. Name the array itself, not the group that holds it."
                 ) from error
         return self._array
 

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+
+import daskinfer as di
+from daskinfer.cluster import resource
+from daskinfer.hardware import machine
+
+N_ROWS = 1000
+# Matrix products of a GPU may round to 10 bits of mantissa (TF32); these networks add up 64 of them.
+TF32 = {"rtol": 1e-2, "atol": 1e-2}
+BF16 = {"rtol": 5e-2, "atol": 5e-2}
+
+
+class Net(torch.nn.Module):
+    """A small network whose answer shows a row that is out of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def x() -> np.ndarray[Any, Any]:
+    """(1000, 64) float32."""
+    return np.random.default_rng(0).standard_normal((N_ROWS, 64)).astype("float32")
+
+
+def on_cpu(net: torch.nn.Module, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """One plain torch loop."""
+    with torch.inference_mode():
+        return np.concatenate([net(torch.from_numpy(rows)).numpy() for rows in np.array_split(x, 7)])
+
+
+def test_each_workers_first_gpu_is_the_one_it_is_pinned_to(gpu_client: Client) -> None:
+    """Torch's device 0 in the worker of cuda:i is the GPU that NVML numbers i, whatever order CUDA counts in."""
+
+    def uuid() -> str:
+        import torch
+
+        return str(torch.cuda.get_device_properties(0).uuid)
+
+    gpus = [gpu for gpu in machine().gpus if gpu.uuid.startswith("GPU-")]
+    asked = [gpu_client.submit(uuid, pure=False, resources={resource(gpu.name): 1}) for gpu in gpus]
+    assert [f"GPU-{found}" for found in gpu_client.gather(asked)] == [gpu.uuid for gpu in gpus]
+
+
+def test_a_cpu_worker_beside_gpus_sees_none(gpu_client: Client) -> None:
+    """It could otherwise take memory on the first GPU."""
+
+    def n_gpus() -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    assert gpu_client.submit(n_gpus, resources={resource("cpu:0"): 1}).result() == 0
+
+
+def test_predict_on_a_gpu_equals_a_loop_on_the_cpu(x: np.ndarray[Any, Any]) -> None:
+    """The same rows in the same order, within the tolerance of the GPU's matrix products; CUDA is not started here."""
+    net = Net()
+    try:
+        y, report = di.predict(net, x, devices="cuda", batch_size=64, return_report=True)
+    finally:
+        di.close()
+    np.testing.assert_allclose(y, on_cpu(net, x), **TF32)
+    assert {d.device for d in report.devices if d.n_rows} <= {gpu.name for gpu in machine().gpus}
+    assert not torch.cuda.is_initialized()
+
+
+def test_gpu_and_cpu_share_rows_by_weight(gpu_client: Client, x: np.ndarray[Any, Any]) -> None:
+    """A kind's weight counts for each of its devices, and rows stay in order across kinds."""
+    net = Net()
+    y, report = di.predict(
+        net, x, client=gpu_client, device_weights={"cuda": 3, "cpu": 1}, batch_size=10, return_report=True
+    )
+    np.testing.assert_allclose(y, on_cpu(net, x), **TF32)
+    rows = {d.device: d.n_rows for d in report.devices}
+    n_gpus = len(rows) - 1
+    assert rows["cpu:0"] == pytest.approx(N_ROWS / (3 * n_gpus + 1), abs=10)
+    assert not torch.cuda.is_initialized()
+
+
+class Greedy(torch.nn.Module):
+    """Takes an eighth of the GPU's memory for each row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            nbytes = torch.cuda.get_device_properties(x.device).total_memory // 8
+            torch.empty(len(x) * nbytes, dtype=torch.uint8, device=x.device)
+        return 2 * x
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_smaller_ones(gpu_client: Client, x: np.ndarray[Any, Any]) -> None:
+    """Out of memory for real: the answer is right, and the receipt tells the batch size that did fit."""
+    weights = {"cuda": 1, "cpu": 0}
+    y = di.predict(Greedy(), x[:64], client=gpu_client, device_weights=weights, batch_size=32)
+    np.testing.assert_array_equal(y, 2 * x[:64])
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error_that_says_so(gpu_client: Client, x: np.ndarray[Any, Any]) -> None:
+    """The ladder ends at one row, and the worker lives on."""
+
+    class TooLarge(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.is_cuda:
+                torch.empty(2 * torch.cuda.get_device_properties(x.device).total_memory, dtype=torch.uint8, device=x.device)
+            return x
+
+    weights = {"cuda": 1, "cpu": 0}
+    with pytest.raises(di.DaskInferError, match="memory"):
+        di.predict(TooLarge(), x[:8], client=gpu_client, device_weights=weights)
+    np.testing.assert_array_equal(di.predict(np.abs, x, client=gpu_client, device_weights=weights), np.abs(x))
+
+
+def test_autocast_and_bfloat16_answer_as_float32(gpu_client: Client, x: np.ndarray[Any, Any]) -> None:
+    """Lower precision inside, float32 outside, close to the full-precision answer."""
+    net, weights = Net(), {"cuda": 1, "cpu": 0}
+    wanted = on_cpu(net, x)
+    automatic = di.predict(net, x, client=gpu_client, device_weights=weights, autocast="bf16")
+    cast = di.predict(Net().bfloat16(), x, client=gpu_client, device_weights=weights, dtype="bfloat16")
+    for y in (automatic, cast):
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y, wanted, **BF16)
+
+
+@pytest.mark.skipif(find_spec("cupy") is None, reason="CuPy is not installed")
+def test_a_function_that_answers_with_cupy_gives_numpy(gpu_client: Client, x: np.ndarray[Any, Any]) -> None:
+    """What a callable leaves on the GPU comes back to the host."""
+
+    def doubled(rows: np.ndarray[Any, Any]) -> Any:
+        import cupy
+
+        return cupy.asarray(rows) * 2
+
+    weights, output = {"cuda": 1, "cpu": 0}, np.empty((0, 64), "float32")
+    y = di.predict(doubled, x, client=gpu_client, device_weights=weights, output=output)
+    assert type(y) is np.ndarray
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_a_network_that_the_caller_has_on_a_gpu_stays_there() -> None:
+    """In a process of its own, since this one never starts CUDA: a copy travels, the caller's network does not change."""
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, numpy as np, daskinfer as di\n"
+        "net = torch.nn.Linear(64, 8).cuda().train()\n"
+        "x = np.ones((100, 64), 'float32')\n"
+        "y = di.predict(net, x, devices='cuda')\n"
+        "assert net.weight.is_cuda and net.training and net.weight.requires_grad\n"
+        "print(float(abs(y - net(torch.from_numpy(x).cuda()).detach().cpu().numpy()).max()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert float(done.stdout) < TF32["atol"]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from daskinfer.errors import OptionError
+from daskinfer.options import OptionFields, Options
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"autocast": "bfloat16"}, "autocast is 'bfloat16'; it may be 'bf16', 'fp16' or None"),
+        ({"autocast": True}, "autocast is True; it may be"),
+        ({"autocast": np.zeros(2)}, "autocast is array.*; it may be"),
+        ({"preprocess": "x/255"}, "preprocess is a str; it may be a function"),
+        ({"postprocess": 1}, "postprocess is a int; it may be a function"),
+        ({"dtype": np.float32}, "dtype is <class 'numpy.float32'>; it may be a name such as 'float32'"),
+        ({"dtype": torch.float32}, "dtype is torch.float32; it may be a name"),
+        ({"dtype": {"image": torch.float32}}, "dtype is {'image': torch.float32}; it may be a name"),
+        ({"dtype": {0: "float32"}}, "dtype is {0: 'float32'}; it may be a name"),
+        ({"dtype": ["float32"]}, r"dtype is \['float32'\]; it may be a name"),
+        ({"pad": 1}, "pad is 1; it may be True or False"),
+        ({"pad": None}, "pad is None; it may be True or False"),
+    ],
+)
+def test_refuses(field: dict[str, Any], message: str) -> None:
+    """A field outside what is allowed is named, with what was got and what is allowed."""
+    with pytest.raises(OptionError, match=message):
+        Options(**field)
+
+
+def test_fields_are_keyword_only() -> None:
+    """Options are given by name."""
+    with pytest.raises(TypeError, match="positional argument"):
+        Options("float32")  # type: ignore[misc]
+
+
+def test_is_frozen() -> None:
+    """Options do not change once they are made."""
+    with pytest.raises(dataclasses.FrozenInstanceError, match="pad"):
+        Options().pad = False  # type: ignore[misc]
+
+
+def test_a_mapping_is_copied() -> None:
+    """A change of the mapping that was passed does not reach the options."""
+    dtype = {"image": "float32"}
+    options = Options(dtype=dtype)
+    dtype["image"] = "float16"
+    assert options.dtype == {"image": "float32"}
+
+
+def test_fields_as_keywords_are_the_same() -> None:
+    """The keywords that the public functions take are the fields."""
+    assert list(OptionFields.__annotations__) == [field.name for field in dataclasses.fields(Options)]
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", {"image": "float32"}, {}])
+def test_survives_json_and_pickle(dtype: Any) -> None:
+    """What is no function or array passes through JSON, and everything through pickle."""
+    options = Options(dtype=dtype, autocast="fp16", pad=False)
+    assert Options(**json.loads(json.dumps(dataclasses.asdict(options)))) == options
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_functions_of_any_kind() -> None:
+    """Whatever can be called may be a preprocess or postprocess."""
+    assert Options(preprocess=np.abs, postprocess=torch.nn.ReLU()).preprocess is np.abs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [(None, None), ("float32", "float32"), ({"x": "int8"}, "int8"), ({"y": "int8"}, None)]
+)
+def test_cast(dtype: Any, cast: str | None) -> None:
+    """A name casts every port, a mapping those that it names."""
+    assert Options(dtype=dtype).cast("x") == cast
