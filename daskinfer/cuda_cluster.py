@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from daskinfer.cluster import LOOPBACK, Start, ended_on_failure
@@ -20,6 +20,7 @@ from daskinfer.nanny_process import NannyProcess
 
 try:
     from dask_cuda import LocalCUDACluster
+    from dask_cuda.plugins import CPUAffinity
 except ImportError as error:
     raise MissingExtra(
         f"GPU workers need dask-cuda, which cannot be imported ({error}). Install it for your driver: "
@@ -80,6 +81,7 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
             name = next(name for name in self._cpu_workers if name not in self.worker_spec)
             return {name: self._beside(self._cpu_workers[name])}
         ((uuid, spec),) = super().new_worker_spec().items()
+        _stay_on_own_cores(spec["options"]["plugins"])
         theirs, ours = spec["options"], self._with.nanny_options(self._gpus[uuid], n_threads=1)
         both = {"preload": theirs["preload"] + ours["preload"], "env": {**theirs["env"], **ours["env"]}}
         return {uuid: {"cls": NannyProcess, "options": {**theirs, **ours, **both}}}
@@ -88,3 +90,11 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
         """A CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""
         shared = {name: self.new_spec["options"][name] for name in ("security", "protocol", "config")}
         return {**spec, "options": {**shared, **spec["options"]}}
+
+
+def _stay_on_own_cores(plugins: Iterable[Any]) -> None:
+    """Of the cores near a GPU, take those that this process may use: a batch job may have been given fewer."""
+    allowed = os.sched_getaffinity(0)
+    for plugin in plugins:
+        if isinstance(plugin, CPUAffinity):
+            plugin.cores = sorted(allowed.intersection(plugin.cores) or allowed)

@@ -344,6 +344,11 @@ def test_by_value(own: types.ModuleType) -> None:
     assert pickle.loads(pickle.dumps(ByValue(own.double)))(2) == 4
 
 
+def test_a_cached_property(own: types.ModuleType) -> None:
+    """A user's class may have one, though it holds a lock."""
+    assert pack(own.Net()).unpack()(torch.ones(1)).item() == 1.5
+
+
 def test_threads_pack_at_once(own: types.ModuleType) -> None:
     """A thread that is done does not end by-value pickling for one that is not."""
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""Tests that need a real GPU; elsewhere they are skipped with the reason. All of them: ``python -m pytest tests/gpu -m gpu``.
+"""Tests that need a real GPU, skipped elsewhere with the reason: ``python -m pytest tests/gpu -m gpu`` runs them all.
 
 Whether there is one is asked of NVML: asking CUDA would start it in this process, and that it is never started here is one
 of the things that are tested.
