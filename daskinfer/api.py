@@ -165,7 +165,7 @@ def map_blocks(
     size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
     row_chunks = inputs.row_chunks or _even_chunks(inputs, promise.row_nbytes, size)
     blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
-    return graph.outputs(blocks, promise)
+    return graph.outputs(blocks, promise.structure, promise.outputs)
 
 
 def run(

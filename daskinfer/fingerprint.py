@@ -29,7 +29,7 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from daskinfer.errors import ModelError
-from daskinfer.packed import is_own
+from daskinfer.own_code import is_own
 
 # What every module has (parameters, hooks, flags), and what torch.fx keeps beside the code of a traced one.
 _MODULE_STATE = frozenset(vars(torch.nn.Module()))

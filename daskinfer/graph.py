@@ -25,9 +25,9 @@ from daskinfer.io import Target
 from daskinfer.model import PackedModel, Recipe
 from daskinfer.options import Options
 from daskinfer.packed import ByValue
-from daskinfer.probe import Promise, given_promise
 from daskinfer.records import Receipt
 from daskinfer.runner import Array, Job, run_chunk
+from daskinfer.structure import Structure
 from daskinfer.worker import seat
 
 
@@ -92,9 +92,9 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
     )
 
 
-def outputs(blocks: da.Array, promise: Promise) -> Any:
-    """The public arrays, in the structure of the network's answer, each (n, *shape)."""
-    return promise.structure.rebuild([_output(blocks, i, output) for i, output in enumerate(promise.outputs)])
+def outputs(blocks: da.Array, structure: Structure, like: Sequence[Array]) -> Any:
+    """The public arrays, each (n, *shape) with the shape and dtype of its ``like``, in the network's structure."""
+    return structure.rebuild([_output(blocks, i, output) for i, output in enumerate(like)])
 
 
 def written(blocks: da.Array, targets: Sequence[Target]) -> da.Array:
@@ -159,7 +159,7 @@ def _to_travel(options: Options) -> Options:
         options,
         preprocess=before and ByValue(before),
         postprocess=after and ByValue(after),
-        output=None if output is None else given_promise(output).empty(),
+        output=None,  # the job's outputs say it, without the rows that it may have
     )
 
 

@@ -32,12 +32,12 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from daskinfer.errors import ModelError
+from daskinfer.own_code import is_own
 
 _SKELETON = "skeleton"  # the tensor that holds the pickle
 # Tensors lie in the block as integers of their size, so that every dtype has a place there.
 _STAND_INS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may hold more than its bytes
-_INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 _by_value_lock = threading.RLock()  # cloudpickle's registry is the process's; held while something is pickled by value
 
 
@@ -241,43 +241,3 @@ def _own_modules_by_value() -> Iterator[None]:
         finally:
             for module in fresh:
                 cloudpickle.unregister_pickle_by_value(module)
-
-
-def is_own(module: object) -> bool:
-    """Whether a module is a user's file: not installed, not the standard library, not this package.
-
-    Examples
-    --------
-    >>> is_own(torch)
-    False
-    """
-    if not isinstance(module, ModuleType) or sys.modules.get(module.__name__) is not module:
-        return False
-    path = vars(module).get("__file__")  # not getattr: a module may import others when it is asked for a name
-    if not isinstance(path, str) or module.__name__.partition(".")[0] in ("__main__", "daskinfer"):
-        return False
-    return not path.startswith(_STANDARD_LIBRARY) and not _is_installed(os.path.abspath(path), module.__name__)
-
-
-def _is_installed(path: str, name: str) -> bool:
-    """Whether the file lies in a folder that an installer fills: by the folder's name, or by what else lies in it."""
-    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
-        return True
-    depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
-    for _ in range(depth):
-        path = os.path.dirname(path)
-    return _holds_distributions(path)
-
-
-@functools.cache
-def _holds_distributions(folder: str) -> bool:
-    """Whether ``pip install --target`` or its like was here."""
-    return os.path.isdir(folder) and any(entry.endswith(".dist-info") for entry in os.listdir(folder))
-
-
-def _standard_library() -> tuple[str, ...]:
-    roots = {os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
-    return tuple(os.path.join(path, "") for root in roots for path in {root, os.path.realpath(root)})
-
-
-_STANDARD_LIBRARY = _standard_library()

@@ -49,10 +49,6 @@ class Promise:
         """Bytes of one row of all outputs."""
         return sum(int(np.prod(o.shape[1:])) * o.dtype.itemsize for o in self.outputs)
 
-    def empty(self) -> Any:
-        """An answer to no rows."""
-        return self.structure.rebuild(self.outputs)
-
 
 def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
     """Find out what the answer looks like.
@@ -78,7 +74,7 @@ def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Option
     _check_ports(ports, options)
     if options.output is not None:
         logger.debug("the answer's shape is given by output=")
-        return given_promise(options.output)
+        return _given(options.output)
     model = recipe.load(torch.device("cpu"))
     try:
         return _tried(model, ports, rows, options, fake=_pays_to_fake(recipe, model, ports, rows, options))
@@ -86,7 +82,7 @@ def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Option
         model.close()
 
 
-def given_promise(output: Any) -> Promise:
+def _given(output: Any) -> Promise:
     """What ``output=`` says, without its rows."""
     try:
         arrays, structure = flatten(output)

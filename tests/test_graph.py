@@ -29,7 +29,7 @@ def build(model: Any, x: Any, row_chunks: tuple[int, ...], *, batch_size: int = 
     inputs, recipe, options = Inputs.of(x), as_model(model).recipe(), Options(**fields)
     promised = promise(recipe, inputs.ports, inputs.like(), options)
     blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, batch_size, options, promised.outputs))
-    return blocks, graph.outputs(blocks, promised)
+    return blocks, graph.outputs(blocks, promised.structure, promised.outputs)
 
 
 def tasks(collection: da.Array) -> list[Any]:

@@ -20,7 +20,8 @@ from torch import nn
 
 from daskinfer import packed
 from daskinfer.errors import ModelError
-from daskinfer.packed import ByValue, from_file, is_own, pack
+from daskinfer.own_code import is_own
+from daskinfer.packed import ByValue, from_file, pack
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),

@@ -1,0 +1,52 @@
+"""Which modules are the user's own files: they may change without a version that says so, and no worker need have them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import sysconfig
+from types import ModuleType
+
+_INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
+
+
+def is_own(module: object) -> bool:
+    """Whether a module is a user's file: not installed, not the standard library, not this package.
+
+    Examples
+    --------
+    >>> import json
+    >>> is_own(json)
+    False
+    """
+    if not isinstance(module, ModuleType) or sys.modules.get(module.__name__) is not module:
+        return False
+    path = vars(module).get("__file__")  # not getattr: a module may import others when it is asked for a name
+    if not isinstance(path, str) or module.__name__.partition(".")[0] in ("__main__", "daskinfer"):
+        return False
+    return not path.startswith(_STANDARD_LIBRARY) and not _is_installed(os.path.abspath(path), module.__name__)
+
+
+def _is_installed(path: str, name: str) -> bool:
+    """Whether the file lies in a folder that an installer fills: by the folder's name, or by what else lies in it."""
+    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
+        return True
+    depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
+    for _ in range(depth):
+        path = os.path.dirname(path)
+    return _holds_distributions(path)
+
+
+@functools.cache
+def _holds_distributions(folder: str) -> bool:
+    """Whether ``pip install --target`` or its like was here."""
+    return os.path.isdir(folder) and any(entry.endswith(".dist-info") for entry in os.listdir(folder))
+
+
+def _standard_library() -> tuple[str, ...]:
+    roots = {os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    return tuple(os.path.join(path, "") for root in roots for path in {root, os.path.realpath(root)})
+
+
+_STANDARD_LIBRARY = _standard_library()
