@@ -316,7 +316,7 @@ def close() -> None:
 def _compute(work: Work, keep: Any, targets: Sequence[Any] = ()) -> RunReport:
     """Compute every chunk, give its block to ``keep(block, start, stop)``, and sum the receipts up."""
     receipts: list[Receipt] = []
-    with work.placement.open() as client, driver.shipped(client, work.recipe) as recipe:
+    with driver.opened(work.placement) as client, driver.shipped(client, work.recipe) as recipe:
         began = time.perf_counter()
         blocks = graph.build(work.inputs.cut(work.layout.row_chunks), recipe, work.job)
         if targets:

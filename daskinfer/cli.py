@@ -146,7 +146,7 @@ def _how(command: Callable[..., None]) -> Callable[..., None]:
 
 def _call(function: Callable[..., Any], model: str, *arguments: Any, how: dict[str, Any]) -> Any:
     """Call a function of the api as the options say."""
-    from daskinfer.model import Model
+    from daskinfer import Model
 
     given = {name: how[name] for name in ("device_weights", "batch_size", "dtype", "autocast")}
     given["pad"] = not how["no_pad"]
@@ -186,9 +186,9 @@ def run(model: str, input: str, output: str, as_json: bool, **how: Any) -> None:
     """
     from dataclasses import asdict
 
-    from daskinfer import api
+    import daskinfer
 
-    report = _call(api.run, model, _ports(input), _ports(output), how=how)
+    report = _call(daskinfer.run, model, _ports(input), _ports(output), how=how)
     click.echo(json.dumps(asdict(report)) if as_json else str(report))
 
 
@@ -199,10 +199,10 @@ def run(model: str, input: str, output: str, as_json: bool, **how: Any) -> None:
 @_how
 def plan(model: str, input: str, output: str | None, as_json: bool, **how: Any) -> None:
     """Show what `run` would do with the same arguments, and refuse what cannot work."""
-    from daskinfer import api
+    import daskinfer
 
     def planned(source: Any, x: Any, **given: Any) -> Any:
-        return api.plan(source, x, target=_ports(output) if output else None, **given)
+        return daskinfer.plan(source, x, target=_ports(output) if output else None, **given)
 
     found = _call(planned, model, _ports(input), how=how)
     click.echo(json.dumps(found.to_dict()) if as_json else str(found))

@@ -5,8 +5,8 @@ its own that ends with the client (``nanny_process``). With GPUs the cluster is 
 (``cuda_cluster``), without them a plain ``SpecCluster``; the class here wraps either, so that neither dask-cuda nor a GPU is
 needed where there is none.
 
-- Placement goes by a resource per device (:func:`resource`), which stands in each Nanny's options and so comes back with a
-  restarted worker.
+- Placement goes by a resource per device (``launch.resource``), which stands in each Nanny's options and so comes back
+  with a restarted worker.
 - ``allowed-failures`` is 0: with Dask's 3 the client hears of a task that kills its worker after four deaths, and closing
   hung in 6 of 10 trials; with 0 in none (decision 2).
 - A CPU worker computes with one torch thread unless told: the last bits of an answer depend on the number of threads, and
@@ -23,38 +23,25 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
-from distributed import Client, Scheduler, Status
+from distributed import Client, Scheduler
 from distributed.deploy.spec import SpecCluster
 
 from daskinfer import device as device_room
-from daskinfer.device import Device
+from daskinfer.ending import CLOSE_SECONDS, end, ended_on_failure
 from daskinfer.errors import ClusterError, DaskInferError, OptionError
-from daskinfer.model import SCRATCH_VARIABLE
-from daskinfer.nanny_process import NannyProcess, kill
-from daskinfer.worker import DEVICE_VARIABLE, THREADS_VARIABLE, UUID_VARIABLE
+from daskinfer.hardware import Device
+from daskinfer.launch import LOOPBACK, Start, memory_per_worker
+from daskinfer.nanny_process import NannyProcess
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0  # two workers that import torch need 4 s on 2 idle cores; the rest is for machines under load
-CLOSE_SECONDS = 20.0
-POLL_SECONDS = 0.01
-# Left to the client and the scheduler; arbitrary.
-CLIENT_MEMORY_SHARE = 0.1
-
-
-def resource(device: str) -> str:
-    """The name of the Dask resource that only the worker of ``device`` has."""
-    return f"daskinfer-{device}"
 
 
 class LocalDeviceCluster:
@@ -160,8 +147,8 @@ class LocalDeviceCluster:
         None: the ``close_timeout`` of the constructor.
         """
         if (ending := self._end.detach()) is not None:
-            _, end, (inner, scratch, usual), _ = ending
-            end(inner, scratch, usual if timeout is None else timeout)
+            _, ender, (inner, scratch, usual), _ = ending
+            ender(inner, scratch, usual if timeout is None else timeout)
 
     def __enter__(self) -> LocalDeviceCluster:
         return self
@@ -177,49 +164,6 @@ class LocalDeviceCluster:
 
     def _repr_html_(self) -> str:
         return str(self._cluster._repr_html_())
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the workers and the scheduler of one cluster are started with, whatever their kind."""
-
-    memory_limit: int
-    scratch: str
-    dashboard_address: str | None
-    timeout: float
-
-    def nanny_options(self, device: Device, n_threads: int) -> dict[str, Any]:
-        """Keywords of the :class:`NannyProcess` of a device."""
-        return {
-            "name": device.name,
-            "nthreads": 1,  # one chunk at a time
-            "resources": {resource(device.name): 1},
-            "memory_limit": self.memory_limit,
-            "local_directory": self.scratch,
-            "start_timeout": self.timeout,
-            "host": LOOPBACK,
-            "dashboard": False,
-            "preload": ["daskinfer.worker"],  # imports torch while the cluster starts, not in the first chunk
-            "silence_logs": logging.ERROR,
-            "env": {
-                DEVICE_VARIABLE: device.name,
-                UUID_VARIABLE: device.uuid,
-                THREADS_VARIABLE: str(n_threads),
-                SCRATCH_VARIABLE: self.scratch,
-            },
-        }
-
-    def scheduler_options(self) -> dict[str, Any]:
-        """Keywords of the scheduler."""
-        return {
-            "host": LOOPBACK,
-            "port": 0,
-            "local_directory": self.scratch,
-            "dashboard": self.dashboard_address is not None,
-            # Without a dashboard the scheduler still serves its health there, by default on every interface.
-            "dashboard_address": self.dashboard_address or f"{LOOPBACK}:0",
-            "allowed_failures": 0,
-        }
 
 
 class _DeviceSpecCluster(SpecCluster):  # type: ignore[misc]  # distributed ships no annotations
@@ -257,21 +201,6 @@ def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
 
 
 @contextlib.contextmanager
-def ended_on_failure(cluster: Any) -> Iterator[None]:
-    """Where a cluster's constructor fails or is interrupted, end what it has started: nobody else can."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            if cluster.status is Status.starting:
-                cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
-            kill(_processes(cluster))
-            _end(cluster, CLOSE_SECONDS)
-        cluster.status = Status.closed  # also where it had not got as far as to have anything to close
-        raise
-
-
-@contextlib.contextmanager
 def _cleaned_up(devices: Sequence[Device], scratch: str, timeout: float) -> Iterator[None]:
     """Where starting fails, leave no folder, and say which workers failed."""
     try:
@@ -293,11 +222,6 @@ def _torch_threads(asked: int | str, devices: Sequence[Device], n_cores: int) ->
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise OptionError(f"threads_per_worker is {asked!r}; it may be a number from 1 or 'auto'. Pass one of these.")
     return asked
-
-
-def memory_per_worker(n_workers: int, memory_nbytes: int) -> int:
-    """Bytes of host memory that each worker may take, whatever its kind."""
-    return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
 
 
 def _memory_limit(asked: int | str, n_workers: int, memory_nbytes: int) -> int:
@@ -329,38 +253,5 @@ def _end_wherever(cluster: Any, scratch: str, timeout: float) -> None:
         # The garbage collector runs wherever it likes; on the event loop, waiting for the loop would never end.
         threading.Thread(target=_end_wherever, args=(cluster, scratch, timeout), name="daskinfer-end").start()
         return
-    _end(cluster, timeout)
+    end(cluster, timeout)
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _end(cluster: Any, timeout: float) -> None:
-    """Close in time, then end what is left of our own processes."""
-    deadline = time.monotonic() + timeout
-    processes = _processes(cluster)
-    try:
-        cluster.close(timeout=timeout)
-    except Exception as error:
-        logger.warning("the cluster did not close within %g s (%r); its processes are killed", timeout, error)
-    _wait_while(lambda: any(map(_runs, processes)), deadline - time.monotonic())
-    kill(processes)
-    if cluster.status is not Status.closed:
-        cluster.status = Status.running  # it gave up half-way, and would wait for itself
-        with contextlib.suppress(Exception):
-            cluster.close(timeout=CLOSE_SECONDS)
-
-
-def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while condition() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-
-
-def _processes(cluster: Any) -> list[psutil.Process]:
-    return [process for nanny in list(getattr(cluster, "_created", ())) for process in nanny.processes()]
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether a process is still there; one that only waits for init to take note is not."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False

@@ -13,9 +13,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from daskinfer.cluster import LOOPBACK, Start, ended_on_failure
-from daskinfer.device import Device
+from daskinfer.ending import ended_on_failure
 from daskinfer.errors import MissingExtra
+from daskinfer.hardware import Device
+from daskinfer.launch import LOOPBACK, Start
 from daskinfer.nanny_process import NannyProcess
 
 try:

@@ -24,10 +24,21 @@ from daskinfer import graph
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError
 from daskinfer.graph import Block
+from daskinfer.kept import kept
 from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
 from daskinfer.placement import Placement
 from daskinfer.planner import Layout
 from daskinfer.worker import seat_of
+
+
+@contextlib.contextmanager
+def opened(placement: Placement) -> Iterator[Client | None]:
+    """The client that computes; None for this process. A cluster is started only here."""
+    if placement.client is not None or placement.inline:
+        yield placement.client
+        return
+    with kept.client([d.uuid or d.kind for d in placement.devices]) as client:
+        yield client
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ def _whole(rows: Array) -> Array:
 
 def _to_travel(options: Options) -> Options:
     """Let the functions among the options reach workers that cannot import them, and no row of ``output`` travel."""
-    before, after, output = options.preprocess, options.postprocess, options.output
+    before, after = options.preprocess, options.postprocess
     return replace(
         options,
         preprocess=before and ByValue(before),

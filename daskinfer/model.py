@@ -33,10 +33,8 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from daskinfer import fingerprint as fingerprints
-from daskinfer import packed
+from daskinfer import packed, variables
 from daskinfer.errors import ModelError
-
-SCRATCH_VARIABLE = "DASKINFER_SCRATCH"  # a worker's environment names the folder of our own cluster here
 
 
 @dataclass
@@ -336,7 +334,7 @@ class ProgramFile(_Loading):
 
 def shipped_path(name: str) -> str:
     """Where a shipped file lies on this host: with our own cluster, which removes it at the latest, else per user."""
-    folder = os.environ.get(SCRATCH_VARIABLE) or os.path.join(tempfile.gettempdir(), f"daskinfer-{os.getuid()}")
+    folder = os.environ.get(variables.SCRATCH) or os.path.join(tempfile.gettempdir(), f"daskinfer-{os.getuid()}")
     return os.path.join(folder, name)
 
 

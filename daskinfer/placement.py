@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,9 @@ import torch
 from distributed import Client
 
 from daskinfer import worker
-from daskinfer.cluster import memory_per_worker, resource
 from daskinfer.device import Device, check_drivable, machine, parse
 from daskinfer.errors import ClusterError, DeviceError
-from daskinfer.kept import kept
+from daskinfer.launch import memory_per_worker, resource
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +60,6 @@ class Placement:
         assert self.client is not None
         info = self.client.scheduler_info(n_workers=-1)["workers"].get(self.addresses[device], {})
         return resource(self.devices[device].name) in info.get("resources", {})
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[Client | None]:
-        """The client that computes; None for this process. A cluster is started only here."""
-        if self.client is not None or self.inline:
-            yield self.client
-            return
-        with kept.client([d.uuid or d.kind for d in self.devices]) as client:
-            yield client
 
 
 def place(devices: str | Sequence[str], client: Client | None) -> Placement:

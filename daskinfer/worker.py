@@ -1,6 +1,6 @@
 """Where a chunk runs: which device this process has, and how many threads torch may use on it.
 
-A worker of our own cluster is told by two environment variables, set before its Python starts. A worker of somebody else's
+A worker of our own cluster is told by environment variables, set before its Python starts. A worker of somebody else's
 cluster is one device: its first visible GPU, else the CPU with as many threads as Dask gave it. Without any cluster
 (``devices="inline"``, or a lazy array computed in threads) it is the CPU of this process, with torch's own threads; the
 lock of the loaded model then lets one chunk run at a time, so the cores are not oversubscribed.
@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from distributed import get_worker
 
-from daskinfer.device import Device
+from daskinfer import variables
 from daskinfer.errors import DeviceError
-from daskinfer.hardware import cpu_label
-
-DEVICE_VARIABLE = "DASKINFER_DEVICE"  # the device's name in the plan, "cuda:1"
-UUID_VARIABLE = "DASKINFER_DEVICE_UUID"  # "GPU-…"; empty for CPUs
-THREADS_VARIABLE = "DASKINFER_TORCH_THREADS"
+from daskinfer.hardware import Device, cpu_label
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def describe(dask_worker: Any) -> Device:
     free, total = torch.cuda.mem_get_info(0)
     return replace(
         device,
-        uuid=os.environ.get(UUID_VARIABLE) or f"GPU-{torch.cuda.get_device_properties(0).uuid}",
+        uuid=os.environ.get(variables.UUID) or f"GPU-{torch.cuda.get_device_properties(0).uuid}",
         memory_nbytes=total,
         free_nbytes=free + torch.cuda.memory_reserved(0),  # what torch holds back is ours again
     )
@@ -86,9 +82,9 @@ def seat() -> Seat:
 
 def seat_of(worker: Any) -> Seat:
     """The seat of a Dask worker, asked for in its own process."""
-    name = os.environ.get(DEVICE_VARIABLE) or str(worker.name)
-    n_threads = int(os.environ.get(THREADS_VARIABLE) or worker.state.nthreads)
-    device, device_name = _torch_device(os.environ.get(DEVICE_VARIABLE), os.environ.get(UUID_VARIABLE, ""))
+    name = os.environ.get(variables.DEVICE) or str(worker.name)
+    n_threads = int(os.environ.get(variables.THREADS) or worker.state.nthreads)
+    device, device_name = _torch_device(os.environ.get(variables.DEVICE), os.environ.get(variables.UUID, ""))
     return Seat(name, device_name, device, n_threads, worker.address)
 
 

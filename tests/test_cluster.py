@@ -23,10 +23,10 @@ from distributed.client import get_client
 
 import daskinfer as di
 from daskinfer import cluster as room
-from daskinfer.cluster import LOOPBACK, memory_per_worker, resource
 from daskinfer.device import Device
 from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware import machine
+from daskinfer.launch import LOOPBACK, memory_per_worker, resource
 from tests.conftest import wait_until
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from daskinfer.cluster import memory_per_worker
 from daskinfer.hardware import machine
+from daskinfer.launch import memory_per_worker
 from tests.nvml_stand_in import build
 
 pytest.importorskip("dask_cuda", reason="dask-cuda's wheels are for Linux only")
@@ -28,8 +28,8 @@ HEAD = """
 
     def seen():
         import os
-        from daskinfer.worker import DEVICE_VARIABLE, UUID_VARIABLE, THREADS_VARIABLE
-        names = ["CUDA_VISIBLE_DEVICES", DEVICE_VARIABLE, UUID_VARIABLE, THREADS_VARIABLE]
+        from daskinfer.variables import DEVICE, UUID, THREADS
+        names = ["CUDA_VISIBLE_DEVICES", DEVICE, UUID, THREADS]
         return {"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), **{n: os.environ.get(n) for n in names}}
 
     def look(client):

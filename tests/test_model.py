@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from daskinfer import variables
 from daskinfer.errors import ModelError
-from daskinfer.model import SCRATCH_VARIABLE, LoadedModel, Model, PackedModel, Recipe, ShippedModel, as_model, shipped_path
+from daskinfer.model import LoadedModel, Model, PackedModel, Recipe, ShippedModel, as_model, shipped_path
 from daskinfer.packed import pack
 
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_protocol() -> None:
 
 def test_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A network whose block lies on the host is loaded from there, under the same key."""
-    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(variables.SCRATCH, str(tmp_path))
     net = linear()
     made = PackedModel(pack(net))
     Path(shipped_path("block")).write_bytes(made.packed.to_bytes())
@@ -167,14 +168,14 @@ def test_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_shipped_but_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A block that is not there is named."""
-    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(variables.SCRATCH, str(tmp_path))
     with pytest.raises(ModelError, match=f"the model shipped to {tmp_path}/gone cannot be loaded: FileNotFoundError"):
         ShippedModel("key", "gone", 0).load(CPU)
 
 
 def test_shipped_path_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere each user has a folder of their own."""
-    monkeypatch.delenv(SCRATCH_VARIABLE, raising=False)
+    monkeypatch.delenv(variables.SCRATCH, raising=False)
     assert shipped_path("block").endswith(f"daskinfer-{os.getuid()}/block")
 
 

@@ -17,7 +17,7 @@ import pytest
 from distributed import Client, Scheduler
 
 from daskinfer import nanny_process
-from daskinfer.cluster import LOOPBACK
+from daskinfer.launch import LOOPBACK
 from daskinfer.nanny_process import NannyProcess
 
 OPTIONS: dict[str, Any] = {"name": "one", "nthreads": 1, "host": LOOPBACK, "memory_limit": 0, "silence_logs": 40}

@@ -16,9 +16,10 @@ from distributed import Client, LocalCluster
 
 import daskinfer as di
 from daskinfer import placement as room
-from daskinfer.cluster import memory_per_worker, resource
+from daskinfer.driver import opened as open_
 from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.hardware import Device, machine
+from daskinfer.launch import memory_per_worker, resource
 from daskinfer.placement import Placement, place
 from tests.nvml_stand_in import LIBRARY, build
 
@@ -51,7 +52,7 @@ def test_a_client_given_is_used_whatever_is_current(cluster_client: Client) -> N
     assert placement.restriction(1) == {"resources": {resource("cpu:1"): 1}}
     assert placement.limits == (placement.devices[0].memory_nbytes,) * 2
     assert not placement.inline
-    with placement.open() as opened:
+    with open_(placement) as opened:
         assert opened is cluster_client
 
 
@@ -92,7 +93,7 @@ def test_inline_is_this_process_with_all_of_its_memory() -> None:
     placement = place("inline", None)
     here = machine()
     assert [(d.label, d.memory_nbytes) for d in placement.devices] == [(here.cpu_label, here.memory_nbytes)]
-    with placement.open() as client:
+    with open_(placement) as client:
         assert client is None
 
 
@@ -108,7 +109,7 @@ def test_the_kept_cluster_is_asked_for_by_what_pins_its_devices(monkeypatch: pyt
     monkeypatch.setattr(room.kept, "client", client)
     placement = Placement((Device("cuda:1", "cuda", 1, uuid="GPU-1"), Device("cpu:0", "cpu", 0)))
     assert asked == []
-    with placement.open() as opened:
+    with open_(placement) as opened:
         assert (opened, asked) == ("client", [["GPU-1", "cpu"]])
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dask.array as da
-import daskinfer as di
 import numpy as np
 import pytest
 import torch
+
+import daskinfer as di
 
 BATCH_SIZE = 24  # does not divide the 1000 rows, nor the chunks below
 WEIGHTS = {1: ["even"], 2: ["even", [1, 2], [9, 0.1]], 3: ["even", [1, 2, 3], [9, 0.1, 0]]}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from distributed import Client
 
+from daskinfer import variables
 from daskinfer import worker as room
 from daskinfer.errors import DeviceError
 from daskinfer.hardware import cpu_label
-from daskinfer.worker import DEVICE_VARIABLE, THREADS_VARIABLE, UUID_VARIABLE, Seat, describe, seat, seat_of
+from daskinfer.worker import Seat, describe, seat, seat_of
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 
@@ -19,7 +20,7 @@ UUID = "GPU-00000000-0000-0000-0000-000000000001"
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that is no worker's yet, and has not looked at its device."""
-    for name in (DEVICE_VARIABLE, UUID_VARIABLE, THREADS_VARIABLE):
+    for name in (variables.DEVICE, variables.UUID, variables.THREADS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(room, "_torch_device", room._torch_device.__wrapped__)
     return monkeypatch
@@ -66,8 +67,8 @@ def test_threads_are_set_inside_and_put_back_also_after_an_error() -> None:
 
 def test_a_worker_of_ours_is_what_its_variables_say(fresh: pytest.MonkeyPatch) -> None:
     """Name and threads come from the environment, before what Dask says."""
-    fresh.setenv(DEVICE_VARIABLE, "cpu:3")
-    fresh.setenv(THREADS_VARIABLE, "7")
+    fresh.setenv(variables.DEVICE, "cpu:3")
+    fresh.setenv(variables.THREADS, "7")
     here = seat_of(dask_worker())
     assert (here.device, here.n_threads, here.torch_device.type, here.worker) == ("cpu:3", 7, "cpu", "tcp://a:1")
 
@@ -91,29 +92,29 @@ def test_a_worker_of_others_with_gpus_is_the_first_one_it_sees(gpu: pytest.Monke
 
 def test_a_pinned_worker_takes_its_gpu(gpu: pytest.MonkeyPatch) -> None:
     """The UUID that it was pinned to is the first GPU's."""
-    gpu.setenv(DEVICE_VARIABLE, "cuda:1")
-    gpu.setenv(UUID_VARIABLE, UUID)
+    gpu.setenv(variables.DEVICE, "cuda:1")
+    gpu.setenv(variables.UUID, UUID)
     assert seat_of(dask_worker()).device_name == "Stand-in GPU"
 
 
 def test_a_pinned_worker_refuses_another_gpu(gpu: pytest.MonkeyPatch) -> None:
     """A wrong GPU would compute in silence beside the worker whose GPU it is."""
-    gpu.setenv(DEVICE_VARIABLE, "cuda:0")
-    gpu.setenv(UUID_VARIABLE, UUID[:-1] + "0")
+    gpu.setenv(variables.DEVICE, "cuda:0")
+    gpu.setenv(variables.UUID, UUID[:-1] + "0")
     with pytest.raises(DeviceError, match=r"the worker of cuda:0 sees GPU-.*1 as its first device; it was pinned to .*0\."):
         seat_of(dask_worker())
 
 
 def test_a_mig_instance_is_not_compared_with_the_gpus_uuid(gpu: pytest.MonkeyPatch) -> None:
     """Torch gives the whole GPU's UUID for an instance of it; the instance stays what it was pinned by."""
-    gpu.setenv(DEVICE_VARIABLE, "MIG-1")
-    gpu.setenv(UUID_VARIABLE, "MIG-1")
+    gpu.setenv(variables.DEVICE, "MIG-1")
+    gpu.setenv(variables.UUID, "MIG-1")
     assert describe(dask_worker()).uuid == "MIG-1"
 
 
 def test_a_pinned_worker_without_cuda_is_refused(fresh: pytest.MonkeyPatch) -> None:
     """It never computes on the CPU instead."""
-    fresh.setenv(DEVICE_VARIABLE, "cuda:0")
+    fresh.setenv(variables.DEVICE, "cuda:0")
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="the worker of cuda:0 finds no CUDA device"):
         seat_of(dask_worker())

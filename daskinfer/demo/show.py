@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import zarr
 
-from daskinfer.api import run
+from daskinfer import Model, run
 from daskinfer.demo import digits
-from daskinfer.model import Model
 from daskinfer.runner import Array
 
 SEED = 2026
