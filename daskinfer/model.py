@@ -252,6 +252,8 @@ class FactoryCall(_Loading):
         kwargs = dict(model.kwargs or {})
         name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", type(factory).__name__)
         given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in kwargs.items())
+        if isinstance(factory, str):
+            _import(factory)  # so that a plan can say at once that it cannot be
         by_name = factory if isinstance(factory, str) else packed.pack(factory, "the factory")
         return cls(by_name, packed.pack(kwargs, "the factory's kwargs"), f"{name}({given})", version=model.version)
 

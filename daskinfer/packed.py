@@ -7,6 +7,9 @@ it is no file format for keeping models.
 The key holds for one client process (the class object and the tensors' content, decision 7): a class that is defined
 again is another network, the same network packed twice is the same key. What must hold between processes is in
 ``fingerprint``.
+
+In the process that packed it, a network is copied with its classes and functions as they are: unpickling a class by value
+would give the user's own class the functions of its copy, and the next key would be another.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -46,6 +50,7 @@ class Packed:
     key: str
     skeleton: bytes
     tensors: dict[str, torch.Tensor]
+    local: tuple[bytes, list[Any]] | None = None  # a skeleton whose classes are this process's; it never travels
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +67,8 @@ class Packed:
 
     def unpack(self) -> Any:
         """A network of its own, whose tensors share nothing with the one that was packed."""
-        return _Unpickler(self.skeleton, {name: t.clone() for name, t in self.tensors.items()}).load()
+        skeleton, live = self.local or (self.skeleton, [])
+        return _Unpickler(skeleton, {name: t.clone() for name, t in self.tensors.items()}, live).load()
 
 
 def pack(network: Any, name: str = "the model") -> Packed:
@@ -81,19 +87,22 @@ def pack(network: Any, name: str = "the model") -> Packed:
     >>> packed.unpack()
     Linear(in_features=2, out_features=3, bias=True)
     """
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
+    pickler = _Pickler()
+    local = _LocalPickler(pickler)
     try:
         with _own_modules_by_value():
             pickler.dump(network)
+        local.dump(network)
     except Exception as error:
         raise ModelError(
             f"{name} ({type(network).__name__}) cannot be sent to workers: {error}. It has to be picklable. "
             "Keep open files, locks and other handles out of its attributes, export it by torch.export to a .pt2 file, "
             "or pass a factory as 'pkg.mod:make'."
         ) from error
-    skeleton = buffer.getvalue()
-    return Packed(_key(skeleton, pickler.tensors), skeleton, pickler.tensors)
+    skeleton = pickler.buffer.getvalue()
+    return Packed(
+        _key(skeleton, pickler.tensors), skeleton, pickler.tensors, (local.buffer.getvalue(), list(local.live.values()))
+    )
 
 
 def from_file(path: str | os.PathLike[str]) -> Any:
@@ -148,13 +157,14 @@ class _Place(NamedTuple):
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no annotations
     """Puts tensors aside under a number; the same tensor twice (tied weights) keeps one number."""
 
-    def __init__(self, buffer: io.BytesIO) -> None:
-        super().__init__(buffer, protocol=5)
+    def __init__(self) -> None:
+        self.buffer = io.BytesIO()
+        super().__init__(self.buffer, protocol=5)
         self.tensors: dict[str, torch.Tensor] = {}
         self._places: dict[int, _Place] = {}
         self._kept: list[torch.Tensor] = []  # an id is a tensor's own only while the tensor lives
 
-    def persistent_id(self, thing: Any) -> _Place | None:
+    def persistent_id(self, thing: Any) -> _Place | int | None:
         if type(thing) not in _TENSORS or not _fits_block(thing):
             return None
         if id(thing) not in self._places:
@@ -187,15 +197,35 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships 
         return super().reducer_override(thing)
 
 
+class _LocalPickler(_Pickler):
+    """Names the tensors that another pickler put aside, and leaves classes, functions and modules as they are."""
+
+    def __init__(self, pickler: _Pickler) -> None:
+        super().__init__()
+        self.tensors, self._places, self._kept = pickler.tensors, pickler._places, pickler._kept
+        self.live: dict[int, Any] = {}
+        self._positions: dict[int, int] = {}
+
+    def persistent_id(self, thing: Any) -> _Place | int | None:
+        if not isinstance(thing, type | FunctionType | ModuleType):
+            return super().persistent_id(thing)
+        position = self._positions.setdefault(id(thing), len(self._positions))
+        self.live[position] = thing
+        return position
+
+
 class _Unpickler(pickle.Unpickler):
     """Puts the tensors back; each number is made once, so tied weights stay tied."""
 
-    def __init__(self, skeleton: bytes, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, skeleton: bytes, tensors: dict[str, torch.Tensor], live: Sequence[Any] = ()) -> None:
         super().__init__(io.BytesIO(skeleton))
         self._tensors = tensors
+        self._live = live
         self._made: dict[str, torch.Tensor] = {}
 
-    def persistent_load(self, place: _Place) -> torch.Tensor:
+    def persistent_load(self, place: _Place | int) -> Any:
+        if isinstance(place, int):
+            return self._live[place]
         if place.name not in self._made:
             self._made[place.name] = place.tensor(self._tensors[place.name])
         return self._made[place.name]

@@ -23,6 +23,7 @@ from distributed.client import get_client
 
 import daskinfer as di
 from daskinfer import cluster as room
+from daskinfer import ending
 from daskinfer.device import Device
 from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware import machine
@@ -71,7 +72,7 @@ def everything(cluster: di.LocalDeviceCluster) -> list[psutil.Process]:
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of the processes runs any more."""
-    return not any(room._runs(process) for process in processes)
+    return not any(ending._runs(process) for process in processes)
 
 
 def test_the_callers_process_keeps_its_settings(

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from daskinfer.cluster import _runs
+from daskinfer.ending import _runs
 from daskinfer.kept import KeptCluster
 from tests.conftest import wait_until
 
