@@ -84,6 +84,7 @@ def predict(
     >>> x = torch.ones(1000, 3)
     >>> bool(torch.allclose(di.predict(net, x, devices=["cpu", "cpu"], device_weights=[1, 3]), net(x)))
     True
+    >>> di.close()
     """
     work = assemble(
         model,

@@ -4,7 +4,7 @@ For now each device's chunks are handed to Dask at once, kept on their device by
 what is submitted therefore holds the whole of an in-memory input. The bounded window per device takes this room over.
 
 A network in memory is shipped before: one file per host, mapped by every worker there, so it rides in no task; it is not
-sent where all workers have it loaded already.
+sent where all workers have it loaded already, and not at all where the client can write the file itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import dask.array as da
 from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
-from daskinfer import graph
+from daskinfer import graph, variables
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError
 from daskinfer.graph import Block
@@ -49,13 +49,22 @@ def shipped(client: Client | None, recipe: Recipe) -> Iterator[Recipe]:
         return
     name = f"model-{recipe.key}.safetensors"
     receivers = _receivers(client, recipe.key)
+    here = {folder for folder in receivers.values() if os.path.isdir(folder)}
+    elsewhere = [address for address, folder in receivers.items() if folder not in here]
     if receivers:
-        client.run(_receive, name, recipe.packed.to_bytes(), workers=receivers)
+        content = recipe.packed.to_bytes()
+        for folder in here:
+            _receive(folder, name, content)
+        if elsewhere:
+            client.run(_receive, None, name, content, workers=elsewhere)
+        del content
     try:
         yield ShippedModel(recipe.key, name, recipe.nbytes)
     finally:
-        if receivers and client.status == "running":
-            client.run(_forget, name, workers=_reachable(client, receivers))
+        for folder in here:
+            _forget(folder, name)
+        if elsewhere and client.status == "running":
+            client.run(_forget, None, name, workers=_reachable(client, elsewhere), on_error="ignore")
 
 
 def compute(blocks: da.Array, layout: Layout, placement: Placement, client: Client | None) -> Iterator[tuple[int, Block]]:
@@ -104,11 +113,12 @@ def _result(future: Any, layout: Layout, index: int) -> Block:
     return block
 
 
-def _receivers(client: Client, key: str) -> list[str]:
-    """One worker of each host where a worker has not loaded the model yet."""
+def _receivers(client: Client, key: str) -> dict[str, str]:
+    """One worker of each host where a worker has not loaded the model yet, and the folder of our own cluster there."""
     hosts = {address: info["host"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
-    loaded = client.run(_has_loaded, key)
-    return list({hosts[address]: address for address, has in loaded.items() if not has and address in hosts}.values())
+    asked = client.run(_asked, key)
+    lacking = {hosts[address]: address for address, (loaded, _) in asked.items() if not loaded and address in hosts}
+    return {address: asked[address][1] for address in lacking.values()}
 
 
 def _reachable(client: Client, addresses: list[str]) -> list[str]:
@@ -116,12 +126,15 @@ def _reachable(client: Client, addresses: list[str]) -> list[str]:
     return [address for address in addresses if address in there]
 
 
-def _has_loaded(key: str, dask_worker: Any) -> bool:
-    return (key, str(seat_of(dask_worker).torch_device)) in models
+def _asked(key: str, dask_worker: Any) -> tuple[bool, str]:
+    """Whether a worker has loaded the model, and the folder of our own cluster, empty on clusters of others."""
+    loaded = (key, str(seat_of(dask_worker).torch_device)) in models
+    return loaded, os.environ.get(variables.SCRATCH, "")
 
 
-def _receive(name: str, content: bytes) -> None:
-    path = shipped_path(name)
+def _receive(folder: str | None, name: str, content: bytes) -> None:
+    """Write a shipped file: into the folder of our own cluster where the client can, else where a worker looks for it."""
+    path = shipped_path(name) if folder is None else os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "wb") as file:
@@ -129,8 +142,8 @@ def _receive(name: str, content: bytes) -> None:
     os.rename(temporary, path)
 
 
-def _forget(name: str) -> None:
-    path = shipped_path(name)
+def _forget(folder: str | None, name: str) -> None:
+    path = shipped_path(name) if folder is None else os.path.join(folder, name)
     with contextlib.suppress(OSError):
         os.unlink(path)
         os.rmdir(os.path.dirname(path))  # refused while others' files, or the rest of our own cluster's, lie there

@@ -48,7 +48,7 @@ class LoadedModel:
     device: torch.device
     takes_tensors: bool
     on_close: Callable[[], None] | None = None
-    max_batch_size: int | None = None  # remembered by the out-of-memory ladder, in rows
+    max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what memory held, by the shape of a row
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod

@@ -9,7 +9,8 @@ read-only, and a retry has to see what the first attempt saw (decision 11). The 
 since fresh pages cost more than the copy.
 
 Out of memory, the micro-batch is halved, the tensors of the failed attempt are let go, and the same rows are run again; a
-model remembers what it could hold. Answers then agree within rounding, and the receipt says which size was used.
+model remembers what it could hold of rows of this shape. Answers then agree within rounding, and the receipt says which
+size was used.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -
     with model.lock, _said_of_rows(model, start, start + len(rows[0])):
         rows = [_to_numpy(port) for port in rows]
         began = time.perf_counter()
-        batch_size = min(job.batch_size, model.max_batch_size or job.batch_size)
+        shapes = tuple(port.shape[1:] for port in rows)
+        batch_size = min(job.batch_size, model.max_batch_sizes.get(shapes, job.batch_size))
         while True:
             try:
                 arrays, structure = _Pass(model, rows, start, batch_size, job).run()
@@ -98,13 +100,12 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -
                 if not _is_out_of_memory(error) or batch_size == 1:
                     raise
             # Out of the except block: while it runs, the traceback keeps the failed attempt's tensors alive.
-            batch_size = _shrink(model, batch_size)
+            batch_size = model.max_batch_sizes[shapes] = _shrink(model, batch_size)
 
 
 def _shrink(model: LoadedModel, batch_size: int) -> int:
     smaller = batch_size // 2
     logger.warning("%s: out of memory at micro-batch %d; going on with %d", model.device, batch_size, smaller)
-    model.max_batch_size = smaller
     gc.collect()  # a network that catches the error itself leaves its tensors in a cycle of frames
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # pragma: no cover - needs a GPU

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,23 @@ def fails():
 
 
 @pytest.fixture
-def folder(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with inputs and a module of factories, which is the working directory."""
     (in_folder / "cli_nets.py").write_text(FACTORY)
     np.save("x.npy", np.arange(500, dtype=np.float32).reshape(100, 5) / 500)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield in_folder
     sys.modules.pop("cli_nets", None)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """The command sets up the log of its process: undo it here."""
+    logger = logging.getLogger("daskinfer")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def invoke(*arguments: str) -> Result:

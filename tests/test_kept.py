@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -95,15 +94,16 @@ def test_other_devices_and_a_dead_nanny_replace_the_cluster() -> None:
     assert second.status == "closed"
 
 
-def test_the_clock_stops_while_a_call_is_inside(kept: KeptCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_stops_while_a_call_is_inside(kept: KeptCluster) -> None:
     """Idle means between calls."""
-    with kept.client(ONE) as client:
+    with kept.client(ONE):
         pass
-    clocks = [t for t in threading.enumerate() if t.name == "daskinfer-idle"]
-    assert len(clocks) == 1
-    with kept.client(ONE) as again:
-        assert again is client
-        wait_until(lambda: not clocks[0].is_alive())
+    assert kept._current is not None
+    clock = kept._current._clock
+    assert clock is not None
+    with kept.client(ONE):
+        wait_until(lambda: not clock.is_alive())
+        assert kept._current._clock is None
 
 
 def test_a_start_that_fails_leaves_a_keeper_that_works() -> None:

@@ -15,7 +15,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import daskinfer as di
-from daskinfer import placement as room
+from daskinfer import driver
 from daskinfer.driver import opened as open_
 from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.hardware import Device, machine
@@ -106,7 +106,7 @@ def test_the_kept_cluster_is_asked_for_by_what_pins_its_devices(monkeypatch: pyt
         asked.append(devices)
         yield "client"
 
-    monkeypatch.setattr(room.kept, "client", client)
+    monkeypatch.setattr(driver.kept, "client", client)
     placement = Placement((Device("cuda:1", "cuda", 1, uuid="GPU-1"), Device("cpu:0", "cpu", 0)))
     assert asked == []
     with open_(placement) as opened:

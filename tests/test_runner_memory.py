@@ -112,6 +112,15 @@ def test_out_of_memory_is_remembered() -> None:
     assert run(model, X, batch_size=2).batch_size == 2
 
 
+def test_out_of_memory_is_remembered_by_the_shape_of_a_row() -> None:
+    """Rows of another shape are not held back by what did not fit."""
+    net = Greedy(4)
+    model = load(net)
+    run(model, X, batch_size=8)
+    net.limit = 100
+    assert run(model, X[:, :2], batch_size=8).batch_size == 8
+
+
 def test_out_of_memory_bytes() -> None:
     """With the smaller micro-batch the bytes are those of a run that began with it."""
     torch.manual_seed(0)
