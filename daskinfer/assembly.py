@@ -158,7 +158,8 @@ def _lay_out(given: dict[str, Any], *, weights_assumed: bool, to_store: bool) ->
     recipe: Recipe = given["recipe"]
     weights: tuple[float, ...] = given["weights"]
     batch_size = given["batch_size"] or auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights)
-    if inputs.row_chunks is not None:
+    # Into a store a dask array is cut anew: two chunks in one write-unit would be written over each other.
+    if inputs.row_chunks is not None and not to_store:
         layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
     else:
         layout = lay_out(

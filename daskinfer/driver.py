@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -47,7 +48,8 @@ def shipped(client: Client | None, recipe: Recipe) -> Iterator[Recipe]:
     if client is None or not isinstance(recipe, PackedModel):
         yield recipe
         return
-    name = f"model-{recipe.key}.safetensors"
+    # A name of its own for each call: another one with the same network may end first.
+    name = f"model-{recipe.key}-{uuid.uuid4().hex}.safetensors"
     receivers = _receivers(client, recipe.key)
     here = {folder for folder in receivers.values() if os.path.isdir(folder)}
     elsewhere = [address for address, folder in receivers.items() if folder not in here]

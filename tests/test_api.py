@@ -276,6 +276,17 @@ def test_run_from_storage_to_storage(two_cpus: list[str], tmp_path: Path, source
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([read.name, write.name])
 
 
+def test_run_of_a_dask_array_writes_whole_chunks_of_the_store(two_cpus: list[str], tmp_path: Path) -> None:
+    """A dask array whose chunks end anywhere is cut at the store's chunks, so that no two workers write into one."""
+    x = rows(400)
+    lazy = da.from_array(x, chunks=((3, 50, 7, 140, 200), 5))
+    how = {"devices": two_cpus, "batch_size": 16}
+    di.run(np.negative, lazy, tmp_path / "y.zarr", **how)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "y.zarr", mode="r")[:], -x)
+    planned = di.plan(np.negative, lazy, target=tmp_path / "z.zarr", **how)
+    assert all(chunk.start % planned.layout.cell_rows == 0 for chunk in planned.layout.chunks)
+
+
 def test_run_of_several_outputs(two_cpus: list[str], tmp_path: Path) -> None:
     """Each output of a network gets a path by its name."""
     np.save(tmp_path / "x.npy", rows(50))

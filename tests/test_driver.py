@@ -40,7 +40,7 @@ def test_one_file_per_host_while_inside(cluster_client: Client) -> None:
     recipe = Model(big_net(1)).recipe()
     with driver.shipped(cluster_client, recipe) as travelling:
         assert isinstance(travelling, ShippedModel)
-        assert len(pickle.dumps(travelling)) < 500
+        assert len(pickle.dumps(travelling)) < 500  # whatever the network's size
         files = list(cluster_client.run(shipped_files).values())
         assert files == [[travelling.name]] * 2
     assert list(cluster_client.run(shipped_files).values()) == [[], []]
