@@ -27,7 +27,7 @@ from daskinfer.errors import ChunkError
 from daskinfer.graph import Block
 from daskinfer.kept import kept
 from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
-from daskinfer.placement import Placement
+from daskinfer.placement import Placement, workers_of
 from daskinfer.planner import Layout
 from daskinfer.worker import seat_of
 
@@ -117,14 +117,14 @@ def _result(future: Any, layout: Layout, index: int) -> Block:
 
 def _receivers(client: Client, key: str) -> dict[str, str]:
     """One worker of each host where a worker has not loaded the model yet, and the folder of our own cluster there."""
-    hosts = {address: info["host"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+    hosts = {address: info["host"] for address, info in workers_of(client).items()}
     asked = client.run(_asked, key)
     lacking = {hosts[address]: address for address, (loaded, _) in asked.items() if not loaded and address in hosts}
     return {address: asked[address][1] for address in lacking.values()}
 
 
 def _reachable(client: Client, addresses: list[str]) -> list[str]:
-    there = client.scheduler_info(n_workers=-1)["workers"]
+    there = workers_of(client)
     return [address for address in addresses if address in there]
 
 

@@ -58,8 +58,18 @@ class Placement:
 
     def _is_ours(self, device: int) -> bool:
         assert self.client is not None
-        info = self.client.scheduler_info(n_workers=-1)["workers"].get(self.addresses[device], {})
+        info = workers_of(self.client).get(self.addresses[device], {})
         return resource(self.devices[device].name) in info.get("resources", {})
+
+
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """What the scheduler says of every worker, by address.
+
+    Not ``client.scheduler_info(n_workers=-1)``: the record that it returns is overwritten by one without workers each time
+    the client refreshes it, from another thread (a worker was missing in 1 of some 100 calls).
+    """
+    found: dict[str, dict[str, Any]] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    return found
 
 
 def place(devices: str | Sequence[str], client: Client | None) -> Placement:

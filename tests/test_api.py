@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import daskinfer as di
+from daskinfer.placement import workers_of
 from tests.conftest import wait_until
 
 N_FEATURES = 5
@@ -232,10 +233,10 @@ def test_one_load_per_worker_and_one_more_after_a_kill(own_client: Client, tmp_p
     in_workers = loads() - 3  # each call looks at the answer once on the client
     assert in_workers == 2
     np.testing.assert_allclose(y, x.sum(axis=1), rtol=1e-5, atol=1e-6)
-    before = set(own_client.scheduler_info(n_workers=-1)["workers"])
+    before = set(workers_of(own_client))
     os.kill(next(iter(own_client.run(os.getpid).values())), signal.SIGKILL)
-    wait_until(lambda: len(set(own_client.scheduler_info(n_workers=-1)["workers"]) - before) == 1, 60)
-    wait_until(lambda: len(own_client.scheduler_info(n_workers=-1)["workers"]) == 2, 60)
+    wait_until(lambda: len(set(workers_of(own_client)) - before) == 1, 60)
+    wait_until(lambda: len(workers_of(own_client)) == 2, 60)
     di.predict(model, x, client=own_client)
     assert loads() - 4 == 3
 

@@ -28,6 +28,7 @@ from daskinfer.device import Device
 from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware import machine
 from daskinfer.launch import LOOPBACK, memory_per_worker, resource
+from daskinfer.placement import workers_of
 from tests.conftest import wait_until
 
 
@@ -62,7 +63,7 @@ def client(cluster: di.LocalDeviceCluster) -> Iterator[Client]:
 
 def workers(client: Client) -> dict[str, Any]:
     """What the scheduler says of each worker, by name."""
-    return {info["name"]: info for info in client.scheduler_info(n_workers=-1)["workers"].values()}
+    return {info["name"]: info for info in workers_of(client).values()}
 
 
 def everything(cluster: di.LocalDeviceCluster) -> list[psutil.Process]:
@@ -147,6 +148,25 @@ def test_everything_listens_on_loopback_only(cluster: di.LocalDeviceCluster) -> 
     listening = [c.laddr.ip for p in here for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert len(listening) >= 6
     assert set(listening) == {LOOPBACK}
+
+
+def test_private_names_are_the_wrappers_own(cluster: di.LocalDeviceCluster) -> None:
+    """Only public names are those of the Dask cluster inside."""
+    with pytest.raises(AttributeError, match="_lock"):
+        cluster._lock  # noqa: B018  # the attribute access is what is tested
+
+
+def test_a_process_that_ends_while_it_is_asked_after_does_not_run() -> None:
+    """Between two questions a process may be gone."""
+
+    class Ending:
+        def is_running(self) -> bool:
+            return True
+
+        def status(self) -> str:
+            raise psutil.NoSuchProcess(1)
+
+    assert not ending._runs(Ending())
 
 
 def test_scaling_is_refused_with_the_reason(cluster: di.LocalDeviceCluster) -> None:

@@ -34,13 +34,13 @@ HEAD = """
 
     def look(client):
         values = client.run(seen)
-        infos = client.scheduler_info(n_workers=-1)["workers"]
+        infos = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
         return {infos[a]["name"]: {**values[a], **{k: infos[a][k] for k in ("resources", "memory_limit", "nthreads")}}
                 for a in values if a in infos}
 
     def wait_for_workers(client, n):
         deadline = time.monotonic() + 60
-        while len(client.scheduler_info(n_workers=-1)["workers"]) != n:
+        while len(client.sync(client.scheduler.identity, n_workers=-1)["workers"]) != n:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 """

@@ -16,8 +16,10 @@ import psutil
 import pytest
 from distributed import Client
 
+from daskinfer import kept as room
 from daskinfer.ending import _runs
 from daskinfer.kept import KeptCluster
+from daskinfer.placement import workers_of
 from tests.conftest import wait_until
 
 ONE = ["cpu"]
@@ -70,7 +72,7 @@ def test_a_cluster_in_use_is_ended_by_the_last_to_leave() -> None:
         assert client.submit(sum, [1, 2]).result() == 3
         with keeper.client(["cpu", "cpu"]) as other:
             assert other is not client
-            assert len(other.scheduler_info(n_workers=-1)["workers"]) == 2
+            assert len(workers_of(other)) == 2
             assert not gone(processes)
             others = nannies(other)
     assert gone(processes)
@@ -104,6 +106,17 @@ def test_the_clock_stops_while_a_call_is_inside(kept: KeptCluster) -> None:
     with kept.client(ONE):
         wait_until(lambda: not clock.is_alive())
         assert kept._current._clock is None
+
+
+def test_a_client_that_cannot_connect_leaves_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cluster starts and its client does not, the cluster is ended."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(room, "Client", fails)
+    with pytest.raises(OSError, match="no route"), KeptCluster().client(["cpu"]):
+        pass
 
 
 def test_a_start_that_fails_leaves_a_keeper_that_works() -> None:

@@ -236,7 +236,7 @@ def test_the_model_is_a_copy(tmp_path: Any) -> None:
 
 def test_output() -> None:
     """output= is believed, without its rows and without loading the model."""
-    promised = ask("no.such:model", output={"a": np.ones((7, 2), "f8"), "b": torch.ones(1, 3, dtype=torch.bfloat16)})
+    promised = ask("os:abort", output={"a": np.ones((7, 2), "f8"), "b": torch.ones(1, 3, dtype=torch.bfloat16)})
     assert looks(promised) == [((0, 2), "float64"), ((0, 3), "float32")]
     assert list(promised.structure.rebuild(promised.outputs)) == ["a", "b"]
 

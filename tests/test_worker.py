@@ -12,6 +12,7 @@ from daskinfer import variables
 from daskinfer import worker as room
 from daskinfer.errors import DeviceError
 from daskinfer.hardware import cpu_label
+from daskinfer.placement import workers_of
 from daskinfer.worker import Seat, describe, seat, seat_of
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
@@ -124,4 +125,4 @@ def test_inside_a_task_the_seat_is_the_workers(cluster_client: Client) -> None:
     """A block finds its device by itself, wherever it runs."""
     found = cluster_client.submit(seat, pure=False, resources={"daskinfer-cpu:1": 1}).result()
     assert (found.device, found.n_threads) == ("cpu:1", 1)
-    assert found.worker in cluster_client.scheduler_info(n_workers=-1)["workers"]
+    assert found.worker in workers_of(cluster_client)
