@@ -13,6 +13,8 @@ from daskinfer.hardware import machine
 from daskinfer.launch import memory_per_worker
 from tests.nvml_stand_in import build
 
+pytestmark = pytest.mark.slow  # each test starts clusters of up to four workers
+
 pytest.importorskip("dask_cuda", reason="dask-cuda's wheels are for Linux only")
 
 GPU = "GPU-00000000-0000-0000-0000-{:012d}".format
@@ -131,7 +133,6 @@ def test_the_client_stays_as_it_was(mixed: Any) -> None:
     assert mixed["ips"] == ["127.0.0.1"]
 
 
-@pytest.mark.slow
 def test_auto_is_every_gpu_that_the_caller_may_see(stand_in: dict[str, str]) -> None:
     """Where CUDA_VISIBLE_DEVICES hides one of four there are three workers; left open, they end with the script."""
     story = """
@@ -181,7 +182,6 @@ def test_gpus_without_dask_cuda_name_the_extra_to_install(stand_in: dict[str, st
     assert 'pip install "daskinfer[cuda13]"' in message
 
 
-@pytest.mark.slow
 def test_a_script_without_a_main_guard_works_with_gpus_too(stand_in: dict[str, str], in_folder: Path) -> None:
     """Its top level is run once, not again in each worker, and workers keep to the cores that it was given."""
     story = """

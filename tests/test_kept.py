@@ -22,6 +22,8 @@ from daskinfer.kept import KeptCluster
 from daskinfer.placement import workers_of
 from tests.conftest import wait_until
 
+pytestmark = pytest.mark.slow  # each test starts clusters of its own
+
 ONE = ["cpu"]
 
 
@@ -170,10 +172,7 @@ def by_module() -> subprocess.CompletedProcess[str]:
     return python("-m", "package")
 
 
-SLOW_WAYS = [pytest.param(way, marks=pytest.mark.slow) for way in (by_command, by_input, by_module)]
-
-
-@pytest.mark.parametrize("run", [by_file, *SLOW_WAYS])
+@pytest.mark.parametrize("run", [by_file, by_command, by_input, by_module])
 def test_a_script_without_a_main_guard_works(run: Callable[[], subprocess.CompletedProcess[str]], in_folder: Path) -> None:
     """It prints its answer and nothing else, ends with 0 without closing anything, and its top level is run once."""
     done = run()
@@ -181,7 +180,6 @@ def test_a_script_without_a_main_guard_works(run: Callable[[], subprocess.Comple
     assert Path("runs").read_text() == "once "
 
 
-@pytest.mark.slow
 def test_an_error_in_a_script_is_its_only_traceback(in_folder: Path) -> None:
     """The cluster ends behind it without a word of its own."""
     done = python("-", code=GUARDLESS + "    raise LookupError('mine')\n", error=1)
@@ -190,7 +188,6 @@ def test_an_error_in_a_script_is_its_only_traceback(in_folder: Path) -> None:
     assert len(done.stderr.splitlines()) <= 4
 
 
-@pytest.mark.slow
 def test_a_current_client_and_a_cluster_left_open_end_with_the_script(in_folder: Path) -> None:
     """Neither has to be closed for a clean exit."""
     code = """
@@ -254,7 +251,6 @@ def test_ctrl_c_is_one_traceback_of_the_script() -> None:
     assert len(said.splitlines()) < 60
 
 
-@pytest.mark.slow
 def test_a_forked_child_leaves_the_parents_cluster_alone() -> None:
     """It does not use it, and its exit, with all exit handlers, does not end it."""
     code = """
@@ -282,7 +278,6 @@ def test_a_forked_child_leaves_the_parents_cluster_alone() -> None:
     assert (done.stdout, done.stderr) == ("3 True\n", "")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # zmq's and ipykernel's own
 def test_it_works_in_a_notebook(in_folder: Path) -> None:
     """A network of the notebook's own class runs on a worker, and a cluster shows itself as HTML."""

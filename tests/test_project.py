@@ -83,6 +83,7 @@ def test_result_comes_early() -> None:
     assert README[: README.index("accuracy")].count("\n") < RESULT_BEFORE_LINE
 
 
+@pytest.mark.slow
 def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
     """The README's Python, pasted into one script without a guard, runs and prints what the README shows."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
