@@ -66,7 +66,7 @@ def workers_of(client: Client) -> dict[str, dict[str, Any]]:
     """What the scheduler says of every worker, by address.
 
     Not ``client.scheduler_info(n_workers=-1)``: the record that it returns is overwritten by one without workers each time
-    the client refreshes it, from another thread (a worker was missing in 1 of some 100 calls).
+    the client refreshes it, from another thread (seen once in a run of all tests, as a worker that was missing).
     """
     found: dict[str, dict[str, Any]] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return found
