@@ -3,11 +3,15 @@
 The rooms of the house, lower floors first; a room imports from its own floor and below, never from above::
 
     0  errors  tables  records  options  structure             plain Python
-       variables  own_code
-    1  hardware  device  planner  plan_record                  + NVML, numbers only
-    2  packed  fingerprint  model  cache  runner  probe        + torch
-    3  worker  nanny_process  launch  ending  cluster          + dask
-       cuda_cluster  kept  placement  io  inputs  graph  driver
+       variables  own_code  allocator
+    1  hardware  device  planner  dealer  pace                 + NVML, numbers only
+       plan_record
+    2  arrays  packed  fingerprint  model  cache  runner       + torch
+       probe
+    3  worker  device_thread  nanny_process  launch  ending    + dask
+       cluster  cuda_cluster  kept  placement  io  inputs
+       transport  parts  task  graph  upstream  feeder
+       plugin  preflight  shipping  call  window  driver
     4  assembly  api  demo  cli
 
 Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.

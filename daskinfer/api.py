@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Unpack
 
@@ -17,13 +17,14 @@ from daskinfer.assembly import Refusals, Weights, Work, assemble, find_promise, 
 from daskinfer.device import DeviceTable, here
 from daskinfer.errors import InputError, OutputExists
 from daskinfer.inputs import Inputs
-from daskinfer.io import Draft, check_free
+from daskinfer.io import Draft, Target, check_free
 from daskinfer.model import as_model
 from daskinfer.options import OptionFields, Options
 from daskinfer.plan_record import Plan
 from daskinfer.planner import auto_batch_size, check_batch_size, lay_out
-from daskinfer.records import Receipt, RunReport
+from daskinfer.records import RunReport, Tally
 from daskinfer.runner import Job
+from daskinfer.window import Finished
 
 Path = str | os.PathLike[str]
 
@@ -98,9 +99,9 @@ def predict(
     )
     results = [np.empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
 
-    def keep(block: graph.Block, start: int, stop: int) -> None:
-        for result, rows in zip(results, block.arrays, strict=True):
-            result[start:stop] = rows
+    def keep(finished: Finished) -> None:
+        for result, rows in zip(results, finished.arrays, strict=True):
+            result[finished.chunk.start : finished.chunk.stop] = rows
 
     report = _compute(work, keep)
     leaves = [torch.from_numpy(r) for r in results] if work.inputs.tensors else results
@@ -230,7 +231,7 @@ def run(
             drafts.enter_context(Draft(path, shape + o.shape[1:], o.dtype, work.layout.cell_rows))
             for path, o in zip(paths, work.promise.outputs, strict=True)
         ]
-        return _compute(work, lambda *_: None, targets)
+        return _compute(work, lambda _: None, targets)
 
 
 def plan(
@@ -314,23 +315,15 @@ def close() -> None:
     kept.kept.close()
 
 
-def _compute(work: Work, keep: Any, targets: Sequence[Any] = ()) -> RunReport:
-    """Compute every chunk, give its block to ``keep(block, start, stop)``, and sum the receipts up."""
-    receipts: list[Receipt] = []
-    with driver.opened(work.placement) as client, driver.shipped(client, work.recipe) as recipe:
-        began = time.perf_counter()
-        blocks = graph.build(work.inputs.cut(work.layout.row_chunks), recipe, work.job)
-        if targets:
-            blocks = graph.written(blocks, targets)
-        if work.layout.n_rows:
-            for index, block in driver.compute(blocks, work.layout, work.placement, client):
-                chunk = work.layout.chunks[index]
-                keep(block, chunk.start, chunk.stop)
-                if block.receipt is not None:
-                    receipts.append(block.receipt)
-        seconds = time.perf_counter() - began
-    asked = {part.device: part.share for part in work.plan().devices}
-    return RunReport.from_receipts(receipts, asked, seconds=seconds, batch_size=work.layout.batch_size)
+def _compute(work: Work, keep: Callable[[Finished], None], targets: Sequence[Target] = ()) -> RunReport:
+    """Compute every chunk, give each to ``keep``, and sum the receipts up."""
+    tally = Tally({part.device: part.share for part in work.plan().devices})
+    began = time.perf_counter()
+    run = driver.Run(work.call(targets))
+    for finished in run:
+        keep(finished)
+        tally.add(finished.receipt)
+    return tally.report(seconds=time.perf_counter() - (run.began or began), batch_size=work.layout.batch_size)
 
 
 def _assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> tuple[Work, list[str]]:

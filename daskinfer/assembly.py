@@ -12,8 +12,10 @@ from typing import Any
 
 from distributed import Client
 
+from daskinfer.call import Call
 from daskinfer.errors import DaskInferError, PlanError
 from daskinfer.inputs import Inputs
+from daskinfer.io import Target
 from daskinfer.model import Recipe, as_model
 from daskinfer.options import OptionFields, Options
 from daskinfer.placement import Placement, place
@@ -72,7 +74,7 @@ class Work:
     job: Job
     placement: Placement
     weights: tuple[float, ...]
-    weights_assumed: bool
+    balanced: bool
     layout: Layout
 
     def plan(self) -> Plan:
@@ -90,10 +92,26 @@ class Work:
                 model_nbytes=self.recipe.nbytes,
             ),
             layout=self.layout,
-            weights_assumed=self.weights_assumed,
+            weights_assumed=self.balanced and len(self.weights) > 1,
             model=self.name,
             inputs=self.inputs.describe(),
             outputs=tuple(f"{name}: {(self.inputs.n_rows, *o.shape[1:])} {o.dtype}" for name, o in outputs),
+        )
+
+    def call(self, targets: Sequence[Target] = ()) -> Call:
+        """What the driver computes; ``targets`` are files that the workers write to."""
+        return Call(
+            inputs=self.inputs,
+            recipe=self.recipe,
+            job=self.job,
+            placement=self.placement,
+            weights=self.weights,
+            layout=self.layout,
+            balanced=self.balanced,
+            readers=self.job.options.readers,
+            row_nbytes=self.inputs.row_nbytes + self.promise.row_nbytes,
+            chunk_nbytes=fit_chunk_nbytes(self.placement.limits, self.recipe.nbytes),
+            targets=tuple(targets),
         )
 
     def refusals(self) -> list[str]:
@@ -147,11 +165,11 @@ def assemble(
             given["options"] = keep_bfloat16(given["options"], given["inputs"])
             given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
     refusals.raise_if_any()
-    assumed = isinstance(device_weights, str) and device_weights == "auto"
-    return _lay_out(given, weights_assumed=assumed, to_store=to_store)
+    balanced = isinstance(device_weights, str) and device_weights == "auto"
+    return _lay_out(given, balanced=balanced, to_store=to_store)
 
 
-def _lay_out(given: dict[str, Any], *, weights_assumed: bool, to_store: bool) -> Work:
+def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     inputs: Inputs = given["inputs"]
     wanted: Promise = given["promise"]
     placement: Placement = given["placement"]
@@ -179,7 +197,7 @@ def _lay_out(given: dict[str, Any], *, weights_assumed: bool, to_store: bool) ->
         job,
         placement,
         weights,
-        weights_assumed and len(weights) > 1,
+        balanced,
         layout,
     )
     if sentences := work.refusals():

@@ -1,151 +1,279 @@
-"""Computes the blocks of a lazy array on the devices that the plan gave them to.
+"""Computes the chunks of a call: in this process, on workers, or in the one until the others are there.
 
-For now each device's chunks are handed to Dask at once, kept on their device by a restriction, and collected as they end;
-what is submitted therefore holds the whole of an in-memory input. The bounded window per device takes this room over.
+Where rows are computed, first match wins; each exit is one DEBUG line:
 
-A network in memory is shipped before: one file per host, mapped by every worker there, so it rides in no task; it is not
-sent where all workers have it loaded already, and not at all where the client can write the file itself.
+1. No rows: nowhere.
+2. ``devices="inline"``: in this process.
+3. A client, named devices or a GPU: on the workers.
+4. ``devices="auto"`` and CPUs only. Both ways were measured for this network in this process: the faster one.
+5. Its cluster is running: on the workers, unless these turn out slower than this process was.
+6. The first rows are computed in this process, with all of torch's threads. What is left would end before workers could
+   start: all of it there.
+7. Workers are started beside it, and take over once they are there; whoever turns out slower stops.
+
+So a short job costs what a plain loop costs, and a long one gets the workers. Answers computed with other numbers of
+threads agree within rounding; who needs the same bytes names the devices.
+
+On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import uuid
-import warnings
-from collections.abc import Iterator
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import dask
-import dask.array as da
-from distributed import Client, as_completed
-from distributed.scheduler import KilledWorker
+from distributed import Client
 
-from daskinfer import graph, variables
-from daskinfer.cache import models
-from daskinfer.errors import ChunkError
-from daskinfer.graph import Block
+from daskinfer import plugin, preflight, transport
+from daskinfer.call import Call
+from daskinfer.dealer import MAX_CHUNKS_PER_TASK, Balanced, Dealer, Planned
+from daskinfer.feeder import Feeder
+from daskinfer.io import Target
 from daskinfer.kept import kept
-from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
-from daskinfer.placement import Placement, workers_of
-from daskinfer.planner import Layout
-from daskinfer.worker import seat_of
+from daskinfer.pace import Known, memory
+from daskinfer.placement import Placement
+from daskinfer.preflight import Answer
+from daskinfer.records import Chunk
+from daskinfer.shipping import shipped
+from daskinfer.task import Block, Order, compute, run_task
+from daskinfer.transport import Arena
+from daskinfer.window import Finished, Lane, Window
+from daskinfer.worker import seat
+
+logger = logging.getLogger(__name__)
+
+MAX_ORDER_NBYTES = 1 << 20  # a larger order goes to the cluster once instead of with each task; arbitrary
+START_SECONDS = 4.0  # until two workers that import torch are there, on 2 cores (measured: 3.6 to 4.3)
+TRIAL_SECONDS = 0.5  # that workers compute before they are compared with this process; arbitrary
+SLOWER = 0.9  # of this process's speed: workers that are slower stop; arbitrary, a tenth is noise
 
 
-@contextlib.contextmanager
-def opened(placement: Placement) -> Iterator[Client | None]:
-    """The client that computes; None for this process. A cluster is started only here."""
-    if placement.client is not None or placement.inline:
-        yield placement.client
-        return
-    with kept.client([d.uuid or d.kind for d in placement.devices]) as client:
-        yield client
+class Run:
+    """One call on its way: iterate over its chunks as they end, in no particular order.
 
-
-@contextlib.contextmanager
-def shipped(client: Client | None, recipe: Recipe) -> Iterator[Recipe]:
-    """While inside, every host of the cluster has the network's file; what is yielded travels in tasks instead of it."""
-    if client is None or not isinstance(recipe, PackedModel):
-        yield recipe
-        return
-    # A name of its own for each call: another one with the same network may end first.
-    name = f"model-{recipe.key}-{uuid.uuid4().hex}.safetensors"
-    receivers = _receivers(client, recipe.key)
-    here = {folder for folder in receivers.values() if os.path.isdir(folder)}
-    elsewhere = [address for address, folder in receivers.items() if folder not in here]
-    if receivers:
-        content = recipe.packed.to_bytes()
-        for folder in here:
-            _receive(folder, name, content)
-        if elsewhere:
-            client.run(_receive, None, name, content, workers=elsewhere)
-        del content
-    try:
-        yield ShippedModel(recipe.key, name, recipe.nbytes)
-    finally:
-        for folder in here:
-            _forget(folder, name)
-        if elsewhere and client.status == "running":
-            client.run(_forget, None, name, workers=_reachable(client, elsewhere), on_error="ignore")
-
-
-def compute(blocks: da.Array, layout: Layout, placement: Placement, client: Client | None) -> Iterator[tuple[int, Block]]:
-    """Compute every block and yield (chunk index, block) as they end, in no particular order.
+    Closing the iterator cancels what has not ended. ``began`` is when the first chunk was on its way, by
+    ``time.perf_counter()``; None before. ``before()`` is the row at which no chunk may start yet; None: no limit.
 
     Raises
     ------
     ChunkError, ModelError
-        What the first chunk that fails raised; the others are cancelled.
+        While iterating: what the first chunk that fails raised; the others are cancelled.
+    ClusterError
+        While iterating: where a worker cannot do the work, or is gone.
     """
-    tasks = graph.tasks(blocks)
-    if client is None:
-        yield from enumerate(dask.compute(*tasks, scheduler="synchronous", optimize_graph=False))
+
+    def __init__(self, call: Call, before: Callable[[], int | None] = lambda: None) -> None:
+        self._call, self._before = call, before
+        self.began: float | None = None
+
+    def __iter__(self) -> Iterator[Finished]:
+        call = self._call
+        if call.layout.n_rows == 0:
+            logger.debug("rule 1: no rows")
+            return
+        if call.placement.inline:
+            logger.debug("rule 2: in this process")
+            yield from self._inline(_dealer(call, call.weights), 0, _feeder(call, None))
+        elif not call.placement.automatic or not call.balanced:
+            logger.debug("rule 3: on the workers")
+            with opened(call.placement) as client:
+                yield from self._on_workers(client, _dealer(call, call.weights))
+        else:
+            yield from _Automatic(self, call).run()
+
+    def _inline(self, dealer: Dealer, device: int, feeder: Feeder) -> Iterator[Finished]:
+        """In this process, task by task, until the dealer deals no more."""
+        self.began = self.began or time.perf_counter()
+        call, here = self._call, seat()
+        while chunks := dealer.deal(device):
+            began = time.perf_counter()
+            for chunk in chunks:
+                if chunk.n_rows:
+                    since = time.perf_counter()
+                    rows = feeder.rows(chunk)
+                    read_seconds = time.perf_counter() - since
+                    block = compute(rows, chunk.start, chunk.stop, call.recipe, call.job, here)
+                    yield _stored(chunk, block, call.targets, read_seconds)
+            dealer.took(device, chunks, time.perf_counter() - began)
+
+    def _on_workers(self, client: Client, dealer: Dealer) -> Iterator[Finished]:
+        with _window(self._call, client) as window:
+            self.began = self.began or time.perf_counter()
+            yield from window.run(dealer, self._before)
+        known = memory.of(self._call.key).speeds
+        known |= {d.name: speed for d, speed in zip(self._call.placement.devices, dealer.speeds, strict=False) if speed}
+
+
+class _Automatic:
+    """Rules 4 to 7: this process is one more device of the dealer, the last; either it or the workers have a weight."""
+
+    def __init__(self, run: Run, call: Call) -> None:
+        self._run, self._call = run, call
+        self._here = len(call.weights)
+        self._dealer = _dealer(call, [*call.weights, 0.0])
+        self._known: Known = memory.of(call.key)
+
+    def run(self) -> Iterator[Finished]:
+        speeds, devices = self._known.speeds, _asked(self._call.placement)
+        if {"inline", "workers"} <= speeds.keys():
+            logger.debug("rule 4: measured before, %s", speeds)
+            yield from self._inline() if speeds["inline"] >= speeds["workers"] else self._on_workers()
+        elif kept.has(devices):
+            logger.debug("rule 5: the workers are there")
+            yield from self._on_workers()
+        else:
+            yield from self._until_workers_are_there()
+
+    def _until_workers_are_there(self) -> Iterator[Finished]:
+        starting: _Starting | None = None
+        began, n_done = time.perf_counter(), 0
+        for finished in self._inline():
+            yield finished
+            n_done += finished.chunk.n_rows
+            left = self._call.layout.n_rows - n_done
+            if starting is None and left * (time.perf_counter() - began) / n_done > START_SECONDS:
+                logger.debug("rule 7: %d rows are left, workers are started", left)
+                starting = _Starting(self._call.placement)
+            if starting is not None and starting.ready:
+                self._dealer.weigh(self._here, 0.0)  # its last task is ended first
+        if starting is None:
+            logger.debug("rule 6: all of it in this process")
+        if self._dealer.n_rows_left:
+            yield from self._on_workers()
+
+    def _inline(self) -> Iterator[Finished]:
+        for device in range(self._here):
+            self._dealer.weigh(device, 0.0)
+        self._dealer.weigh(self._here, 1.0)
+        if speed := self._known.speeds.get("inline"):
+            self._dealer.expect(self._here, speed)
+        yield from self._run._inline(self._dealer, self._here, _feeder(self._call, None))
+        self._note("inline", self._dealer.speeds[self._here])
+
+    def _on_workers(self) -> Iterator[Finished]:
+        """On the workers, until they are seen to be slower than this process."""
+        here = self._dealer.speeds[self._here] or self._known.speeds.get("inline", 0.0)
+        for device, weight in enumerate(self._call.weights):
+            self._dealer.weigh(device, weight)
+        self._dealer.weigh(self._here, 0.0)
+        self._note("inline", here)
+        began, n_done = None, 0
+        with opened(self._call.placement) as client:
+            for finished in self._run._on_workers(client, self._dealer):
+                began = began or time.perf_counter()
+                yield finished
+                n_done += finished.chunk.n_rows
+                seconds = time.perf_counter() - began
+                if seconds > TRIAL_SECONDS and n_done / seconds < SLOWER * here:
+                    logger.debug("the workers do %.0f rows/s, this process %.0f: it goes on", n_done / seconds, here)
+                    for device in range(self._here):
+                        self._dealer.weigh(device, 0.0)
+            if began is not None:
+                self._note("workers", n_done / max(1e-6, time.perf_counter() - began))
+        yield from self._inline() if self._dealer.n_rows_left else ()
+
+    def _note(self, layout: str, speed: float | None) -> None:
+        if speed:
+            self._known.speeds[layout] = speed
+
+
+class _Starting:
+    """A cluster that starts in a thread of its own and is kept; one that does not start is warned of, and missed."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.ready = False
+        self._placement = placement
+        threading.Thread(target=self._start, name="daskinfer-start", daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            with opened(self._placement):
+                self.ready = True
+        except Exception as error:
+            logger.warning("the workers did not start, this process goes on alone: %s", error)
+
+
+@contextlib.contextmanager
+def opened(placement: Placement) -> Iterator[Client]:
+    """The client that computes; a cluster is started only here."""
+    if placement.client is not None:
+        yield placement.client
         return
-    futures: dict[Any, int] = {}
-    try:
-        for device in range(len(placement.devices)):
-            mine = [chunk.index for chunk in layout.chunks if chunk.device == device]
-            futures |= zip(_submit(client, [tasks[i] for i in mine], placement.restriction(device)), mine, strict=True)
-        for future in as_completed(list(futures), loop=client.loop):
-            yield futures[future], _result(future, layout, futures[future])
-            future.release()
-    finally:
-        if pending := [future for future in futures if future.status == "pending"]:
-            client.cancel(pending)
+    with kept.client(_asked(placement)) as client:
+        yield client
 
 
-def _submit(client: Client, tasks: list[Any], restriction: dict[str, Any]) -> list[Any]:
-    with warnings.catch_warnings():
-        # An in-memory input is in the graph until it has a data plane of its own.
-        warnings.filterwarnings("ignore", message="Sending large graph")
-        futures: list[Any] = client.compute(tasks, optimize_graph=False, **restriction)
-    return futures
+def _asked(placement: Placement) -> list[str]:
+    return [d.uuid or d.kind for d in placement.devices]
 
 
-def _result(future: Any, layout: Layout, index: int) -> Block:
-    try:
-        block: Block = future.result()
-    except KilledWorker as error:
-        chunk = layout.chunks[index]
-        raise ChunkError(
-            f"chunk {index} (rows {chunk.start}:{chunk.stop}) ended its worker {error.last_worker}; a worker has to outlive "
-            "its chunks. Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size or leave "
-            "the rows out."
-        ) from error
-    return block
+def _dealer(call: Call, weights: Sequence[float]) -> Any:
+    """Who says which chunks come next."""
+    if not call.balanced:
+        return Planned(call.layout, call.row_nbytes, n_devices=len(weights))
+    limits = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes}
+    if call.inputs.row_chunks is not None:
+        dealer = Balanced.of_chunks(call.layout.row_chunks, weights, **limits)
+    else:
+        dealer = Balanced.of_grid(call.layout.n_rows, call.layout.cell_rows, weights, **limits)
+    speeds = memory.of(call.key).speeds
+    for device, placed in enumerate(call.placement.devices):
+        if speed := speeds.get(placed.name):
+            dealer.expect(device, speed)
+    return dealer
 
 
-def _receivers(client: Client, key: str) -> dict[str, str]:
-    """One worker of each host where a worker has not loaded the model yet, and the folder of our own cluster there."""
-    hosts = {address: info["host"] for address, info in workers_of(client).items()}
-    asked = client.run(_asked, key)
-    lacking = {hosts[address]: address for address, (loaded, _) in asked.items() if not loaded and address in hosts}
-    return {address: asked[address][1] for address in lacking.values()}
+def _feeder(call: Call, client: Client | None) -> Feeder:
+    """Who turns chunks into tasks."""
+    outputs = () if call.targets else call.job.outputs or ()
+    return Feeder(call.inputs, outputs, call.layout.row_chunks, client)
 
 
-def _reachable(client: Client, addresses: list[str]) -> list[str]:
-    there = workers_of(client)
-    return [address for address in addresses if address in there]
+def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_seconds: float) -> Finished:
+    began = time.perf_counter()
+    for target, rows in zip(targets, block.arrays, strict=False):  # no targets: the answer is kept
+        target.write(chunk.start, rows)
+    assert block.receipt is not None  # a chunk with rows
+    receipt = block.receipt.timed(read_seconds, time.perf_counter() - began, read_seconds)
+    return Finished(chunk, () if targets else block.arrays, receipt)
 
 
-def _asked(key: str, dask_worker: Any) -> tuple[bool, str]:
-    """Whether a worker has loaded the model, and the folder of our own cluster, empty on clusters of others."""
-    loaded = (key, str(seat_of(dask_worker).torch_device)) in models
-    return loaded, os.environ.get(variables.SCRATCH, "")
+@contextlib.contextmanager
+def _window(call: Call, client: Client) -> Iterator[Window]:
+    """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network."""
+    plugin.register(client, tune_allocator=call.placement.client is None)
+    feeder = _feeder(call, client)
+    n_tasks = call.readers + 2
+    n_slots = n_tasks * sum(weight > 0 for weight in call.weights)
+    with ExitStack() as stack:
+        nbytes = feeder.slot_nbytes(call.max_task_rows, MAX_CHUNKS_PER_TASK)
+        arena = stack.enter_context(transport.lent(client, nbytes, n_slots))
+        paths = [target.path for target in call.targets]
+        answers = preflight.ask(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref))
+        folders = {address: answer.scratch for address, answer in answers.items()}
+        loaded = {address for address, answer in answers.items() if answer.loaded}
+        recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
+        order = _sent(client, Order(recipe, call.job, call.targets).sealed())
+        lanes = _lanes(call, answers, arena, n_tasks)
+        yield stack.enter_context(Window(client, run_task, order, lanes, feeder.task))
 
 
-def _receive(folder: str | None, name: str, content: bytes) -> None:
-    """Write a shipped file: into the folder of our own cluster where the client can, else where a worker looks for it."""
-    path = shipped_path(name) if folder is None else os.path.join(folder, name)
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.rename(temporary, path)
+def _sent(client: Client, order: bytes) -> Any:
+    return order if len(order) <= MAX_ORDER_NBYTES else client.scatter(order, broadcast=True, hash=False)
 
 
-def _forget(folder: str | None, name: str) -> None:
-    path = shipped_path(name) if folder is None else os.path.join(folder, name)
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))  # refused while others' files, or the rest of our own cluster's, lie there
+def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:
+    placement = call.placement
+    by_name = {answer.device: answer for answer in answers.values()}
+    lanes = []
+    for i, (device, weight) in enumerate(zip(placement.devices, call.weights, strict=True)):
+        answer = answers.get(placement.addresses[i]) if placement.addresses else by_name.get(device.name)
+        if weight > 0:
+            shares = answer is not None and answer.shares_memory
+            lanes.append(Lane(i, device.kind, placement.restriction(i), n_tasks, arena if shares else None))
+    return lanes

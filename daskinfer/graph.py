@@ -1,4 +1,4 @@
-"""The lazy array: one definition of the work, for both ways of computing it.
+"""The lazy array that ``map_blocks`` gives: plain Dask, which computes chunks by the same ``task.compute`` as the driver.
 
 Per chunk there is one private block, a :class:`Block` with every output and the receipt; each public output picks its own
 part of it. Dask fuses reading, block and pick into one task where one output is asked for, and where several are computed
@@ -11,7 +11,6 @@ took 28 s, as a node 1 s). Files and factories need none: their recipe is a few 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import dask
@@ -19,51 +18,21 @@ import dask.array as da
 import numpy as np
 from dask.layers import ArraySliceDep
 
-from daskinfer.cache import models
-from daskinfer.errors import ChunkError
-from daskinfer.io import Target
+from daskinfer.arrays import Array
 from daskinfer.model import PackedModel, Recipe
-from daskinfer.options import Options
-from daskinfer.packed import ByValue
-from daskinfer.records import Receipt
-from daskinfer.runner import Array, Job, run_chunk
+from daskinfer.runner import Job
 from daskinfer.structure import Structure
+from daskinfer.task import Block, compute, travelling
 from daskinfer.worker import seat
 
 
-@dataclass(frozen=True)
-class Block:
-    """A chunk's outputs, each (n, *shape); ``receipt`` is None for a chunk without rows."""
-
-    arrays: list[Array]
-    receipt: Receipt | None
-
-
 def block(*args: Any, recipe: Recipe, job: Job) -> Block:
-    """Compute one chunk here: the one function that every way of computing calls.
+    """Compute one chunk here.
 
     ``args`` are the rows of each port, (n, ...), and the slice of the whole input that they are, as a 1-tuple.
     """
     *rows, (where,) = args
-    if where.start == where.stop:
-        assert job.outputs is not None  # found out before a graph is built
-        return Block([output.copy() for output in job.outputs], None)
-    _check_rows(job, rows, where)
-    here = seat()
-    with here.threads():
-        model = models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
-        answer = run_chunk(model, rows, where.start, job)
-    receipt = Receipt(where.start, where.stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker)
-    return Block(answer.arrays, receipt)
-
-
-def _check_rows(job: Job, rows: Sequence[Array], where: slice) -> None:
-    for name, port in zip(job.ports.names, rows, strict=True):
-        if len(port) != where.stop - where.start:
-            raise ChunkError(
-                f"rows {where.start}:{where.stop}: the dask array of {name} computed {len(port)} rows there; its chunks "
-                "have to say what they hold. Mend them, or call .compute_chunk_sizes() on it."
-            )
+    return compute(rows, where.start, where.stop, recipe, job, seat())
 
 
 def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
@@ -85,7 +54,7 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
         *packed,
         ArraySliceDep((row_chunks,)),
         recipe=_as_node(recipe),
-        job=replace(job, options=_to_travel(job.options)),
+        job=travelling(job),
         dtype=object,
         meta=np.empty(0, dtype=object),
         token="infer",
@@ -95,24 +64,6 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
 def outputs(blocks: da.Array, structure: Structure, like: Sequence[Array]) -> Any:
     """The public arrays, each (n, *shape) with the shape and dtype of its ``like``, in the network's structure."""
     return structure.rebuild([_output(blocks, i, output) for i, output in enumerate(like)])
-
-
-def written(blocks: da.Array, targets: Sequence[Target]) -> da.Array:
-    """Blocks that write their outputs, each to its target, and keep only the receipt."""
-    return da.map_blocks(
-        _write,
-        blocks,
-        ArraySliceDep((blocks.chunks[0],)),
-        targets=tuple(targets),
-        dtype=object,
-        meta=np.empty(0, dtype=object),
-        token="write",
-    )
-
-
-def tasks(blocks: da.Array) -> list[Any]:
-    """Each chunk's block as a delayed value, on one graph that is optimised once."""
-    return list(blocks.to_delayed(optimize_graph=True).ravel())
 
 
 def _output(blocks: da.Array, i: int, like: Array) -> da.Array:
@@ -133,12 +84,6 @@ def _pick(computed: Block, i: int) -> Array:
     return computed.arrays[i]
 
 
-def _write(computed: Block, where: tuple[slice], targets: tuple[Target, ...]) -> Block:
-    for target, rows in zip(targets, computed.arrays, strict=True):
-        target.write(where[0].start, rows)
-    return Block([], computed.receipt)
-
-
 def _one_per_chunk(port: da.Array) -> da.Array:
     if port.ndim == 1:
         return port
@@ -150,17 +95,6 @@ def _one_per_chunk(port: da.Array) -> da.Array:
 
 def _whole(rows: Array) -> Array:
     return rows
-
-
-def _to_travel(options: Options) -> Options:
-    """Let the functions among the options reach workers that cannot import them, and no row of ``output`` travel."""
-    before, after = options.preprocess, options.postprocess
-    return replace(
-        options,
-        preprocess=before and ByValue(before),
-        postprocess=after and ByValue(after),
-        output=None,  # the job's outputs say it, without the rows that it may have
-    )
 
 
 def _as_node(recipe: Recipe) -> Any:

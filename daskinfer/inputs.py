@@ -22,12 +22,11 @@ import dask.array as da
 import numpy as np
 import torch
 
+from daskinfer.arrays import NUMBERS, Array, numpy_of
 from daskinfer.errors import InputError
 from daskinfer.io import Source, open_source
-from daskinfer.runner import Array, numpy_of
 from daskinfer.structure import Ports
 
-_NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
 # Python's numbers have no precision of their own: read as torch reads them.
 _PLAIN = {"float64": np.float32, "complex128": np.complex64}
 
@@ -97,12 +96,17 @@ class Inputs:
         A file's is 1-d, of dtype object, and its chunks are the rows, (n, ...): taking the later axes off afterwards would
         be a task more per chunk.
         """
-        return [_cut(array, tuple(row_chunks)) for array in self.arrays]
+        return [self.cut_one(array, row_chunks) for array in self.arrays]
+
+    @staticmethod
+    def cut_one(array: Any, row_chunks: Sequence[int]) -> da.Array:
+        """One port's dask array, as :meth:`cut` gives it."""
+        return _cut(array, tuple(row_chunks))
 
 
 def _array(name: str, value: Any) -> Any:
     array = _as_array(name, value)
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise InputError(
             f"{name} holds {array.dtype}; numbers are needed (bool, int, float or complex). Convert it, or encode it first."
         )

@@ -42,6 +42,11 @@ class KeptCluster:
         finally:
             self._leave(started)
 
+    def has(self, devices: Sequence[str]) -> bool:
+        """Whether a cluster of these devices is there and can be used."""
+        with self._lock:
+            return self._current is not None and self._current.devices == tuple(devices) and self._current.alive()
+
     def close(self) -> None:
         """End the cluster now, or as soon as the calls that use it have ended."""
         with self._lock:

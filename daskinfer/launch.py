@@ -36,16 +36,15 @@ class Start:
         """Keywords of the :class:`NannyProcess` of a device."""
         return {
             "name": device.name,
-            "nthreads": 1,  # one chunk at a time
-            "resources": {resource(device.name): 1},
+            # Tasks in flight at most; how many there are is the driver's to say.
+            "nthreads": variables.N_TASKS,
+            "resources": {resource(device.name): variables.N_TASKS},
             "memory_limit": self.memory_limit,
             "local_directory": self.scratch,
             "start_timeout": self.timeout,
             "host": LOOPBACK,
             "dashboard": False,
-            "preload": [
-                "daskinfer.graph"
-            ],  # imports torch and Dask's arrays while the cluster starts, not in the first chunk
+            "preload": ["daskinfer.task"],  # imports torch while the cluster starts, not in the first chunk
             "silence_logs": logging.CRITICAL,  # what fails in a chunk is raised in the client
             "env": {
                 variables.DEVICE: device.name,

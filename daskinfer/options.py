@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from daskinfer.errors import OptionError
+from daskinfer.variables import MAX_READERS
 
 _AUTOCAST = ("bf16", "fp16")
 
@@ -20,6 +21,7 @@ class OptionFields(TypedDict, total=False):
     postprocess: Callable[..., Any] | None
     output: Any
     pad: bool
+    readers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Options:
     pad
         True: every micro-batch is filled up with zero rows to one shape, so that answers do not depend on how the
         input is cut. False: for networks that look across the batch, or that cannot take zeros.
+    readers
+        How many chunks are read ahead for each device while it computes, 1 to 6; more where storage is slow.
 
     Raises
     ------
@@ -64,6 +68,7 @@ class Options:
     postprocess: Callable[..., Any] | None = None
     output: Any = None
     pad: bool = True
+    readers: int = 1
 
     def __post_init__(self) -> None:
         if self.autocast is not None and not (isinstance(self.autocast, str) and self.autocast in _AUTOCAST):
@@ -77,6 +82,8 @@ class Options:
         object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
         if not isinstance(self.pad, bool):
             raise OptionError(f"pad is {self.pad!r}; it may be True or False. Pass one of these.")
+        if isinstance(self.readers, bool) or self.readers not in range(1, MAX_READERS + 1):
+            raise OptionError(f"readers is {self.readers!r}; it may be a number from 1 to {MAX_READERS}. Pass one of these.")
 
     def cast(self, port: str) -> str | None:
         """The name of the dtype that ``port`` is cast to, None where it stays as it is."""

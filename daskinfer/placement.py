@@ -30,12 +30,14 @@ logger = logging.getLogger(__name__)
 class Placement:
     """The devices of a call in the plan's order, and how to make Dask run a task on each.
 
-    ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty.
+    ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty. ``automatic``: nobody asked
+    for workers, and there are CPUs only, so this process may compute as well.
     """
 
     devices: tuple[Device, ...]
     client: Client | None = None
     addresses: tuple[str, ...] = ()
+    automatic: bool = False
 
     @property
     def inline(self) -> bool:
@@ -100,7 +102,8 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
     if found[0].kind == "inline":
         return Placement((replace(found[0], label=here.cpu_label, memory_nbytes=here.memory_nbytes),))
     share = memory_per_worker(len(found), here.memory_nbytes)
-    return Placement(tuple(d if d.kind == "cuda" else replace(d, memory_nbytes=share) for d in found))
+    sized = tuple(d if d.kind == "cuda" else replace(d, memory_nbytes=share) for d in found)
+    return Placement(sized, automatic=automatic and all(d.kind == "cpu" for d in sized))
 
 
 def _of_client(client: Client) -> Placement:

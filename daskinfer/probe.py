@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from daskinfer.arrays import Array, numpy_of
 from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
 from daskinfer.model import LoadedModel, Recipe
 from daskinfer.options import Options
-from daskinfer.runner import Array, Job, numpy_of, precision, run_chunk
+from daskinfer.runner import Job, precision, run_chunk
 from daskinfer.structure import Ports, Structure, call, flatten
 
 logger = logging.getLogger(__name__)

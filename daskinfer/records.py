@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from daskinfer.tables import html_table, text_table
 
@@ -29,7 +29,8 @@ class Receipt:
     """What a worker says of a chunk that it finished.
 
     ``batch_size`` is the smallest micro-batch that was used (rows); it is below the plan's where memory ran out.
-    ``seconds`` is the time spent in the network, transfers included, reading and writing not.
+    ``seconds`` is the time spent in the network, transfers included, reading and writing not; ``waited_seconds`` is how
+    long the device then stood still until this chunk was read.
     """
 
     start: int
@@ -39,11 +40,23 @@ class Receipt:
     batch_size: int
     seconds: float
     worker: str
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    def timed(self, read_seconds: float, write_seconds: float, waited_seconds: float) -> Receipt:
+        """The same with what was found out around the network."""
+        return replace(self, read_seconds=read_seconds, write_seconds=write_seconds, waited_seconds=waited_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network."""
+    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network.
+
+    ``asked_share`` is the plan's, ``measured_share`` what the device's speed is of all devices', ``done_share`` what it did.
+    ``read_seconds`` and ``write_seconds`` are those of all chunks together, beside the network's; ``waited_seconds`` is how
+    long the device stood still until a chunk was read.
+    """
 
     device: str
     device_name: str
@@ -52,6 +65,10 @@ class DeviceReport:
     seconds: float
     asked_share: float
     done_share: float
+    measured_share: float = 0.0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    waited_seconds: float = 0.0
 
     @property
     def rows_per_second(self) -> float:
@@ -90,18 +107,6 @@ class RunReport:
     devices: tuple[DeviceReport, ...]
     failed_rows: tuple[int, ...] = ()
 
-    @classmethod
-    def from_receipts(
-        cls, receipts: Iterable[Receipt], asked: dict[str, float], *, seconds: float, batch_size: int
-    ) -> RunReport:
-        """Sum receipts up per device; ``asked`` maps each device's name to its planned share of the rows."""
-        done: dict[str, list[Receipt]] = {device: [] for device in asked}
-        for receipt in receipts:
-            done.setdefault(receipt.device, []).append(receipt)
-        rows = sum(r.stop - r.start for of_device in done.values() for r in of_device)
-        devices = tuple(_device_report(device, of, asked.get(device, 0.0), rows) for device, of in done.items())
-        return cls(rows=rows, seconds=seconds, batch_size=batch_size, devices=devices)
-
     def _cells(self) -> list[list[str]]:
         return [
             [
@@ -111,6 +116,7 @@ class RunReport:
                 f"{d.n_rows:,}",
                 f"{d.rows_per_second:,.0f}",
                 f"{d.asked_share:.1%}",
+                f"{d.measured_share:.1%}",
                 f"{d.done_share:.1%}",
             ]
             for d in self.devices
@@ -126,20 +132,90 @@ class RunReport:
 
     def _summary(self) -> str:
         per_second = self.rows / self.seconds if self.seconds else 0.0
-        return f"{self.rows:,} rows in {self.seconds:.2f} s ({per_second:,.0f} rows/s), micro-batch {self.batch_size:,}"
+        said = f"{self.rows:,} rows in {self.seconds:.2f} s ({per_second:,.0f} rows/s), micro-batch {self.batch_size:,}"
+        return f"{said}; {self.verdict}" if self.verdict else said
+
+    @property
+    def verdict(self) -> str:
+        """What to change for more speed, in one line; empty where nothing was done. The first that holds:
+
+        1. Devices waited for reads for ``MUCH`` of the time: input-bound.
+        2. They computed for ``MOST`` of it: compute-bound.
+        3. Writing took ``MOST`` of it: output-bound.
+        4. Otherwise what was around the chunks took the time.
+        """
+        working = [device for device in self.devices if device.n_rows]
+        total = self.seconds * len(working)
+        if not total:
+            return ""
+        waited, computed, wrote = (
+            min(1.0, sum(getattr(device, f"{what}seconds") for device in working) / total)
+            for what in ("waited_", "", "write_")
+        )
+        if waited >= MUCH:
+            return f"input-bound: devices waited {waited:.0%} for reads; raise readers"
+        if computed >= MOST:
+            return f"compute-bound: devices computed {computed:.0%} of the time"
+        if wrote >= MOST:
+            return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
+        return f"overhead-bound: devices computed {computed:.0%} of the time; use larger chunks or fewer devices"
 
 
-_REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "done")
+MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
+
+_REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
 
 
-def _device_report(device: str, receipts: list[Receipt], asked: float, all_rows: int) -> DeviceReport:
-    rows = sum(r.stop - r.start for r in receipts)
-    return DeviceReport(
-        device=device,
-        device_name=receipts[0].device_name if receipts else "",
-        n_chunks=len(receipts),
-        n_rows=rows,
-        seconds=sum(r.seconds for r in receipts),
-        asked_share=asked,
-        done_share=rows / all_rows if all_rows else 0.0,
-    )
+class Tally:
+    """Sums receipts up as they come; holds a few numbers per device, however many chunks there are.
+
+    ``asked`` maps each device's name to its planned share of the rows, a fraction.
+    """
+
+    def __init__(self, asked: Mapping[str, float]) -> None:
+        self._asked = asked
+        self._devices = {device: _Sums() for device in asked}
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a chunk that is done."""
+        self._devices.setdefault(receipt.device, _Sums()).add(receipt)
+
+    def report(self, *, seconds: float, batch_size: int) -> RunReport:
+        """The sum so far; ``seconds`` of wall time, ``batch_size`` as planned."""
+        rows = sum(sums.n_rows for sums in self._devices.values())
+        speed = sum(sums.rows_per_second for sums in self._devices.values())
+        devices = tuple(sums.report(name, self._asked.get(name, 0.0), rows, speed) for name, sums in self._devices.items())
+        return RunReport(rows=rows, seconds=seconds, batch_size=batch_size, devices=devices)
+
+
+@dataclass
+class _Sums:
+    device_name: str = ""
+    n_chunks: int = 0
+    n_rows: int = 0
+    seconds: float = 0.0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    def add(self, receipt: Receipt) -> None:
+        self.device_name = receipt.device_name
+        self.n_chunks += 1
+        self.n_rows += receipt.stop - receipt.start
+        self.seconds += receipt.seconds
+        self.read_seconds += receipt.read_seconds
+        self.write_seconds += receipt.write_seconds
+        self.waited_seconds += receipt.waited_seconds
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.n_rows / self.seconds if self.seconds else 0.0
+
+    def report(self, device: str, asked_share: float, all_rows: int, speed: float) -> DeviceReport:
+        return DeviceReport(
+            device,
+            asked_share=asked_share,
+            done_share=self.n_rows / all_rows if all_rows else 0.0,
+            measured_share=self.rows_per_second / speed if speed else 0.0,
+            **vars(self),
+        )

@@ -19,13 +19,14 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from daskinfer.arrays import NUMBERS, Array, to_numpy
 from daskinfer.errors import ChunkError, ModelError, OptionError
 from daskinfer.model import LoadedModel
 from daskinfer.options import Options
@@ -33,25 +34,29 @@ from daskinfer.structure import Ports, Structure, call, flatten
 
 logger = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-_NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
 
 
 @dataclass(frozen=True)
 class Job:
     """What is the same for every chunk: the ports, the micro-batch, the options and what the answer looks like.
 
-    ``outputs`` holds one empty array (0, *shape) per output; None while that is being found out.
+    ``batch_size`` is the rows of a micro-batch; ``by_kind`` holds those of kinds of device ("cuda", "cpu") that take
+    another, each a divisor of it. ``outputs`` holds one empty array (0, *shape) per output; None while that is being found
+    out.
     """
 
     ports: Ports
     batch_size: int
     options: Options = field(default_factory=Options)
     outputs: tuple[Array, ...] | None = None
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+
+    def size_on(self, kind: str) -> int:
+        """Rows of a micro-batch on a kind of device."""
+        return self.by_kind.get(kind, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Answer:
     seconds: float
 
 
-def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -> Answer:
+def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job, out: Sequence[Array] | None = None) -> Answer:
     """Run the network over one chunk.
 
     Parameters
@@ -77,6 +82,8 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -
         Row of the whole input that the chunk begins with.
     job
         What is the same for every chunk.
+    out
+        Where the answer goes: one array (n, *shape) per promised output of the job. None: into new arrays.
 
     Raises
     ------
@@ -88,13 +95,14 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job) -
         Where the network fails, or a single row does not fit into memory.
     """
     with model.lock, _said_of_rows(model, start, start + len(rows[0])):
-        rows = [_to_numpy(port) for port in rows]
+        rows = [to_numpy(port) for port in rows]
         began = time.perf_counter()
         shapes = tuple(port.shape[1:] for port in rows)
-        batch_size = min(job.batch_size, model.max_batch_sizes.get(shapes, job.batch_size))
+        planned = job.size_on(model.device.type)
+        batch_size = min(planned, model.max_batch_sizes.get(shapes, planned))
         while True:
             try:
-                arrays, structure = _Pass(model, rows, start, batch_size, job).run()
+                arrays, structure = _Pass(model, rows, start, batch_size, job, out).run()
                 return Answer(arrays, structure, batch_size, time.perf_counter() - began)
             except Exception as error:
                 if not _is_out_of_memory(error) or batch_size == 1:
@@ -115,8 +123,11 @@ def _shrink(model: LoadedModel, batch_size: int) -> int:
 class _Pass:
     """One attempt at a chunk with one micro-batch size."""
 
-    def __init__(self, model: LoadedModel, rows: Sequence[Array], start: int, batch_size: int, job: Job) -> None:
+    def __init__(
+        self, model: LoadedModel, rows: Sequence[Array], start: int, batch_size: int, job: Job, out: Sequence[Array] | None
+    ) -> None:
         self.model, self.rows, self.start, self.batch_size, self.job = model, rows, start, batch_size, job
+        self.out = out
         self.n_rows = len(rows[0])
         self.results: list[Array] = []
         self.structure: Structure | None = None
@@ -147,12 +158,12 @@ class _Pass:
         ]
         answer, structure = self._call(ports.join(batch))
         _check_rows(dict(zip(structure.names, answer, strict=True)), len(batch[0]), "the model")
-        trimmed = [_to_numpy(array[offset : offset + n_rows]) for array in answer]
+        trimmed = [to_numpy(array[offset : offset + n_rows]) for array in answer]
         if job.options.postprocess is None:
             return trimmed, structure
         answer, structure = _flat(job.options.postprocess(structure.rebuild(trimmed)), "postprocess")
         _check_rows(dict(zip(structure.names, answer, strict=True)), n_rows, "postprocess")
-        return [_to_numpy(array) for array in answer], structure
+        return [to_numpy(array) for array in answer], structure
 
     def _preprocessed(self, rows: list[Array]) -> tuple[Ports, list[Array]]:
         ports = self.job.ports
@@ -163,7 +174,7 @@ class _Pass:
         ports = Ports.of(value)
         if not ports.names:
             raise ModelError("preprocess returned no array; one with an entry per row is needed. Return what the net takes.")
-        return ports, [_to_numpy(array) for array in ports.split(value)]
+        return ports, [to_numpy(array) for array in ports.split(value)]
 
     def _batched(self, i: int, name: str, array: Array, offset: int) -> Any:
         """Copy rows to their place in a buffer of the runner's own, and from there onto the device."""
@@ -203,8 +214,9 @@ class _Pass:
         """Copy a micro-batch's answer into the chunk's: it may lie in the buffer that the next one overwrites."""
         if self.structure is None:
             self.structure = structure
-            self.results = [np.empty((self.n_rows, *array.shape[1:]), array.dtype) for array in arrays]
-            self._check_promise()
+            looks = [np.empty((0, *array.shape[1:]), array.dtype) for array in arrays]
+            self._check_promise(looks)
+            self.results = list(self.out or (np.empty((self.n_rows, *look.shape[1:]), look.dtype) for look in looks))
         if structure != self.structure or _looks(arrays) != _looks(self.results):
             raise ModelError(
                 f"rows {self.start + begin}:{self.start + end} gave {_shapes(arrays)} ({', '.join(structure.names)}) and "
@@ -214,7 +226,7 @@ class _Pass:
         for result, array in zip(self.results, arrays, strict=True):
             result[begin:end] = array
 
-    def _check_promise(self) -> None:
+    def _check_promise(self, looks: Sequence[Array]) -> None:
         """Compare the first answer with the one that the plan was made with."""
         promised, given, structure = self.job.outputs, self.job.options.output, self.structure
         if given is not None and structure is not None and (names := flatten(given)[1].names) != structure.names:
@@ -222,9 +234,9 @@ class _Pass:
                 f"the model gave {', '.join(structure.names)} where output= says {', '.join(names)}; the two have to agree, "
                 "in this order. Pass output= in the structure of the model's answer."
             )
-        if promised is not None and _looks(promised) != _looks(self.results):
+        if promised is not None and _looks(promised) != _looks(looks):
             raise ModelError(
-                f"the model gave {_shapes(self.results)} per row where {_shapes(promised)} was planned; the two have to "
+                f"the model gave {_shapes(looks)} per row where {_shapes(promised)} was planned; the two have to "
                 "agree. Pass output= as it really is."
             )
 
@@ -234,23 +246,6 @@ def precision(options: Options, device_type: str) -> contextlib.AbstractContextM
     if options.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[options.autocast])
-
-
-def numpy_of(tensor: torch.Tensor) -> Array:
-    """A tensor on any device as an ndarray; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    array: Array = tensor.cpu().resolve_conj().resolve_neg().numpy()
-    return array
-
-
-def _to_numpy(array: Any) -> Array:
-    if isinstance(array, torch.Tensor):
-        return numpy_of(array)
-    if hasattr(array, "__cuda_array_interface__"):  # CuPy
-        array = array.get()  # pragma: no cover - needs a GPU
-    return np.asarray(array)
 
 
 def _flat(answer: Any, who: str) -> tuple[list[Any], Structure]:
@@ -297,7 +292,7 @@ def _numpy_dtype(name: str) -> np.dtype[Any] | None:
         dtype = np.dtype(name)
     except TypeError:
         return None
-    return dtype if dtype.kind in _NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
+    return dtype if dtype.kind in NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
 
 
 def _looks(arrays: Sequence[Array]) -> list[tuple[Any, ...]]:

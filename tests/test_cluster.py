@@ -29,6 +29,7 @@ from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware import machine
 from daskinfer.launch import LOOPBACK, memory_per_worker, resource
 from daskinfer.placement import workers_of
+from daskinfer.variables import N_TASKS
 from tests.conftest import wait_until
 
 
@@ -114,8 +115,8 @@ def test_every_device_is_one_worker_with_its_resource_and_share_of_memory(
     here = machine().memory_nbytes
     for name in ("cpu:0", "cpu:1"):
         info = workers(client)[name]
-        assert info["resources"] == {resource(name): 1}
-        assert info["nthreads"] == 1
+        assert info["resources"] == {resource(name): N_TASKS}
+        assert info["nthreads"] == N_TASKS
         assert info["memory_limit"] == memory_per_worker(2, here) == int(here * 0.9) // 2
 
 
@@ -361,6 +362,6 @@ def test_a_killed_worker_comes_back_as_what_it_was() -> None:
         waiting = client.submit(seen, pure=False, resources={resource("cpu:0"): 1})
         assert (waiting.result(timeout=60)[1], n_threads) == (3, 3)
         after = workers(client)["cpu:0"]
-        assert [after[key] for key in ("resources", "memory_limit")] == [{resource("cpu:0"): 1}, 1 << 30]
+        assert [after[key] for key in ("resources", "memory_limit")] == [{resource("cpu:0"): N_TASKS}, 1 << 30]
         assert after["nanny"] == before["nanny"]
         assert cluster.whole

@@ -11,6 +11,7 @@ import pytest
 
 from daskinfer.hardware import machine
 from daskinfer.launch import memory_per_worker
+from daskinfer.variables import N_TASKS
 from tests.nvml_stand_in import build
 
 pytestmark = pytest.mark.slow  # each test starts clusters of up to four workers
@@ -95,8 +96,8 @@ def test_gpus_and_cpu_workers_are_one_cluster(mixed: Any) -> None:
     assert mixed["devices"] == ["cuda:1", "cpu:0", "cuda:0", "cpu:1"]
     assert mixed["before"].keys() == set(mixed["devices"])
     for name, worker in mixed["before"].items():
-        assert worker["resources"] == {f"daskinfer-{name}": 1}
-        assert worker["nthreads"] == 1
+        assert worker["resources"] == {f"daskinfer-{name}": N_TASKS}
+        assert worker["nthreads"] == N_TASKS
         assert worker["DASKINFER_DEVICE"] == name
     assert "cuda:1, cpu:0, cuda:0, cpu:1; tcp://127.0.0.1:" in mixed["text"]
 

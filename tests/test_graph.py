@@ -12,14 +12,14 @@ import torch
 from dask._task_spec import Alias
 from torch import nn
 
-from daskinfer import graph, io
+from daskinfer import graph
 from daskinfer.errors import ChunkError
-from daskinfer.graph import Block
 from daskinfer.inputs import Inputs
 from daskinfer.model import as_model
 from daskinfer.options import Options
 from daskinfer.probe import promise
 from daskinfer.runner import Job
+from daskinfer.task import Block
 
 X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
 
@@ -39,8 +39,8 @@ def tasks(collection: da.Array) -> list[Any]:
 
 
 def computed(blocks: da.Array) -> list[Block]:
-    """Each block, as the driver gets it."""
-    return list(dask.compute(*graph.tasks(blocks), scheduler="synchronous", optimize_graph=False))
+    """Each block."""
+    return list(dask.compute(*blocks.to_delayed().ravel(), scheduler="synchronous"))
 
 
 def test_blocks() -> None:
@@ -104,20 +104,6 @@ def test_model_by_reference_is_no_node(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     _, y = build("torch.nn:Flatten", tmp_path / "x.npy", (2,) * 5)
     assert len(tasks(y)) == 5
-
-
-def test_written(tmp_path: Path) -> None:
-    """Blocks that write keep the receipt only, and are one task per chunk too."""
-    np.save(tmp_path / "x.npy", X)
-    blocks, _ = build(lambda x: (x, -x), tmp_path / "x.npy", (4, 6))
-    drafts = [io.Draft(str(tmp_path / name), X.shape, X.dtype, 2) for name in ("y.npy", "z.zarr")]
-    writing = graph.written(blocks, [draft.__enter__() for draft in drafts])
-    assert len(tasks(writing)) == 2 + 1
-    assert [(block.arrays, block.receipt.stop) for block in computed(writing)] == [([], 4), ([], 10)]
-    for draft in drafts:
-        draft.__exit__(None)
-    np.testing.assert_array_equal(io.open_source(tmp_path / "y.npy")[:], X)
-    np.testing.assert_array_equal(io.open_source(tmp_path / "z.zarr")[:], -X)
 
 
 @pytest.mark.parametrize("n_chunks", [1, 64])

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from daskinfer.arrays import numpy_of
 from daskinfer.errors import ChunkError, ModelError, PlanError
 from daskinfer.model import LoadedModel
 from daskinfer.options import Options
-from daskinfer.runner import Answer, Job, numpy_of, run_chunk
+from daskinfer.runner import Answer, Job, run_chunk
 from daskinfer.structure import Ports
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 import zarr
 
 from daskinfer import Model, run
+from daskinfer.arrays import Array
 from daskinfer.demo import digits
-from daskinfer.runner import Array
 
 SEED = 2026
 WEIGHTS = Path(__file__).parent / "digits.safetensors"

@@ -3,8 +3,8 @@
 A source is small and picklable and opens its file where it is read: a worker reads its own rows. A target is created once,
 by the client, under a temporary name, written by rows from anywhere, and published by a rename when all is written.
 
-A format module has two classes: ``Source(path)`` with ``shape``, ``dtype`` and ``__getitem__`` (what dask's ``from_array``
-asks for), and ``Target.create(path, shape, dtype, unit_rows)`` with ``write(start, rows)``.
+A format module has two classes: ``Source(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
+``from_array`` asks for), and ``Target.create(path, shape, dtype, unit_rows)`` with ``write(start, rows)``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _FORMATS = {".npy": "daskinfer.io.npy", ".zarr": "daskinfer.io.zarr"}
 
 
 class Source(Protocol):
-    """Rows in a file."""
+    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone."""
 
+    unit_rows: int | None
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -38,6 +39,8 @@ class Source(Protocol):
 
 class Target(Protocol):
     """A file of which any worker writes rows."""
+
+    path: str
 
     def write(self, start: int, rows: np.ndarray[Any, Any]) -> None:
         """Write ``rows`` (n, ...) at ``start``, a multiple of the ``unit_rows`` that it was created with."""

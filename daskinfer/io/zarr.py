@@ -6,6 +6,7 @@ cuts at multiples of them, so that no two workers ever write into one chunk (dec
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ class Source:
         self._array: Any = None
         opened = self._open()
         self.shape, self.dtype, self.ndim = opened.shape, opened.dtype, opened.ndim
+        # What is decoded in one go: reading part of it costs all of it.
+        self.unit_rows: int | None = int((opened.shards or opened.chunks)[0]) if opened.ndim else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
@@ -42,7 +45,7 @@ class Source:
 
 
 class Target:
-    """A Zarr array that is being written."""
+    """A Zarr array that is being written; the store is opened once in each process."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -56,4 +59,10 @@ class Target:
 
     def write(self, start: int, rows: np.ndarray[Any, Any]) -> None:
         """Write whole chunks; ``start`` is a multiple of the ``unit_rows`` of :meth:`create`."""
-        zarr.open_array(self.path, mode="r+")[start : start + len(rows)] = rows
+        _writable(self.path)[start : start + len(rows)] = rows
+
+
+@functools.lru_cache(maxsize=16)
+def _writable(path: str) -> Any:
+    """A draft's path is its own: nothing else is ever created there."""
+    return zarr.open_array(path, mode="r+")

@@ -1,0 +1,74 @@
+"""The client's side of a task: where its rows come from, and where its answers go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from distributed import Client, Future
+
+from daskinfer.arrays import Array
+from daskinfer.inputs import Inputs
+from daskinfer.parts import FromFile, Part, Piece, Task, Within
+from daskinfer.records import Chunk
+from daskinfer.transport import ALIGN, Slot, slot_nbytes
+from daskinfer.upstream import Blocks, placed
+
+
+class Feeder:
+    """Turns chunks into tasks.
+
+    Parameters
+    ----------
+    inputs
+        The ports and their arrays.
+    outputs
+        One empty array (0, *shape) per output that comes back; none where workers write them to files.
+    row_chunks
+        How the rows are cut, where dask arrays are among the inputs: a chunk's ``index`` counts these.
+    client
+        Who computes a dask array that cannot be computed block by block. None: this process.
+    """
+
+    def __init__(self, inputs: Inputs, outputs: Sequence[Array], row_chunks: Sequence[int], client: Client | None) -> None:
+        self._arrays = inputs.arrays
+        self._outputs = outputs
+        lazy = [inputs.cut_one(array, row_chunks) for array in inputs.arrays if isinstance(array, da.Array)]
+        self._blocks = Blocks(lazy, client) if lazy else None
+
+    def slot_nbytes(self, n_rows: int, n_chunks: int) -> int:
+        """Bytes of shared memory that a task of so many rows in so many chunks needs at most."""
+        inputs = [array for array in self._arrays if not hasattr(array, "path")]
+        arrays = [*inputs, *self._outputs]
+        row_nbytes = sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in arrays)
+        return slot_nbytes(n_rows * row_nbytes + n_chunks * len(arrays) * ALIGN)
+
+    def task(self, chunks: Sequence[Chunk], slot: Slot | None) -> tuple[Task, list[Future]]:
+        """A task of these chunks and the futures that Dask has to bring with it; rows in memory are put into the slot."""
+        brought: list[Future] = []
+        pieces = tuple(Piece(chunk, tuple(self._parts(chunk, slot, brought)), self._places(chunk, slot)) for chunk in chunks)
+        if slot is None:
+            return Task(pieces), brought
+        return Task(pieces, slot.arena.ref, slot.note_offset), brought
+
+    def rows(self, chunk: Chunk) -> list[Array]:
+        """The rows of each port in this process, (n, ...)."""
+        return [part.rows(Within()) for part in self._parts(chunk, None, [])]
+
+    def _parts(self, chunk: Chunk, slot: Slot | None, brought: list[Future]) -> list[Part]:
+        blocks = iter(self._blocks.parts(chunk.index, slot, brought) if self._blocks else ())
+        return [next(blocks) if isinstance(a, da.Array) else _part(a, chunk, slot) for a in self._arrays]
+
+    def _places(self, chunk: Chunk, slot: Slot | None) -> Any:
+        if slot is None or not self._outputs:
+            return None
+        places = tuple(slot.place((chunk.n_rows, *o.shape[1:]), o.dtype) for o in self._outputs)
+        return None if None in places else places
+
+
+def _part(array: Any, chunk: Chunk, slot: Slot | None) -> Part:
+    if hasattr(array, "path"):
+        return FromFile(array, chunk.start, chunk.stop)
+    return placed(array[chunk.start : chunk.stop], slot)

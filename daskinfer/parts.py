@@ -1,0 +1,108 @@
+"""What travels to a worker: a task's chunks, and where the rows of each port of each are; small and picklable.
+
+One class per place where rows may be.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import dask
+
+from daskinfer.arrays import Array
+from daskinfer.io import Source
+from daskinfer.records import Chunk
+from daskinfer.transport import ArenaRef, Place
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a task has at hand: the memory it shares with the client, if any, and the values that Dask brought."""
+
+    memory: mmap.mmap | None = None
+    brought: Sequence[Any] = ()
+
+
+class Part(Protocol):
+    """Rows, (n, ...), that are fetched where they are needed."""
+
+    def rows(self, within: Within) -> Array: ...
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """Rows of a file, read by the worker."""
+
+    source: Source
+    start: int
+    stop: int
+
+    def rows(self, within: Within) -> Array:
+        return self.source[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class FromSlot:
+    """Rows that the client has put into shared memory; not copied."""
+
+    place: Place
+
+    def rows(self, within: Within) -> Array:
+        assert within.memory is not None  # the client asked for it before
+        return self.place.array(within.memory)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Rows that travel in the task, to workers that share no memory with the client."""
+
+    array: Array
+
+    def rows(self, within: Within) -> Array:
+        return self.array
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Rows that are the result of another Dask task; ``position`` counts within what Dask brings."""
+
+    position: int
+
+    def rows(self, within: Within) -> Array:
+        found: Array = within.brought[self.position]
+        return found
+
+
+@dataclass(frozen=True)
+class FromGraph:
+    """A block of a dask array: the tasks that lead to it, computed one after the other; ``leaves`` are where they begin."""
+
+    graph: Mapping[Hashable, Any]
+    key: Hashable
+    leaves: Mapping[Hashable, Part] = field(default_factory=dict)
+
+    def rows(self, within: Within) -> Array:
+        given = {key: part.rows(within) for key, part in self.leaves.items()}
+        found: Array = dask.get({**self.graph, **given}, self.key)  # Dask's own scheduler, without threads
+        return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk of a task: where its rows are, and where its answer goes in shared memory (None: it comes back)."""
+
+    chunk: Chunk
+    parts: tuple[Part, ...]
+    places: tuple[Place, ...] | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Chunks for one worker; ``arena`` and ``note_offset`` say where the receipts go. None: they come back."""
+
+    pieces: tuple[Piece, ...]
+    arena: ArenaRef | None = None
+    note_offset: int = 0

@@ -1,0 +1,86 @@
+"""What a worker is made ready with while a client of ours is there: its allocator, and the end of what it was made for us.
+
+Registered once per client on any Dask cluster; Dask sets it up again on workers that are restarted or join later. When the
+client leaves the scheduler, however it leaves, the plugin goes too: models are closed, shared memory is let go, the device
+thread ends. On clusters of others the allocator is left as it is unless that is asked for (``tune_allocator``): the worker
+is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+from distributed import Client, Scheduler, Worker
+from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+
+from daskinfer import allocator, device_thread, transport
+from daskinfer.cache import models
+
+logger = logging.getLogger(__name__)
+
+_registered: weakref.WeakSet[Client] = weakref.WeakSet()
+_users: dict[str, set[str]] = {}  # clients by worker; in the worker's process
+
+
+class WorkerSetup(WorkerPlugin):  # type: ignore[misc]  # distributed ships no annotations
+    """Makes a worker ready for one client, and takes everything back when the last client has gone."""
+
+    def __init__(self, client_id: str, *, tune_allocator: bool) -> None:
+        self.name = plugin_name(client_id)
+        self.client_id = client_id
+        self.tune_allocator = tune_allocator
+
+    def setup(self, worker: Worker) -> None:
+        _users.setdefault(worker.address, set()).add(self.client_id)
+        if self.tune_allocator:
+            allocator.keep_freed_memory()
+
+    def teardown(self, worker: Worker) -> None:
+        users = _users.get(worker.address, set())
+        users.discard(self.client_id)
+        if users:
+            return
+        _users.pop(worker.address, None)
+        device_thread.close(worker.address)
+        if not _users:  # several workers may live in one process
+            models.clear()
+            transport.unmap_all()
+
+
+class Departure(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annotations
+    """Takes the worker plugin off when its client leaves the scheduler."""
+
+    def __init__(self, client_id: str) -> None:
+        self.name = f"{plugin_name(client_id)}-departure"
+        self.client_id = client_id
+
+    async def start(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        if client == self.client_id:
+            scheduler.loop.add_callback(self._undo, scheduler)
+
+    async def _undo(self, scheduler: Scheduler) -> None:
+        name = plugin_name(self.client_id)
+        if name in scheduler.worker_plugins:
+            await scheduler.unregister_worker_plugin(None, name)
+        await scheduler.unregister_scheduler_plugin(self.name)
+
+
+def plugin_name(client_id: str) -> str:
+    """The name of a client's worker plugin."""
+    return f"daskinfer-{client_id}"
+
+
+def register(client: Client, *, tune_allocator: bool) -> None:
+    """Make all workers of a client ready, now and later; once per client."""
+    if client in _registered:
+        return
+    client.register_plugin(WorkerSetup(client.id, tune_allocator=tune_allocator))
+    try:
+        client.register_plugin(Departure(client.id))
+    except Exception as error:  # a scheduler without daskinfer, or one that takes no code from clients
+        logger.debug("the workers keep what they have loaded when this client leaves: %r", error)
+    _registered.add(client)

@@ -1,0 +1,98 @@
+"""Getting a network in memory to the workers: one file per host, mapped by every worker there, so it rides in no task.
+
+Where a folder of our own cluster lies on this machine, the client writes the file itself and leaves it there, by the
+network's key: a worker that is restarted finds it, and the next call with the same network sends nothing. The last
+``MAX_SHIPPED`` are kept; the folder goes with its cluster. On clusters of others the file goes through a worker of each
+host, into a folder of this user's, and is removed when the call ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from distributed import Client
+
+from daskinfer.cache import MAX_MODELS
+from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
+from daskinfer.placement import workers_of
+
+MAX_SHIPPED = MAX_MODELS  # what a worker keeps loaded
+
+
+@contextlib.contextmanager
+def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: Collection[str]) -> Iterator[Recipe]:
+    """While inside, every host of the cluster has the network's file; what is yielded travels in tasks instead of it.
+
+    Parameters
+    ----------
+    client
+        Whose workers are meant.
+    recipe
+        The network; what is not packed travels by reference, and is yielded as it is.
+    folders
+        By worker, the folder of our own cluster that it has; empty where the cluster is somebody else's.
+    loaded
+        Workers that have loaded the network already.
+    """
+    if not isinstance(recipe, PackedModel):
+        yield recipe
+        return
+    here = {folder for folder in folders.values() if folder and os.path.isdir(folder)}
+    elsewhere = _receivers(client, [address for address, folder in folders.items() if folder not in here], loaded)
+    # Ours stays, by its key; on a host of others another call with the same network may end first.
+    name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if elsewhere else ''}.safetensors"
+    for folder in here:
+        _keep(folder, name, recipe)
+    if elsewhere:
+        client.run(_receive, None, name, recipe.packed.to_bytes(), workers=elsewhere)
+    try:
+        yield ShippedModel(recipe.key, name, recipe.nbytes)
+    finally:
+        if elsewhere and client.status == "running":
+            client.run(_forget, name, workers=_reachable(client, elsewhere), on_error="ignore")
+
+
+def _receivers(client: Client, addresses: Sequence[str], loaded: Collection[str]) -> list[str]:
+    """One worker of each host where a worker has not loaded the model yet."""
+    if not (lacking := [address for address in addresses if address not in loaded]):
+        return []
+    hosts = {address: info["host"] for address, info in workers_of(client).items()}
+    return list({hosts[address]: address for address in lacking if address in hosts}.values())
+
+
+def _reachable(client: Client, addresses: Sequence[str]) -> list[str]:
+    there = workers_of(client)
+    return [address for address in addresses if address in there]
+
+
+def _receive(folder: str | None, name: str, content: bytes) -> None:
+    """Write a shipped file: into the folder of our own cluster where the client can, else where a worker looks for it."""
+    path = shipped_path(name) if folder is None else os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(content)
+    os.rename(temporary, path)
+
+
+def _keep(folder: str, name: str, recipe: PackedModel) -> None:
+    """Have the file in a folder of ours, and the ``MAX_SHIPPED`` used last; a worker that has one mapped keeps its bytes."""
+    path = Path(folder, name)
+    if path.exists():
+        os.utime(path)
+        return
+    _receive(folder, name, recipe.packed.to_bytes())
+    files = sorted(Path(folder).glob("model-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files[:-MAX_SHIPPED]:
+        file.unlink(missing_ok=True)
+
+
+def _forget(name: str) -> None:
+    path = shipped_path(name)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))  # refused while others' files, or the rest of our own cluster's, lie there

@@ -1,0 +1,157 @@
+"""What the driver hands to a worker, and what the worker does with it: read, compute, write.
+
+A task is one chunk, or several small ones, since a task costs the scheduler 2 to 3 ms. Several tasks are on a worker at a
+time, each in a thread of its own: while one reads, another computes (``device_thread``), and a third writes.
+
+What is the same for all tasks of a call, the :class:`Order`, is pickled once and unpickled once per worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cloudpickle
+
+from daskinfer import device_thread
+from daskinfer.arrays import Array
+from daskinfer.cache import models
+from daskinfer.errors import ChunkError
+from daskinfer.io import Target
+from daskinfer.model import Recipe
+from daskinfer.packed import ByValue
+from daskinfer.parts import Piece, Task, Within
+from daskinfer.records import Receipt
+from daskinfer.runner import Answer, Job, run_chunk
+from daskinfer.transport import mapped, write_note
+from daskinfer.worker import Seat, seat
+
+
+@dataclass(frozen=True)
+class Block:
+    """A chunk's outputs, each (n, *shape); ``receipt`` is None for a chunk without rows."""
+
+    arrays: list[Array]
+    receipt: Receipt | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is the same for every task of a call; ``targets`` is empty where the answers come back."""
+
+    recipe: Recipe
+    job: Job
+    targets: tuple[Target, ...] = ()
+
+    def sealed(self) -> bytes:
+        """As it travels."""
+        return bytes(cloudpickle.dumps(replace(self, job=travelling(self.job))))
+
+
+def travelling(job: Job) -> Job:
+    """A job whose functions reach workers that cannot import them, and without the rows that ``output=`` may have."""
+    before, after = job.options.preprocess, job.options.postprocess
+    options = replace(job.options, preprocess=before and ByValue(before), postprocess=after and ByValue(after), output=None)
+    return replace(job, options=options)
+
+
+def run_task(sealed: bytes, task: Task, brought: Sequence[Any] = ()) -> list[Block] | None:
+    """Do a task on this worker; None where all of the answer is in shared memory or in files.
+
+    Parameters
+    ----------
+    sealed
+        The call's :class:`Order`, as :meth:`Order.sealed` gives it.
+    task
+        The chunks.
+    brought
+        Results of other Dask tasks that parts ask for by position.
+    """
+    order = _opened(sealed)
+    within = Within(mapped(task.arena) if task.arena else None, brought)
+    blocks = [_run_piece(piece, order, within) for piece in task.pieces]
+    if within.memory is None or task.arena is None:
+        return blocks
+    write_note(within.memory, task.note_offset, [block.receipt for block in blocks])
+    return blocks if any(block.arrays for block in blocks) else None
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(sealed: bytes) -> Order:
+    order: Order = cloudpickle.loads(sealed)
+    return order
+
+
+def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
+    there_since, chunk = time.perf_counter(), piece.chunk
+    rows = [part.rows(within) for part in piece.parts]
+    read_seconds = time.perf_counter() - there_since
+    out = None
+    if piece.places is not None and within.memory is not None:
+        out = [place.array(within.memory) for place in piece.places]
+    here = seat()
+    block, waited_seconds = device_thread.of_worker(here.worker).run(
+        lambda: compute(rows, chunk.start, chunk.stop, order.recipe, order.job, here, out), there_since
+    )
+    write_seconds = _written(block, chunk.start, order.targets)
+    receipt = block.receipt and block.receipt.timed(read_seconds, write_seconds, waited_seconds)
+    return Block([] if out is not None or order.targets else block.arrays, receipt)
+
+
+def _written(block: Block, start: int, targets: Sequence[Target]) -> float:
+    """Write each output to its target; how many seconds that took."""
+    began = time.perf_counter()
+    for target, rows in zip(targets, block.arrays, strict=False):  # no targets: nothing is written
+        if len(rows):
+            target.write(start, rows)
+    return time.perf_counter() - began
+
+
+def compute(
+    rows: Sequence[Array],
+    start: int,
+    stop: int,
+    recipe: Recipe,
+    job: Job,
+    here: Seat,
+    out: Sequence[Array] | None = None,
+) -> Block:
+    """Compute one chunk in this thread: what every way of computing calls in the end.
+
+    Parameters
+    ----------
+    rows
+        The rows of each port, (n, ...).
+    start, stop
+        The rows of the whole input that they are.
+    recipe, job
+        The network and how it is run.
+    here
+        The device.
+    out
+        Where the answer goes, as for ``run_chunk``. None: into new arrays.
+    """
+    if start == stop:
+        assert job.outputs is not None  # found out before any chunk is computed
+        return Block([output.copy() for output in job.outputs], None)
+    _check_rows(job, rows, start, stop)
+    with here.threads():
+        model = models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
+        answer = run_chunk(model, rows, start, job, out)
+    return Block(answer.arrays, _receipt(start, stop, here, answer))
+
+
+def _receipt(start: int, stop: int, here: Seat, answer: Answer) -> Receipt:
+    return Receipt(start, stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker)
+
+
+def _check_rows(job: Job, rows: Sequence[Array], start: int, stop: int) -> None:
+    for name, port in zip(job.ports.names, rows, strict=True):
+        if len(port) != stop - start:
+            raise ChunkError(
+                f"rows {start}:{stop}: the dask array of {name} computed {len(port)} rows there; its chunks "
+                "have to say what they hold. Mend them, or call .compute_chunk_sizes() on it."
+            )

@@ -1,0 +1,137 @@
+"""The blocks of dask arrays, one by one: what has to be computed for the rows of one chunk.
+
+The driver computes through a window and hands each worker the few tasks that lead to its chunk, so neither the scheduler
+nor a worker ever holds the whole graph. That is only right where the blocks are independent. Which way is taken, first
+match wins:
+
+1. Tasks are reached from the blocks at most ``MAX_REPEATS`` times each on average: block by block, in the workers.
+2. Otherwise (``x - x.mean(0)``: 1,679 loads block by block, 80 in one graph) the upstream is computed as one plain graph
+   on the cluster first, and the chunks begin with its results.
+
+In-memory arrays at the leaves of a graph go the way of every in-memory array (``transport``); one that many blocks read
+goes to the cluster once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+from dask._task_spec import DataNode  # Dask's own module for graphs; it has no public name for it
+from dask.core import get_dependencies
+from distributed import Client, Future
+
+from daskinfer.arrays import Array
+from daskinfer.parts import Brought, FromGraph, FromSlot, Part, Sent
+from daskinfer.transport import Slot
+
+logger = logging.getLogger(__name__)
+
+MAX_REPEATS = 1.5  # times that a task may be computed on average; arbitrary, below 2: a cut between two chunks shares one
+SHARED_NBYTES = 1 << 20  # an array at a leaf that several chunks read and that is larger goes to the cluster once; arbitrary
+
+
+class Blocks:
+    """The chunks of several dask arrays that are cut alike on axis 0, one block of each per chunk.
+
+    Parameters
+    ----------
+    arrays
+        One per port; chunks on later axes are put together.
+    client
+        Who computes an upstream whose blocks are not independent. None: Dask's threads, in this process.
+    """
+
+    def __init__(self, arrays: Sequence[da.Array], client: Client | None) -> None:
+        arrays = [array.rechunk(dict.fromkeys(range(1, array.ndim), -1)) for array in arrays]
+        self._client = client
+        self._index(arrays)
+        if not self._independent():
+            logger.debug("the blocks of the dask array depend on each other: its upstream is computed as one graph")
+            arrays = client.persist(arrays) if client else list(dask.persist(*arrays, scheduler="threads"))
+            self._index(arrays)
+        self._shared = self._once_on_the_cluster()
+
+    def parts(self, index: int, slot: Slot | None, brought: list[Future]) -> list[Part]:
+        """Where a worker finds block ``index`` of each port; futures that Dask has to bring are added to ``brought``."""
+        return [self._part(self._key(name, ndim, index), slot, brought) for name, ndim in self._names]
+
+    def _index(self, arrays: Sequence[da.Array]) -> None:
+        self._names = [(array.name, array.ndim) for array in arrays]
+        self._n_chunks = arrays[0].numblocks[0]
+        self._graph: dict[Hashable, Any] = {}
+        for array in arrays:
+            self._graph |= dict(array.__dask_graph__())
+
+    def _key(self, name: str, ndim: int, index: int) -> Hashable:
+        return (name, index, *(0,) * (ndim - 1))
+
+    def _chunk_keys(self) -> Iterator[set[Hashable]]:
+        for index in range(self._n_chunks):
+            yield set().union(*(self._reached(self._key(name, ndim, index)) for name, ndim in self._names))
+
+    def _reached(self, key: Hashable) -> dict[Hashable, Any]:
+        """The nodes of the graph that a block needs, itself included."""
+        found, left = {}, [key]
+        while left:
+            key = left.pop()
+            if key not in found:
+                node = found[key] = self._graph[key]
+                left += () if isinstance(node, Future) else get_dependencies(self._graph, key)
+        return found
+
+    def _independent(self) -> bool:
+        limit = MAX_REPEATS * sum(not _is_leaf(node) for node in self._graph.values())
+        n_computed = 0
+        for keys in self._chunk_keys():
+            n_computed += sum(not _is_leaf(self._graph[key]) for key in keys)
+            if n_computed > limit:
+                return False
+        return True
+
+    def _once_on_the_cluster(self) -> Mapping[Hashable, Future]:
+        if self._client is None:
+            return {}
+        large = {k for k, node in self._graph.items() if (a := _array(node)) is not None and a.nbytes > SHARED_NBYTES}
+        if not large:
+            return {}
+        n_readers = Counter(key for keys in self._chunk_keys() for key in keys if key in large)
+        shared = {key: _array(self._graph[key]) for key, n in n_readers.items() if n > 1}
+        return {key: self._client.scatter(array, hash=False) for key, array in shared.items()}
+
+    def _part(self, key: Hashable, slot: Slot | None, brought: list[Future]) -> Part:
+        nodes = self._reached(key)
+        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, slot, brought)) is not None}
+        if key in leaves:
+            return leaves[key]
+        return FromGraph({k: node for k, node in nodes.items() if k not in leaves}, key, leaves)
+
+    def _leaf(self, key: Hashable, node: Any, slot: Slot | None, brought: list[Future]) -> Part | None:
+        if isinstance(future := self._shared.get(key, node), Future):
+            if future not in brought:
+                brought.append(future)
+            return Brought(brought.index(future))
+        array = _array(node)
+        return None if array is None else placed(array, slot)
+
+
+def placed(array: Array, slot: Slot | None) -> Part:
+    """Rows of this process on their way: in shared memory where there is room, else in the task."""
+    if slot is not None and (place := slot.place(array.shape, array.dtype)) is not None:
+        place.array(slot.arena.memory)[...] = array
+        return FromSlot(place)
+    return Sent(np.ascontiguousarray(array))
+
+
+def _array(node: Any) -> Array | None:
+    value = node.value if isinstance(node, DataNode) else node
+    return value if isinstance(value, np.ndarray) and value.dtype != object else None
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, Future | DataNode | np.ndarray)

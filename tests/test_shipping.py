@@ -1,0 +1,121 @@
+"""Shipping a network in memory to the workers: once per host, and what is left of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+
+import daskinfer as di
+from daskinfer import shipping
+from daskinfer.cache import models
+from daskinfer.model import Model, Recipe, ShippedModel, shipped_path
+from daskinfer.preflight import ask, question_of
+
+X = np.ones((64, 4), np.float32)
+
+
+def big_net(seed: int) -> torch.nn.Module:
+    """A network of about 4 MB."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(4, 1000), torch.nn.Linear(1000, 1000))
+
+
+def shipped_files() -> list[str]:
+    """Files of networks on this host, as a worker sees them."""
+    folder = Path(shipped_path("x")).parent
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("model-")) if folder.is_dir() else []
+
+
+def folders_and_loaded(client: Client, recipe: Recipe) -> tuple[dict[str, str], set[str]]:
+    """What the preflight says of every worker."""
+    answers = ask(client, question_of(recipe, (), (), None))
+    return {address: a.scratch for address, a in answers.items()}, {address for address, a in answers.items() if a.loaded}
+
+
+@pytest.fixture
+def plain_client() -> Iterator[Client]:
+    """A client of a Dask cluster in this process, none of ours."""
+    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None, set_as_default=False) as client:
+        yield client
+
+
+def test_one_file_per_host_stays_with_our_cluster(cluster_client: Client) -> None:
+    """A network in memory lies in one file per host, which a restarted worker and the next call find again."""
+    recipe = Model(big_net(1)).recipe()
+    for _ in range(2):
+        with shipping.shipped(cluster_client, recipe, *folders_and_loaded(cluster_client, recipe)) as travelling:
+            assert isinstance(travelling, ShippedModel)
+            assert len(pickle.dumps(travelling)) < 500  # whatever the network's size
+    seen = cluster_client.run(shipped_files).values()
+    assert all(files.count(travelling.name) == 1 for files in seen)
+
+
+def test_the_networks_used_last_are_kept(tmp_path: Path) -> None:
+    """Our cluster's folder holds a few networks; the one that was not used for longest goes first."""
+    recipes = [Model(torch.nn.Linear(1, n)).recipe() for n in range(1, shipping.MAX_SHIPPED + 2)]
+    for n, recipe in enumerate(recipes):
+        shipping._keep(str(tmp_path), f"model-{n}.safetensors", recipe)
+        os.utime(tmp_path / f"model-{n}.safetensors", ns=(n, n))
+        shipping._keep(str(tmp_path), "model-0.safetensors", recipes[0])  # used again
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == shipping.MAX_SHIPPED
+    assert "model-0.safetensors" in names
+    assert "model-1.safetensors" not in names
+
+
+def test_not_sent_again(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that lies on the host is not sent by the next call."""
+    net = big_net(2)
+    first = di.predict(net, X, client=cluster_client)
+    monkeypatch.setattr(shipping, "_receive", None)  # sending would fail
+    np.testing.assert_array_equal(di.predict(net, X, client=cluster_client), first)
+
+
+def test_files_and_factories_travel_by_reference(cluster_client: Client) -> None:
+    """What every worker can read or import by itself is not shipped."""
+    recipe = Model("torch.nn:Identity").recipe()
+    with shipping.shipped(cluster_client, recipe, {}, set()) as travelling:
+        assert travelling is recipe
+    np.testing.assert_array_equal(di.predict("torch.nn:Identity", X, client=cluster_client), X)
+
+
+def test_on_clusters_of_others_a_file_goes_with_its_call(plain_client: Client) -> None:
+    """The file lies there while it may be loaded, is not sent where the network is loaded, and is gone afterwards."""
+    net = big_net(3)
+    assert di.predict(net, X, client=plain_client).shape == (64, 1000)
+    recipe = Model(net).recipe()
+    folders, loaded = folders_and_loaded(plain_client, recipe)
+    assert loaded == set(folders)
+    with shipping.shipped(plain_client, recipe, folders, loaded):
+        assert not shipped_files()
+    with shipping.shipped(plain_client, recipe, folders, set()):
+        assert len(shipped_files()) == 1
+    assert not shipped_files()
+
+
+def test_without_our_scratch_folder_a_file_lies_per_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On clusters of others a shipped file lies in the temporary folder, for its user only, and goes with its folder."""
+    monkeypatch.delenv("DASKINFER_SCRATCH", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shipping._receive(None, "model-x", b"content")
+    path = Path(shipped_path("model-x"))
+    assert path.read_bytes() == b"content"
+    assert path.parent.stat().st_mode & 0o077 == 0
+    shipping._forget("model-x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_go_with_the_client() -> None:
+    """When the client leaves, the workers close what they loaded for it."""
+    with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
+        di.predict(big_net(4), X, client=client)
+        assert any(key[0] == Model(big_net(4)).recipe().key for key in models._models)
+    assert not models._models
