@@ -4,14 +4,15 @@ The rooms of the house, lower floors first; a room imports from its own floor an
 
     0  errors  tables  records  options  structure             plain Python
        variables  own_code  allocator
-    1  hardware  device  planner  dealer  pace                 + NVML, numbers only
-       plan_record
+    1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
+       pace  plan_record
     2  arrays  packed  fingerprint  model  cache  runner       + torch
        probe
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
        transport  parts  task  graph  upstream  feeder
-       plugin  preflight  shipping  call  window  driver
+       plugin  preflight  shipping  call  window
+       in_order  driver
     4  assembly  api  demo  cli
 
 Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.
@@ -23,7 +24,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from daskinfer.api import close, devices, map_blocks, plan, predict, run
+    from daskinfer.api import close, devices, map_blocks, plan, predict, run, stream
     from daskinfer.cluster import LocalDeviceCluster
     from daskinfer.errors import DaskInferError
     from daskinfer.model import Model
@@ -40,6 +41,7 @@ __all__ = [
     "plan",
     "predict",
     "run",
+    "stream",
 ]
 
 _HOMES = {
@@ -53,6 +55,7 @@ _HOMES = {
     "plan": "api",
     "predict": "api",
     "run": "api",
+    "stream": "api",
 }
 
 

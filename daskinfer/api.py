@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Unpack
 
@@ -13,20 +12,30 @@ import torch
 from distributed import Client
 
 from daskinfer import driver, graph, kept
-from daskinfer.assembly import Refusals, Weights, Work, assemble, find_promise, keep_bfloat16, merge_options
+from daskinfer.arrays import Array
+from daskinfer.assembly import (
+    Path,
+    Refusals,
+    Weights,
+    Work,
+    assemble,
+    assemble_run,
+    even_chunks,
+    find_promise,
+    keep_bfloat16,
+    merge_options,
+)
 from daskinfer.device import DeviceTable, here
-from daskinfer.errors import InputError, OutputExists
+from daskinfer.grid import auto_batch_size, check_batch_size
+from daskinfer.in_order import InOrder
 from daskinfer.inputs import Inputs
-from daskinfer.io import Draft, Target, check_free
+from daskinfer.io import Draft, Target
 from daskinfer.model import as_model
 from daskinfer.options import OptionFields, Options
 from daskinfer.plan_record import Plan
-from daskinfer.planner import auto_batch_size, check_batch_size, lay_out
 from daskinfer.records import RunReport, Tally
 from daskinfer.runner import Job
 from daskinfer.window import Finished
-
-Path = str | os.PathLike[str]
 
 
 def predict(
@@ -104,9 +113,59 @@ def predict(
             result[finished.chunk.start : finished.chunk.stop] = rows
 
     report = _compute(work, keep)
-    leaves = [torch.from_numpy(r) for r in results] if work.inputs.tensors else results
-    answer = work.promise.structure.rebuild(leaves)
+    answer = _rebuilt(work, results)
     return (answer, report) if return_report else answer
+
+
+def stream(
+    model: Any,
+    x: Any,
+    *,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Generator[Any, None, None]:
+    """Apply a network to an array on every device, and give the answers block by block, in the input's order.
+
+    A block comes as soon as it and all before it are there. The devices work ahead, by a bounded number of rows, and stand
+    still while nobody asks for the next block. Closing the iterator, or leaving its loop, cancels the rest and frees
+    everything.
+
+    Parameters
+    ----------
+    model, x, devices, device_weights, batch_size, client, options, **fields
+        As for :func:`predict`.
+
+    Returns
+    -------
+    generator of ndarrays, or of the network's structure of them
+        (n, ...) each, one after the other all rows of the input; torch tensors on the CPU where an input was a tensor.
+
+    Raises
+    ------
+    DaskInferError
+        At once: whatever cannot work, all reasons at once. While it runs: a chunk that failed, with its rows.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np
+    >>> sum(len(block) for block in di.stream(np.sqrt, np.arange(1000.0), devices="inline"))
+    1000
+    """
+    work = assemble(
+        model,
+        x,
+        devices=devices,
+        device_weights=device_weights,
+        batch_size=batch_size,
+        client=client,
+        options=options,
+        fields=fields,
+    )
+    return _streamed(work)
 
 
 def map_blocks(
@@ -165,7 +224,7 @@ def map_blocks(
     given = keep_bfloat16(given, inputs)
     promise = find_promise(recipe, inputs, given)
     size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
-    row_chunks = inputs.row_chunks or _even_chunks(inputs, promise.row_nbytes, size)
+    row_chunks = inputs.row_chunks or even_chunks(inputs, promise.row_nbytes, size)
     blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
     return graph.outputs(blocks, promise.structure, promise.outputs)
 
@@ -214,7 +273,7 @@ def run(
     ...     di.run(np.sqrt, x, y, devices="inline").rows
     10
     """
-    work, paths = _assemble_run(
+    work, paths = assemble_run(
         model,
         source,
         target,
@@ -282,7 +341,7 @@ def plan(
     }
     if target is None:
         return assemble(model, x, **arguments).plan()
-    return _assemble_run(model, x, target, **arguments)[0].plan()
+    return assemble_run(model, x, target, **arguments)[0].plan()
 
 
 def devices() -> DeviceTable:
@@ -323,45 +382,16 @@ def _compute(work: Work, keep: Callable[[Finished], None], targets: Sequence[Tar
     for finished in run:
         keep(finished)
         tally.add(finished.receipt)
-    return tally.report(seconds=time.perf_counter() - (run.began or began), batch_size=work.layout.batch_size)
+    return tally.report(seconds=time.perf_counter() - (run.began or began), batch_size=run.batch_size)
 
 
-def _assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> tuple[Work, list[str]]:
-    refusals = Refusals()
-    paths: dict[str, str] = {}
-    for name, path in target.items() if isinstance(target, Mapping) else [("", target)]:
-        with refusals.collect():
-            paths[name] = _check_output(path, source)
-    work = assemble(model, source, refusals=refusals, to_store=True, **arguments)
-    names = work.promise.structure.names
-    if isinstance(target, Mapping) and set(paths) != set(names):
-        raise InputError(
-            f"the outputs named are {', '.join(map(str, target)) or 'nothing'}; the network's are {', '.join(names)}. "
-            "Give each a path."
-        )
-    if not isinstance(target, Mapping) and len(names) != 1:
-        raise InputError(
-            f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
-            f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
-        )
-    return work, [paths[name] for name in names] if isinstance(target, Mapping) else [paths[""]]
+def _streamed(work: Work) -> Generator[Any, None, None]:
+    call = work.call()
+    order = InOrder(call.ahead_rows)
+    for arrays in order.blocks(driver.Run(call, order.before)):
+        yield _rebuilt(work, arrays)
 
 
-def _check_output(path: Path, source: Any) -> str:
-    for read in _paths(source):
-        if os.path.commonpath([os.path.abspath(path), os.path.abspath(read)]) == os.path.abspath(read):
-            raise OutputExists(
-                f"the output {os.fspath(path)!r} lies inside the input {os.fspath(read)!r}; an input is never written to. "
-                "Choose another path."
-            )
-    return check_free(path)
-
-
-def _paths(source: Any) -> list[Path]:
-    ports = source.values() if isinstance(source, Mapping) else source if isinstance(source, tuple) else [source]
-    return [port for port in ports if isinstance(port, str | os.PathLike)]
-
-
-def _even_chunks(inputs: Inputs, row_out_nbytes: int, batch_size: int) -> tuple[int, ...]:
-    layout = lay_out(inputs.n_rows, [1.0], batch_size=batch_size, row_nbytes=inputs.row_nbytes + row_out_nbytes)
-    return layout.row_chunks
+def _rebuilt(work: Work, arrays: Sequence[Array]) -> Any:
+    """Arrays in the form of the network's answer; tensors where the input was one."""
+    return work.promise.structure.rebuild([torch.from_numpy(a) for a in arrays] if work.inputs.tensors else arrays)

@@ -5,6 +5,7 @@ Nothing starts here: no cluster, no task, and no row is read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,25 +14,19 @@ from typing import Any
 from distributed import Client
 
 from daskinfer.call import Call
-from daskinfer.errors import DaskInferError, PlanError
+from daskinfer.errors import DaskInferError, InputError, OutputExists, PlanError
+from daskinfer.grid import auto_batch_size, check_batch_size, read_grid, within
 from daskinfer.inputs import Inputs
-from daskinfer.io import Target
+from daskinfer.io import Target, check_free
 from daskinfer.model import Recipe, as_model
 from daskinfer.options import OptionFields, Options
 from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
-from daskinfer.planner import (
-    Layout,
-    auto_batch_size,
-    check_batch_size,
-    fit_chunk_nbytes,
-    follow,
-    lay_out,
-    resolve_weights,
-)
+from daskinfer.planner import Layout, fit_chunk_nbytes, follow, lay_out, resolve_weights
 from daskinfer.probe import Promise, promise
 from daskinfer.runner import Job
 
+Path = str | os.PathLike[str]
 Weights = str | Sequence[float] | Mapping[str, float]
 
 # Bytes of output in a write-unit (a store's chunk): large enough for a disk, small enough to balance; arbitrary.
@@ -75,6 +70,7 @@ class Work:
     placement: Placement
     weights: tuple[float, ...]
     balanced: bool
+    tunable: bool
     layout: Layout
 
     def plan(self) -> Plan:
@@ -112,6 +108,7 @@ class Work:
             row_nbytes=self.inputs.row_nbytes + self.promise.row_nbytes,
             chunk_nbytes=fit_chunk_nbytes(self.placement.limits, self.recipe.nbytes),
             targets=tuple(targets),
+            tunable=self.tunable,
         )
 
     def refusals(self) -> list[str]:
@@ -175,7 +172,11 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     placement: Placement = given["placement"]
     recipe: Recipe = given["recipe"]
     weights: tuple[float, ...] = given["weights"]
-    batch_size = given["batch_size"] or auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights)
+    unit = inputs.unit_rows or 1
+    batch_size = given["batch_size"] or within(unit, auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
+    row_nbytes = inputs.row_nbytes + wanted.row_nbytes
+    chunk_nbytes = fit_chunk_nbytes(placement.limits, recipe.nbytes)
+    grid = read_grid(batch_size, unit, inputs.n_rows, row_nbytes=row_nbytes, chunk_nbytes=chunk_nbytes)
     # Into a store a dask array is cut anew: two chunks in one write-unit would be written over each other.
     if inputs.row_chunks is not None and not to_store:
         layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
@@ -184,9 +185,9 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
             inputs.n_rows,
             weights,
             batch_size=batch_size,
-            cell_rows=_write_unit(inputs.n_rows, batch_size, wanted, weights) if to_store else None,
-            row_nbytes=inputs.row_nbytes + wanted.row_nbytes,
-            chunk_nbytes=fit_chunk_nbytes(placement.limits, recipe.nbytes),
+            cell_rows=_write_unit(inputs.n_rows, grid, wanted, weights) if to_store else grid,
+            row_nbytes=row_nbytes,
+            chunk_nbytes=chunk_nbytes,
         )
     job = Job(inputs.ports, batch_size, given["options"], wanted.outputs)
     work = Work(
@@ -198,6 +199,7 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
         placement,
         weights,
         balanced,
+        given["batch_size"] is None,
         layout,
     )
     if sentences := work.refusals():
@@ -222,9 +224,58 @@ def find_promise(recipe: Recipe, inputs: Inputs, options: Options) -> Promise:
     return promise(recipe, inputs.ports, inputs.like(), options)
 
 
-def _write_unit(n_rows: int, batch_size: int, wanted: Promise, weights: Sequence[float]) -> int:
-    """Rows of a store's chunk: whole micro-batches of about ``WRITE_UNIT_NBYTES``, few enough to meet every share."""
+def _write_unit(n_rows: int, grid: int, wanted: Promise, weights: Sequence[float]) -> int:
+    """Rows of a store's chunk: whole cells of about ``WRITE_UNIT_NBYTES``, few enough to meet every share."""
     by_size = WRITE_UNIT_NBYTES // max(1, wanted.row_nbytes)
     smallest = min(weight for weight in weights if weight > 0) / sum(weights)
     by_share = int(n_rows * smallest / MIN_WRITE_UNITS)
-    return max(1, min(by_size, by_share) // batch_size) * batch_size
+    return max(1, min(by_size, by_share) // grid) * grid
+
+
+def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> tuple[Work, list[str]]:
+    """The work of a run to storage, and the path of each output in the order of the network's.
+
+    Raises
+    ------
+    DaskInferError
+        As :func:`assemble`; where an output's path cannot be used, or does not belong to an output.
+    """
+    refusals = Refusals()
+    paths: dict[str, str] = {}
+    for name, path in target.items() if isinstance(target, Mapping) else [("", target)]:
+        with refusals.collect():
+            paths[name] = _check_output(path, source)
+    work = assemble(model, source, refusals=refusals, to_store=True, **arguments)
+    names = work.promise.structure.names
+    if isinstance(target, Mapping) and set(paths) != set(names):
+        raise InputError(
+            f"the outputs named are {', '.join(map(str, target)) or 'nothing'}; the network's are {', '.join(names)}. "
+            "Give each a path."
+        )
+    if not isinstance(target, Mapping) and len(names) != 1:
+        raise InputError(
+            f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
+            f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
+        )
+    return work, [paths[name] for name in names] if isinstance(target, Mapping) else [paths[""]]
+
+
+def _check_output(path: Path, source: Any) -> str:
+    for read in _paths(source):
+        if os.path.commonpath([os.path.abspath(path), os.path.abspath(read)]) == os.path.abspath(read):
+            raise OutputExists(
+                f"the output {os.fspath(path)!r} lies inside the input {os.fspath(read)!r}; an input is never written to. "
+                "Choose another path."
+            )
+    return check_free(path)
+
+
+def _paths(source: Any) -> list[Path]:
+    ports = source.values() if isinstance(source, Mapping) else source if isinstance(source, tuple) else [source]
+    return [port for port in ports if isinstance(port, str | os.PathLike)]
+
+
+def even_chunks(inputs: Inputs, row_out_nbytes: int, batch_size: int) -> tuple[int, ...]:
+    """The chunks of a lazy array that nobody has cut yet: whole micro-batches of equal size."""
+    layout = lay_out(inputs.n_rows, [1.0], batch_size=batch_size, row_nbytes=inputs.row_nbytes + row_out_nbytes)
+    return layout.row_chunks

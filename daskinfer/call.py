@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
+from daskinfer.grid import MIN_BATCHES, tried_sizes
 from daskinfer.inputs import Inputs
 from daskinfer.io import Target
 from daskinfer.model import Recipe
 from daskinfer.placement import Placement
-from daskinfer.planner import Layout
+from daskinfer.planner import Layout, follow, lay_out
 from daskinfer.runner import Job
 
 
@@ -19,6 +20,7 @@ class Call:
 
     ``balanced``: devices get rows by their measured speed; else exactly the layout's chunks. ``row_nbytes`` are a row's of
     all inputs and outputs, ``chunk_nbytes`` those that a task may hold. ``targets`` is empty where answers come back.
+    ``tunable``: the micro-batch is a prior, and may be another once one was measured.
     """
 
     inputs: Inputs
@@ -32,6 +34,38 @@ class Call:
     row_nbytes: int
     chunk_nbytes: int
     targets: tuple[Target, ...] = ()
+    tunable: bool = False
+
+    def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
+        """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""
+        largest = max(sizes.values())
+        job = replace(self.job, batch_size=largest, by_kind=dict(sizes))
+        return replace(self, job=job, layout=self._cut(largest), tunable=False)
+
+    def _cut(self, batch_size: int) -> Layout:
+        if self._unit_rows:
+            return replace(self.layout, batch_size=batch_size)
+        if self.inputs.row_chunks is not None:
+            return follow(self.layout.row_chunks, self.weights, batch_size=batch_size)
+        limits = {"row_nbytes": self.row_nbytes, "chunk_nbytes": self.chunk_nbytes}
+        return lay_out(self.layout.n_rows, self.weights, batch_size=batch_size, **limits)
+
+    @property
+    def tried_sizes(self) -> tuple[int, ...]:
+        """Micro-batches that may pay: twice in a chunk, and ``MIN_BATCHES`` times in the smallest share.
+
+        Balanced devices count as even: a light one is not asked for a share.
+        """
+        positive = [1.0 if self.balanced else weight for weight in self.weights if weight]
+        by_share = int(self.layout.n_rows * min(positive) / sum(positive)) // MIN_BATCHES
+        by_bytes = self.chunk_nbytes // max(1, self.row_nbytes) // 2
+        return tried_sizes(self.job.batch_size, min(by_share, by_bytes), self._unit_rows)
+
+    @property
+    def _unit_rows(self) -> int | None:
+        """Rows of a cell that stays as it is, for a store's sake, and that the micro-batch therefore divides."""
+        fixed = self.targets or self.layout.cell_rows != self.layout.batch_size
+        return self.layout.cell_rows if fixed else None
 
     @property
     def key(self) -> Hashable:
@@ -46,6 +80,11 @@ class Call:
             id(options.preprocess),
             id(options.postprocess),
         )
+
+    @property
+    def ahead_rows(self) -> int:
+        """How far the devices may be ahead of whoever reads the answer in order: twice what the windows may hold."""
+        return 2 * (self.readers + 2) * len(self.weights) * self.max_task_rows
 
     @property
     def max_task_rows(self) -> int:

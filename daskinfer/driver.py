@@ -23,8 +23,10 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from distributed import Client
@@ -33,17 +35,20 @@ from daskinfer import plugin, preflight, transport
 from daskinfer.call import Call
 from daskinfer.dealer import MAX_CHUNKS_PER_TASK, Balanced, Dealer, Planned
 from daskinfer.feeder import Feeder
+from daskinfer.grid import MIN_BATCHES
 from daskinfer.io import Target
 from daskinfer.kept import kept
+from daskinfer.ladder import WORTH_SECONDS
+from daskinfer.model import Recipe
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
 from daskinfer.preflight import Answer
 from daskinfer.records import Chunk
 from daskinfer.shipping import shipped
-from daskinfer.task import Block, Order, compute, run_task
+from daskinfer.task import Block, Order, compute, measure, measure_task, run_task
 from daskinfer.transport import Arena
-from daskinfer.window import Finished, Lane, Window
-from daskinfer.worker import seat
+from daskinfer.window import Feed, Finished, Lane, Window
+from daskinfer.worker import Seat, seat
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +76,11 @@ class Run:
         self._call, self._before = call, before
         self.began: float | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the micro-batch that was chosen, the largest of all kinds of device."""
+        return self._call.job.batch_size
+
     def __iter__(self) -> Iterator[Finished]:
         call = self._call
         if call.layout.n_rows == 0:
@@ -82,15 +92,16 @@ class Run:
         elif not call.placement.automatic or not call.balanced:
             logger.debug("rule 3: on the workers")
             with opened(call.placement) as client:
-                yield from self._on_workers(client, _dealer(call, call.weights))
+                yield from self._on_workers(client)
         else:
             yield from _Automatic(self, call).run()
 
     def _inline(self, dealer: Dealer, device: int, feeder: Feeder) -> Iterator[Finished]:
         """In this process, task by task, until the dealer deals no more."""
         self.began = self.began or time.perf_counter()
-        call, here = self._call, seat()
+        here = seat()
         while chunks := dealer.deal(device):
+            call = self._call
             began = time.perf_counter()
             for chunk in chunks:
                 if chunk.n_rows:
@@ -100,11 +111,19 @@ class Run:
                     block = compute(rows, chunk.start, chunk.stop, call.recipe, call.job, here)
                     yield _stored(chunk, block, call.targets, read_seconds)
             dealer.took(device, chunks, time.perf_counter() - began)
+            if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
+                self._call = _tuned_here(call, feeder, here, dealer)
 
-    def _on_workers(self, client: Client, dealer: Dealer) -> Iterator[Finished]:
-        with _window(self._call, client) as window:
+    def _on_workers(self, client: Client, dealer: Dealer | None = None) -> Iterator[Finished]:
+        """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
+        with _ready(self._call, client) as (lanes, feeder, recipe):
+            if dealer is None:
+                self._call = _tuned(self._call, client, lanes, feeder, recipe)
+                dealer = _dealer(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
-            yield from window.run(dealer, self._before)
+            order = _sent(client, _order(self._call, recipe))
+            with Window(client, run_task, order, lanes, feeder.task) as window:
+                yield from window.run(dealer, self._before)
         known = memory.of(self._call.key).speeds
         known |= {d.name: speed for d, speed in zip(self._call.placement.devices, dealer.speeds, strict=False) if speed}
 
@@ -244,7 +263,7 @@ def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_seconds:
 
 
 @contextlib.contextmanager
-def _window(call: Call, client: Client) -> Iterator[Window]:
+def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe]]:
     """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network."""
     plugin.register(client, tune_allocator=call.placement.client is None)
     feeder = _feeder(call, client)
@@ -258,13 +277,64 @@ def _window(call: Call, client: Client) -> Iterator[Window]:
         folders = {address: answer.scratch for address, answer in answers.items()}
         loaded = {address for address, answer in answers.items() if answer.loaded}
         recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
-        order = _sent(client, Order(recipe, call.job, call.targets).sealed())
-        lanes = _lanes(call, answers, arena, n_tasks)
-        yield stack.enter_context(Window(client, run_task, order, lanes, feeder.task))
+        yield _lanes(call, answers, arena, n_tasks), feeder, recipe
+
+
+def _order(call: Call, recipe: Recipe) -> bytes:
+    return Order(recipe, call.job, call.targets).sealed()
 
 
 def _sent(client: Client, order: bytes) -> Any:
     return order if len(order) <= MAX_ORDER_NBYTES else client.scatter(order, broadcast=True, hash=False)
+
+
+def _tuned(call: Call, client: Client, lanes: Sequence[Lane], feeder: Feeder, recipe: Recipe) -> Call:
+    """The micro-batch of each kind of device: known from an earlier run, or measured on the first device of its kind."""
+    tried, kinds = call.tried_sizes, {lane.kind: lane for lane in reversed(lanes)}
+    if not call.tunable or len(tried) < 2:
+        return call
+    known = memory.of(call.key).batch_sizes
+    for kind, lane in kinds.items():
+        if kind not in known:
+            n_rows = call.layout.n_rows // len(lanes)
+            size, speed = _measured(client, lane, feeder.task, _order(call, recipe), _first(call, tried[-1]), tried, n_rows)
+            if n_rows / speed < WORTH_SECONDS:
+                return call  # measured again where there is more to do
+            known[kind] = size
+    return call.with_batch_sizes({kind: min(known[kind], tried[-1]) for kind in kinds})
+
+
+def _measured(
+    client: Client, lane: Lane, feed: Feed, order: bytes, chunk: Chunk, tried: Sequence[int], n_rows: int
+) -> tuple[int, float]:
+    """The first chunk on one lane, by another task than the run's."""
+    slot = lane.arena.free.pop() if lane.arena is not None else None
+    task, brought = feed([chunk], slot)
+    name = f"measure-{lane.kind}-{uuid.uuid4().hex}"
+    future = client.submit(measure_task, order, task, brought, tried, n_rows, key=name, pure=False, **lane.restriction)
+    found: tuple[int, float] = future.result()
+    if slot is not None:
+        slot.free()
+    return found
+
+
+def _first(call: Call, max_rows: int) -> Chunk:
+    """Rows from 0 on to measure with; of dask arrays the first chunk with rows."""
+    if call.inputs.row_chunks is not None:
+        return next(chunk for chunk in call.layout.chunks if chunk.n_rows)
+    return Chunk(0, 0, min(call.layout.n_rows, max_rows), 0)
+
+
+def _tuned_here(call: Call, feeder: Feeder, here: Seat, dealer: Dealer) -> Call:
+    """The same in this process, once its first rows have shown that there is enough to do."""
+    known, speed = memory.of(call.key).batch_sizes, max(s or 0.0 for s in dealer.speeds)
+    if "inline" not in known:
+        if dealer.n_rows_left < WORTH_SECONDS * speed:
+            return call
+        rows = feeder.rows(_first(call, call.tried_sizes[-1]))
+        known["inline"], _ = measure(rows, call.recipe, call.job, here, call.tried_sizes, dealer.n_rows_left)
+    job = replace(call.job, batch_size=min(known["inline"], call.tried_sizes[-1]))
+    return replace(call, job=job, tunable=False)
 
 
 def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import dask
@@ -78,6 +79,12 @@ class Inputs:
         return next((a.chunks[0] for a in self.arrays if isinstance(a, da.Array)), None)
 
     @property
+    def unit_rows(self) -> int | None:
+        """Rows that are read or computed in one go, of all ports together; None where any can be read alone."""
+        units = [unit for a in self.arrays if (unit := _unit_rows(a))]
+        return lcm(*units) if units else None
+
+    @property
     def paths(self) -> list[str]:
         """Files that are read."""
         return [a.path for a in self.arrays if hasattr(a, "path")]
@@ -102,6 +109,14 @@ class Inputs:
     def cut_one(array: Any, row_chunks: Sequence[int]) -> da.Array:
         """One port's dask array, as :meth:`cut` gives it."""
         return _cut(array, tuple(row_chunks))
+
+
+def _unit_rows(array: Any) -> int | None:
+    """A store's chunk or shard; of a dask array its first chunk, where all but the last are alike."""
+    if not isinstance(array, da.Array):
+        return getattr(array, "unit_rows", None)
+    first, *others = array.chunks[0]
+    return first if all(size == first for size in others[:-1]) and (not others or others[-1] <= first) else None
 
 
 def _array(name: str, value: Any) -> Any:

@@ -12,7 +12,6 @@ behind. The last round is cut into a half and two quarters: when a weight was wr
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,11 +22,6 @@ from numbers import Real
 from daskinfer.errors import OptionError
 from daskinfer.records import Chunk
 
-AUTO_BATCH_NBYTES = 1 << 20  # input of an automatic micro-batch; arbitrary prior, to be replaced by measurement
-AUTO_BATCH_MIN = 8  # rows, where one row is large; arbitrary prior, to be replaced by measurement
-AUTO_BATCH_MAX = 1024  # rows, where one row is small; arbitrary prior, to be replaced by measurement
-MIN_BATCHES = 8  # micro-batches in the smallest share, so that whole cells meet it to within 1/8; arbitrary
-NEGLIGIBLE_WEIGHT = 1e-3  # of the largest; lighter devices would cut everybody's micro-batch to a row; arbitrary
 CHUNK_NBYTES = 32 << 20  # bytes of rows in a chunk; arbitrary prior, to be replaced by measurement
 MIN_ROUNDS = 4  # rounds even where everything fits in one, so that there is something to move; arbitrary
 KIND_PRIOR = {"cuda": 8.0, "cpu": 1.0, "inline": 1.0}  # rows per unit of time; arbitrary prior until a run measured it
@@ -195,53 +189,6 @@ def apportion(n_cells: int, weights: Sequence[float]) -> tuple[int, ...]:
             cells[giver] -= 1
             cells[i] += 1
     return tuple(cells)
-
-
-def auto_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> int:
-    """Choose the rows of a micro-batch from the size of a row and the smallest share.
-
-    The largest power of two whose rows fit in ``AUTO_BATCH_NBYTES``, between ``AUTO_BATCH_MIN`` and
-    ``AUTO_BATCH_MAX``; then at most 1 / ``MIN_BATCHES`` of the rows of the smallest share, so that small inputs are
-    split to the row. Devices lighter than ``NEGLIGIBLE_WEIGHT`` of the heaviest do not count as the smallest share:
-    each gets its one cell by ``apportion``'s rule. Where there are as many rows as devices of positive weight, there
-    are as many cells.
-
-    Examples
-    --------
-    >>> auto_batch_size(200_000, 256, [1.0, 1.0]), auto_batch_size(200_000, 150_528, [8.0, 1.0])
-    (1024, 8)
-    >>> auto_batch_size(9, 256, [1.0] * 8)
-    1
-    """
-    fitting = AUTO_BATCH_NBYTES // max(1, row_nbytes)
-    by_size = min(max(1 << fitting.bit_length() >> 1, AUTO_BATCH_MIN), AUTO_BATCH_MAX)
-    positive = [Fraction(weight) for weight in weights if weight > 0]
-    least = max(positive) * NEGLIGIBLE_WEIGHT
-    smallest = min(weight for weight in positive if weight >= least)
-    by_share = int(n_rows * smallest / sum(positive) / MIN_BATCHES)
-    by_devices = (n_rows - 1) // max(1, len(positive) - 1)  # the largest with which ceil(n_rows / it) cells reach all
-    return max(1, min(by_size, by_share, by_devices))
-
-
-def check_batch_size(batch_size: object) -> int | None:
-    """Return a batch size as an int, or None for ``"auto"``; raise OptionError for all else.
-
-    Examples
-    --------
-    >>> check_batch_size(64), check_batch_size("auto")
-    (64, None)
-    """
-    if isinstance(batch_size, str) and batch_size == "auto":
-        return None
-    try:
-        rows = 0 if isinstance(batch_size, bool) else operator.index(batch_size)  # type: ignore[arg-type]  # it asks that
-    except TypeError:
-        rows = 0
-    if rows < 1:
-        raise OptionError(
-            f"batch_size is {batch_size!r}; allowed are 'auto' and whole numbers from 1. Use batch_size='auto'."
-        )
-    return rows
 
 
 def resolve_weights(

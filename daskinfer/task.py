@@ -17,11 +17,12 @@ from typing import Any
 import cloudpickle
 
 from daskinfer import device_thread
-from daskinfer.arrays import Array
+from daskinfer.arrays import Array, to_numpy
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError
 from daskinfer.io import Target
-from daskinfer.model import Recipe
+from daskinfer.ladder import best_size
+from daskinfer.model import LoadedModel, Recipe
 from daskinfer.packed import ByValue
 from daskinfer.parts import Piece, Task, Within
 from daskinfer.records import Receipt
@@ -77,6 +78,30 @@ def run_task(sealed: bytes, task: Task, brought: Sequence[Any] = ()) -> list[Blo
         return blocks
     write_note(within.memory, task.note_offset, [block.receipt for block in blocks])
     return blocks if any(block.arrays for block in blocks) else None
+
+
+def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int) -> tuple[int, float]:
+    """Which micro-batch pays on this worker, as ``ladder.best_size`` finds it on the first chunk of a task."""
+    order, (piece, *_), here = _opened(sealed), task.pieces, seat()
+    rows = [part.rows(Within(mapped(task.arena) if task.arena else None, brought)) for part in piece.parts]
+    measured, _ = device_thread.of_worker(here.worker).run(
+        lambda: measure(rows, order.recipe, order.job, here, tried, n_rows), time.perf_counter()
+    )
+    return measured
+
+
+def measure(
+    rows: Sequence[Array], recipe: Recipe, job: Job, here: Seat, tried: Sequence[int], n_rows: int
+) -> tuple[int, float]:
+    """Which micro-batch pays, in this thread, of those that there are rows for; ``rows`` begin with the input's first."""
+    model, rows = _model(recipe, here), [to_numpy(port) for port in rows]
+
+    def run_one(size: int) -> tuple[int, float]:
+        answer = run_chunk(model, [port[:size] for port in rows], 0, replace(job, batch_size=size, by_kind={}))
+        return answer.batch_size, answer.seconds
+
+    with here.threads():
+        return best_size(run_one, [size for size in tried if size <= len(rows[0])] or tried[:1], n_rows)
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,9 +164,12 @@ def compute(
         return Block([output.copy() for output in job.outputs], None)
     _check_rows(job, rows, start, stop)
     with here.threads():
-        model = models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
-        answer = run_chunk(model, rows, start, job, out)
+        answer = run_chunk(_model(recipe, here), rows, start, job, out)
     return Block(answer.arrays, _receipt(start, stop, here, answer))
+
+
+def _model(recipe: Recipe, here: Seat) -> LoadedModel:
+    return models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
 
 
 def _receipt(start: int, stop: int, here: Seat, answer: Answer) -> Receipt:

@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 
 from daskinfer.errors import OptionError
 from daskinfer.planner import (
-    AUTO_BATCH_NBYTES,
     CHUNK_NBYTES,
-    NEGLIGIBLE_WEIGHT,
     apportion,
-    auto_batch_size,
-    check_batch_size,
     fit_chunk_nbytes,
     lay_out,
     resolve_weights,
@@ -88,55 +84,6 @@ def test_a_refusal_names_a_few_of_many_devices():
     """A message about 40 devices lists eight and counts the rest."""
     with pytest.raises(OptionError, match=r"\(cpu:0, .*, cpu:7 and 32 more\)"):
         resolve_weights([1.0], [f"cpu:{i}" for i in range(40)], ["cpu"] * 40)
-
-
-@pytest.mark.parametrize(("given", "expected"), [("auto", None), (64, 64), (np.int32(7), 7)])
-def test_batch_size_is_auto_or_a_count(given, expected):
-    """'auto' becomes None and every whole number from 1 an int."""
-    assert check_batch_size(given) == expected
-
-
-@pytest.mark.parametrize("wrong", [0, -1, True, np.True_, 64.0, "64", "Auto", None, np.array([1, 2])])
-def test_batch_size_is_refused_with_cause_and_cure(wrong):
-    """All that is not a count of rows is refused, numbers in strings and booleans among it."""
-    with pytest.raises(OptionError, match=r"batch_size is .*; allowed are 'auto' and whole numbers from 1. Use"):
-        check_batch_size(wrong)
-
-
-@pytest.mark.parametrize(
-    ("n_rows", "row_nbytes", "expected"),
-    [(10**6, 256, 1024), (10**6, 4096, 256), (10**6, 4097, 128), (10**6, 10**9, 8), (10**6, 0, 1024), (80, 1, 10)],
-)
-def test_a_micro_batch_is_about_a_mebibyte(n_rows, row_nbytes, expected):
-    """One device's micro-batch is a power of two of at most a MiB within 8 to 1024 rows, and an eighth of its rows."""
-    assert auto_batch_size(n_rows, row_nbytes, [1.0]) == expected
-
-
-def test_a_negligible_device_does_not_set_the_micro_batch():
-    """A weight below a thousandth of the largest leaves the micro-batch as it is; a thousandth cuts it."""
-    assert auto_batch_size(100_000, 256, [1.0, 1e-3 / 2]) == 1024
-    assert auto_batch_size(100_000, 256, [1.0, 1e-3]) == 12
-
-
-def test_many_negligible_devices_still_get_a_cell_each():
-    """Ten light devices beside a heavy one leave eleven cells at least: 100 rows by 9, as by 10 there would be ten."""
-    assert auto_batch_size(100, 1, [1.0] + [1e-9] * 10) == 9
-
-
-@given(
-    n_rows=st.integers(0, 5000),
-    row_nbytes=st.sampled_from([0, 1, 1000, 5000, 200_000, 1 << 21]),
-    weights=weights_of_devices,
-)
-def test_a_micro_batch_leaves_nobody_idle(n_rows, row_nbytes, weights):
-    """The automatic micro-batch keeps its byte limit, an eighth of each share that counts, and a cell per device."""
-    rows = auto_batch_size(n_rows, row_nbytes, weights)
-    n_active = sum(w > 0 for w in weights)
-    counting = [Fraction(w) for w in weights if w >= NEGLIGIBLE_WEIGHT * max(weights)]
-    assert 1 <= rows <= 1024
-    assert rows <= 8 or rows * row_nbytes <= AUTO_BATCH_NBYTES
-    assert rows == 1 or all(rows * 8 * sum(map(Fraction, weights)) <= n_rows * w for w in counting)
-    assert n_rows < n_active or math.ceil(n_rows / rows) >= n_active
 
 
 def best_shares(n_cells, weights):

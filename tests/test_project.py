@@ -43,7 +43,7 @@ def test_top_level() -> None:
 
 def test_pyproject_has_lower_bounds_only() -> None:
     """Only dask-cuda, which pins Dask itself, is tied to a release."""
-    bounds = {name: str(r.specifier) for name, r in requirements("cuda12", "cuda13", "test").items()}
+    bounds = {name: str(r.specifier) for name, r in requirements("cuda12", "cuda13", "test", "bench").items()}
     assert bounds.pop("dask-cuda") == "==26.10.*"
     assert all(re.fullmatch(r">=[\d.]+", bound) for bound in bounds.values()), bounds
 
@@ -51,7 +51,7 @@ def test_pyproject_has_lower_bounds_only() -> None:
 def test_constraints_satisfy_the_bounds() -> None:
     """What CI installs is what pyproject allows, torch as agreed."""
     tested = constraints()
-    wrong = {n: r for n, r in requirements("cuda13", "test").items() if tested[n.lower()] not in r.specifier}
+    wrong = {n: r for n, r in requirements("cuda13", "test", "bench").items() if tested[n.lower()] not in r.specifier}
     assert not wrong
     assert tested["torch"] == Version("2.13.0")
 

@@ -94,6 +94,7 @@ def test_public_names() -> None:
         "plan",
         "predict",
         "run",
+        "stream",
     ]
     assert len(daskinfer.__all__) <= MAX_PUBLIC
     assert not set(daskinfer.__all__) & set(imports())

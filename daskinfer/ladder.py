@@ -1,0 +1,78 @@
+"""Which micro-batch pays on a device: measured on real rows, from small to large.
+
+The ladder, first match wins, at each step; the exit is one DEBUG line:
+
+1. Everything that there is to do ends within ``WORTH_SECONDS`` at the speed of the first step: the first size.
+2. Memory would not hold the next size: the last size.
+3. The next size is not faster by ``PAYS``: the last size.
+4. There is no larger one to try: the last size.
+
+The rows are computed again in the run, so that all of its rows have one size: a few micro-batches, once per network and
+kind of device (``pace`` remembers).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+WORTH_SECONDS = 2.0  # a shorter run gains less than measuring costs; arbitrary
+PAYS = 1.05  # times as many rows/s; arbitrary, below it is noise
+STEP_SECONDS = 0.02  # that a size is measured for at least; arbitrary, well above the clock and a context switch
+TIMER_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, keeps speeds finite
+
+# Runs one micro-batch of so many rows; which size it was in the end, and in how many seconds.
+RunOne = Callable[[int], tuple[int, float]]
+
+
+def best_size(run: RunOne, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
+    """Climb the ladder.
+
+    Parameters
+    ----------
+    run
+        Runs one micro-batch of so many rows; where memory does not hold it, a smaller one.
+    tried
+        Micro-batches in rows, ascending; the first is what is used where nothing else pays.
+    n_rows
+        Rows that the device is going to get.
+
+    Returns
+    -------
+    size, speed
+        Rows of the micro-batch that pays, and rows/s with it.
+
+    Examples
+    --------
+    >>> best_size(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
+    (400, 1.0)
+    """
+    best, speed = tried[0], _speed(run, tried[0]) or 1.0
+    if n_rows / speed < WORTH_SECONDS:
+        logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, speed)
+        return best, speed
+    for size in tried[1:]:
+        faster = _speed(run, size)
+        if faster is None:
+            logger.debug("rule 2: memory does not hold %d rows, it is %d", size, best)
+            return best, speed
+        if faster < PAYS * speed:
+            logger.debug("rule 3: %d rows do not pay, it is %d", size, best)
+            return best, speed
+        best, speed = size, faster
+    logger.debug("rule 4: it is %d rows, the largest to try", best)
+    return best, speed
+
+
+def _speed(run: RunOne, size: int) -> float | None:
+    """Rows/s of the fastest of some micro-batches; the first, which finds its memory and its kernels, does not count."""
+    held, _ = run(size)
+    if held < size:
+        return None
+    seconds, began = [run(size)[1]], time.perf_counter()
+    while time.perf_counter() - began < STEP_SECONDS:
+        seconds.append(run(size)[1])
+    return size / max(TIMER_SECONDS, min(seconds))
