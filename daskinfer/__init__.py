@@ -6,13 +6,13 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        variables  own_code  allocator
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record
-    2  arrays  packed  fingerprint  model  cache  runner       + torch
-       probe
+    2  arrays  packed  fingerprint  loaded  model  cache       + torch
+       runner  probe
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
        transport  parts  task  graph  upstream  feeder
-       plugin  preflight  shipping  call  window
-       in_order  driver
+       plugin  preflight  shipping  call  lane  window
+       in_order  tuning  driver
     4  assembly  api  demo  cli
 
 Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 from distributed import Client
 
 from daskinfer import driver, graph, kept
-from daskinfer.arrays import Array
 from daskinfer.assembly import (
     Path,
     Refusals,
@@ -113,7 +112,7 @@ def predict(
             result[finished.chunk.start : finished.chunk.stop] = rows
 
     report = _compute(work, keep)
-    answer = _rebuilt(work, results)
+    answer = work.answer(results)
     return (answer, report) if return_report else answer
 
 
@@ -273,7 +272,7 @@ def run(
     ...     di.run(np.sqrt, x, y, devices="inline").rows
     10
     """
-    work, paths = assemble_run(
+    work = assemble_run(
         model,
         source,
         target,
@@ -288,7 +287,7 @@ def run(
     with ExitStack() as drafts:
         targets = [
             drafts.enter_context(Draft(path, shape + o.shape[1:], o.dtype, work.layout.cell_rows))
-            for path, o in zip(paths, work.promise.outputs, strict=True)
+            for path, o in zip(work.paths, work.promise.outputs, strict=True)
         ]
         return _compute(work, lambda _: None, targets)
 
@@ -298,6 +297,7 @@ def plan(
     x: Any,
     *,
     target: Path | Mapping[str, Path] | None = None,
+    probe: bool = False,
     devices: str | Sequence[str] = "auto",
     device_weights: Weights = "auto",
     batch_size: int | str = "auto",
@@ -313,6 +313,9 @@ def plan(
         As for :func:`predict`.
     target
         As for :func:`run`: plan a run to storage. None: plan a predict.
+    probe
+        True: run the network on the first rows on every device, for rows/s and the time to expect; starts workers where
+        there are none. False: nothing starts; speeds show where an earlier call of this process measured them.
 
     Returns
     -------
@@ -339,9 +342,12 @@ def plan(
         "options": options,
         "fields": fields,
     }
-    if target is None:
-        return assemble(model, x, **arguments).plan()
-    return assemble_run(model, x, target, **arguments)[0].plan()
+    how = partial(assemble, model, x) if target is None else partial(assemble_run, model, x, target)
+    work = how(**arguments)
+    if probe and work.layout.n_rows:
+        driver.speeds(work.call())
+        work = how(**arguments)  # with the weights that were measured
+    return work.plan()
 
 
 def devices() -> DeviceTable:
@@ -389,9 +395,4 @@ def _streamed(work: Work) -> Generator[Any, None, None]:
     call = work.call()
     order = InOrder(call.ahead_rows)
     for arrays in order.blocks(driver.Run(call, order.before)):
-        yield _rebuilt(work, arrays)
-
-
-def _rebuilt(work: Work, arrays: Sequence[Array]) -> Any:
-    """Arrays in the form of the network's answer; tensors where the input was one."""
-    return work.promise.structure.rebuild([torch.from_numpy(a) for a in arrays] if work.inputs.tensors else arrays)
+        yield work.answer(arrays)

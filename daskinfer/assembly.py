@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from distributed import Client
 
-from daskinfer.call import Call
+from daskinfer.arrays import Array
+from daskinfer.call import Call, key_of
 from daskinfer.errors import DaskInferError, InputError, OutputExists, PlanError
 from daskinfer.grid import auto_batch_size, check_batch_size, read_grid, within
 from daskinfer.inputs import Inputs
 from daskinfer.io import Target, check_free
 from daskinfer.model import Recipe, as_model
 from daskinfer.options import OptionFields, Options
+from daskinfer.pace import memory
 from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
 from daskinfer.planner import Layout, fit_chunk_nbytes, follow, lay_out, resolve_weights
@@ -60,7 +63,7 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Work:
-    """A call that can run: what is computed, where, in which chunks."""
+    """A call that can run: what is computed, where, in which chunks; ``paths`` are its outputs' where it has a target."""
 
     name: str
     inputs: Inputs
@@ -72,9 +75,11 @@ class Work:
     balanced: bool
     tunable: bool
     layout: Layout
+    paths: tuple[str, ...] = ()
 
     def plan(self) -> Plan:
-        """The plan as people read it."""
+        """The plan as people read it, with the speeds that are known."""
+        speeds = memory.of(key_of(self.recipe, self.inputs, self.job.options)).speeds
         devices = self.placement.devices
         outputs = zip(self.promise.structure.names, self.promise.outputs, strict=True)
         return Plan(
@@ -86,12 +91,23 @@ class Work:
                 row_in_nbytes=self.inputs.row_nbytes,
                 row_out_nbytes=self.promise.row_nbytes,
                 model_nbytes=self.recipe.nbytes,
+                speeds=[speeds.get(d.name, 0.0) for d in devices],
             ),
             layout=self.layout,
-            weights_assumed=self.balanced and len(self.weights) > 1,
+            weights_assumed=self.balanced and len(self.weights) > 1 and not all(speeds.get(d.name) for d in devices),
+            balanced=self.balanced,
+            notes=self._notes(),
             model=self.name,
             inputs=self.inputs.describe(),
             outputs=tuple(f"{name}: {(self.inputs.n_rows, *o.shape[1:])} {o.dtype}" for name, o in outputs),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self.placement.automatic:
+            return ()
+        return (
+            f"CPUs: {len(self.placement.devices)} x 1 thread, or this process with all of torch's threads where that is "
+            "faster; what is measured decides",
         )
 
     def call(self, targets: Sequence[Target] = ()) -> Call:
@@ -110,6 +126,10 @@ class Work:
             targets=tuple(targets),
             tunable=self.tunable,
         )
+
+    def answer(self, arrays: Sequence[Array]) -> Any:
+        """Arrays in the form of the network's answer; tensors where the input was one."""
+        return self.promise.structure.rebuild([torch.from_numpy(a) for a in arrays] if self.inputs.tensors else arrays)
 
     def refusals(self) -> list[str]:
         """Sentences on what does not fit into memory."""
@@ -174,6 +194,8 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     weights: tuple[float, ...] = given["weights"]
     unit = inputs.unit_rows or 1
     batch_size = given["batch_size"] or within(unit, auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
+    # After the micro-batch, which must not change from call to call.
+    weights = (_measured(given) if balanced else None) or weights
     row_nbytes = inputs.row_nbytes + wanted.row_nbytes
     chunk_nbytes = fit_chunk_nbytes(placement.limits, recipe.nbytes)
     grid = read_grid(batch_size, unit, inputs.n_rows, row_nbytes=row_nbytes, chunk_nbytes=chunk_nbytes)
@@ -207,6 +229,13 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     return work
 
 
+def _measured(given: dict[str, Any]) -> tuple[float, ...] | None:
+    """Each device's speed as its weight, the slowest 1, where all were measured for this network."""
+    known = memory.of(key_of(given["recipe"], given["inputs"], given["options"])).speeds
+    speeds = tuple(known.get(device.name, 0.0) for device in given["placement"].devices)
+    return tuple(speed / min(speeds) for speed in speeds) if all(speeds) else None
+
+
 def merge_options(options: Options | None, fields: OptionFields) -> Options:
     """The options record, with the keywords on top of it."""
     return replace(options or Options(), **fields)
@@ -232,8 +261,8 @@ def _write_unit(n_rows: int, grid: int, wanted: Promise, weights: Sequence[float
     return max(1, min(by_size, by_share) // grid) * grid
 
 
-def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> tuple[Work, list[str]]:
-    """The work of a run to storage, and the path of each output in the order of the network's.
+def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> Work:
+    """The work of a run to storage, with the path of each output in the order of the network's.
 
     Raises
     ------
@@ -257,7 +286,7 @@ def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **a
             f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
             f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
         )
-    return work, [paths[name] for name in names] if isinstance(target, Mapping) else [paths[""]]
+    return replace(work, paths=tuple(paths[name] for name in names) if isinstance(target, Mapping) else (paths[""],))
 
 
 def _check_output(path: Path, source: Any) -> str:

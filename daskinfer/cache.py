@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from daskinfer.model import LoadedModel
+from daskinfer.loaded import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,17 @@ from daskinfer.grid import MIN_BATCHES, tried_sizes
 from daskinfer.inputs import Inputs
 from daskinfer.io import Target
 from daskinfer.model import Recipe
+from daskinfer.options import Options
 from daskinfer.placement import Placement
 from daskinfer.planner import Layout, follow, lay_out
 from daskinfer.runner import Job
+
+
+def key_of(recipe: Recipe, inputs: Inputs, options: Options) -> Hashable:
+    """Under which speeds are remembered: the network, the rows' shapes and dtypes, and how it is run."""
+    looks = tuple((tuple(a.shape[1:]), str(a.dtype)) for a in inputs.arrays)
+    how = (str(options.dtype), options.autocast, id(options.preprocess), id(options.postprocess))
+    return (recipe.key, looks, how)
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,8 @@ class Call:
 
     @property
     def key(self) -> Hashable:
-        """Under which speeds are remembered: the network, the rows' shapes and dtypes, and how it is run."""
-        looks = tuple((tuple(a.shape[1:]), str(a.dtype)) for a in self.inputs.arrays)
-        options = self.job.options
-        return (
-            self.recipe.key,
-            looks,
-            str(options.dtype),
-            options.autocast,
-            id(options.preprocess),
-            id(options.postprocess),
-        )
+        """Under which speeds are remembered."""
+        return key_of(self.recipe, self.inputs, self.job.options)
 
     @property
     def ahead_rows(self) -> int:

@@ -130,6 +130,7 @@ _HOW = (
     click.option("--factory", help="pkg.mod:make, which makes the network for a file of weights."),
     click.option("--kwargs", callback=_parsed(_json), help="Keywords of the factory, as a JSON object."),
     click.option("--dtype", callback=_parsed(_dtype), help="Cast the input: float32, or image=float32,meta=int64 per port."),
+    click.option("--readers", type=int, default=1, show_default=True, help="Chunks read ahead for each device, 1 to 6."),
     click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Run under automatic mixed precision."),
     click.option("--no-pad", is_flag=True, help="Do not fill micro-batches up to one shape."),
     click.option("--scheduler", help="Address of a running Dask scheduler, or its scheduler file."),
@@ -148,7 +149,7 @@ def _call(function: Callable[..., Any], model: str, *arguments: Any, how: dict[s
     """Call a function of the api as the options say."""
     from daskinfer import Model
 
-    given = {name: how[name] for name in ("device_weights", "batch_size", "dtype", "autocast")}
+    given = {name: how[name] for name in ("device_weights", "batch_size", "dtype", "autocast", "readers")}
     given["pad"] = not how["no_pad"]
     if how["factory"] or how["kwargs"]:
         source: Any = Model(model, factory=how["factory"], kwargs=how["kwargs"])
@@ -196,13 +197,14 @@ def run(model: str, input: str, output: str, as_json: bool, **how: Any) -> None:
 @click.argument("model")
 @click.argument("input")
 @click.argument("output", required=False)
+@click.option("--probe", is_flag=True, help="Measure every device on the first rows: rows/s, and the time to expect.")
 @_how
-def plan(model: str, input: str, output: str | None, as_json: bool, **how: Any) -> None:
+def plan(model: str, input: str, output: str | None, probe: bool, as_json: bool, **how: Any) -> None:
     """Show what `run` would do with the same arguments, and refuse what cannot work."""
     import daskinfer
 
     def planned(source: Any, x: Any, **given: Any) -> Any:
-        return daskinfer.plan(source, x, target=_ports(output) if output else None, **given)
+        return daskinfer.plan(source, x, target=_ports(output) if output else None, probe=probe, **given)
 
     found = _call(planned, model, _ports(input), how=how)
     click.echo(json.dumps(found.to_dict()) if as_json else str(found))

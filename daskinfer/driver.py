@@ -23,10 +23,8 @@ import contextlib
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from distributed import Client
@@ -38,17 +36,18 @@ from daskinfer.feeder import Feeder
 from daskinfer.grid import MIN_BATCHES
 from daskinfer.io import Target
 from daskinfer.kept import kept
-from daskinfer.ladder import WORTH_SECONDS
+from daskinfer.lane import Lane
 from daskinfer.model import Recipe
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
 from daskinfer.preflight import Answer
 from daskinfer.records import Chunk
 from daskinfer.shipping import shipped
-from daskinfer.task import Block, Order, compute, measure, measure_task, run_task
+from daskinfer.task import Block, Order, compute, run_task
 from daskinfer.transport import Arena
-from daskinfer.window import Feed, Finished, Lane, Window
-from daskinfer.worker import Seat, seat
+from daskinfer.tuning import measure_here, measured, tuned, tuned_here
+from daskinfer.window import Finished, Window
+from daskinfer.worker import seat
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +111,13 @@ class Run:
                     yield _stored(chunk, block, call.targets, read_seconds)
             dealer.took(device, chunks, time.perf_counter() - began)
             if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
-                self._call = _tuned_here(call, feeder, here, dealer)
+                self._call = tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0)
 
     def _on_workers(self, client: Client, dealer: Dealer | None = None) -> Iterator[Finished]:
         """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
         with _ready(self._call, client) as (lanes, feeder, recipe):
             if dealer is None:
-                self._call = _tuned(self._call, client, lanes, feeder, recipe)
+                self._call = tuned(self._call, client, _order(self._call, recipe), lanes, feeder.task)
                 dealer = _dealer(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
             order = _sent(client, _order(self._call, recipe))
@@ -217,6 +216,23 @@ class _Starting:
             logger.warning("the workers did not start, this process goes on alone: %s", error)
 
 
+def speeds(call: Call) -> dict[str, float]:
+    """Rows/s of each device on the first rows, all devices at once; workers are started for it where there are none.
+
+    Remembered, so that the next call begins with them.
+    """
+    if call.placement.inline:
+        _, speed = measure_here(call, _feeder(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
+        found = {call.placement.devices[0].name: speed}
+    else:
+        with opened(call.placement) as client, _ready(call, client) as (lanes, feeder, recipe):
+            sizes = call.tried_sizes[:1]
+            by_lane = measured(call, client, _order(call, recipe), lanes, feeder.task, sizes)
+            found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
+    memory.of(call.key).speeds.update(found)
+    return found
+
+
 @contextlib.contextmanager
 def opened(placement: Placement) -> Iterator[Client]:
     """The client that computes; a cluster is started only here."""
@@ -286,55 +302,6 @@ def _order(call: Call, recipe: Recipe) -> bytes:
 
 def _sent(client: Client, order: bytes) -> Any:
     return order if len(order) <= MAX_ORDER_NBYTES else client.scatter(order, broadcast=True, hash=False)
-
-
-def _tuned(call: Call, client: Client, lanes: Sequence[Lane], feeder: Feeder, recipe: Recipe) -> Call:
-    """The micro-batch of each kind of device: known from an earlier run, or measured on the first device of its kind."""
-    tried, kinds = call.tried_sizes, {lane.kind: lane for lane in reversed(lanes)}
-    if not call.tunable or len(tried) < 2:
-        return call
-    known = memory.of(call.key).batch_sizes
-    for kind, lane in kinds.items():
-        if kind not in known:
-            n_rows = call.layout.n_rows // len(lanes)
-            size, speed = _measured(client, lane, feeder.task, _order(call, recipe), _first(call, tried[-1]), tried, n_rows)
-            if n_rows / speed < WORTH_SECONDS:
-                return call  # measured again where there is more to do
-            known[kind] = size
-    return call.with_batch_sizes({kind: min(known[kind], tried[-1]) for kind in kinds})
-
-
-def _measured(
-    client: Client, lane: Lane, feed: Feed, order: bytes, chunk: Chunk, tried: Sequence[int], n_rows: int
-) -> tuple[int, float]:
-    """The first chunk on one lane, by another task than the run's."""
-    slot = lane.arena.free.pop() if lane.arena is not None else None
-    task, brought = feed([chunk], slot)
-    name = f"measure-{lane.kind}-{uuid.uuid4().hex}"
-    future = client.submit(measure_task, order, task, brought, tried, n_rows, key=name, pure=False, **lane.restriction)
-    found: tuple[int, float] = future.result()
-    if slot is not None:
-        slot.free()
-    return found
-
-
-def _first(call: Call, max_rows: int) -> Chunk:
-    """Rows from 0 on to measure with; of dask arrays the first chunk with rows."""
-    if call.inputs.row_chunks is not None:
-        return next(chunk for chunk in call.layout.chunks if chunk.n_rows)
-    return Chunk(0, 0, min(call.layout.n_rows, max_rows), 0)
-
-
-def _tuned_here(call: Call, feeder: Feeder, here: Seat, dealer: Dealer) -> Call:
-    """The same in this process, once its first rows have shown that there is enough to do."""
-    known, speed = memory.of(call.key).batch_sizes, max(s or 0.0 for s in dealer.speeds)
-    if "inline" not in known:
-        if dealer.n_rows_left < WORTH_SECONDS * speed:
-            return call
-        rows = feeder.rows(_first(call, call.tried_sizes[-1]))
-        known["inline"], _ = measure(rows, call.recipe, call.job, here, call.tried_sizes, dealer.n_rows_left)
-    job = replace(call.job, batch_size=min(known["inline"], call.tried_sizes[-1]))
-    return replace(call, job=job, tunable=False)
 
 
 def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:

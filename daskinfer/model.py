@@ -20,7 +20,6 @@ import os
 import pkgutil
 import reprlib
 import tempfile
-import threading
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -35,38 +34,7 @@ from torch.export.passes import move_to_device_pass
 from daskinfer import fingerprint as fingerprints
 from daskinfer import packed, variables
 from daskinfer.errors import ModelError
-
-
-@dataclass
-class LoadedModel:
-    """A network on a device, ready to be called.
-
-    Note: ``lock`` is held while a chunk runs, since networks and users' objects need not be safe for threads.
-    """
-
-    run: Callable[..., Any]
-    device: torch.device
-    takes_tensors: bool
-    on_close: Callable[[], None] | None = None
-    max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what memory held, by the shape of a row
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @classmethod
-    def of(cls, network: Any, device: torch.device) -> LoadedModel:
-        """Put a network that nobody else uses onto ``device``."""
-        if isinstance(network, torch.nn.Module):
-            network.eval()  # one by one: a network's own train() often forgets to return it
-            network.requires_grad_(False)
-            network.to(device)
-            return cls(network, device, takes_tensors=True)
-        if hasattr(network, "load"):
-            network.load(str(device))
-        return cls(network, device, takes_tensors=False, on_close=getattr(network, "close", None))
-
-    def close(self) -> None:
-        """Tell the model that it is needed no more."""
-        if self.on_close is not None:
-            self.on_close()
+from daskinfer.loaded import LoadedModel
 
 
 class Recipe(Protocol):

@@ -21,6 +21,7 @@ class DevicePlan:
 
     ``share`` is a fraction of all rows. ``peak_nbytes`` is the network and its largest chunk, input and output, the
     last micro-batch padded to the full shape; what passes between layers is not in it. It is 0 without a chunk.
+    ``rows_per_second`` is the device's speed where it was measured, else 0.
     """
 
     device: str
@@ -32,6 +33,7 @@ class DevicePlan:
     input_nbytes: int
     output_nbytes: int
     peak_nbytes: int
+    rows_per_second: float = 0.0
 
 
 def describe(
@@ -43,6 +45,7 @@ def describe(
     row_in_nbytes: int,
     row_out_nbytes: int,
     model_nbytes: int,
+    speeds: Sequence[float] = (),
 ) -> tuple[DevicePlan, ...]:
     """Sum a layout up per device.
 
@@ -56,6 +59,8 @@ def describe(
         Bytes of one row of all inputs, and of all outputs.
     model_nbytes
         Bytes of the network on a device.
+    speeds
+        Rows/s of each device; 0 where that is unknown, nothing where all are.
 
     Returns
     -------
@@ -87,6 +92,7 @@ def describe(
             input_nbytes=n_rows * row_in_nbytes,
             output_nbytes=n_rows * row_out_nbytes,
             peak_nbytes=model_nbytes + layout.padded_rows(largest) * row_nbytes if largest else 0,
+            rows_per_second=speeds[index] if speeds else 0.0,
         )
         for index, (name, label, weight, n_rows, largest) in enumerate(parts)
     )
@@ -110,6 +116,8 @@ class Plan:
         One line per port, like ``"x: (200000, 1, 8, 8) float32"``.
     notes
         Whatever else is worth knowing before it runs, a sentence each.
+    balanced
+        Whether devices get rows by their measured speed while it runs; else exactly the layout's chunks.
 
     Examples
     --------
@@ -142,6 +150,17 @@ class Plan:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    balanced: bool = False
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected seconds, workers there and loaded; None where not all devices that get rows were measured."""
+        working = [device for device in self.devices if device.n_rows]
+        if not working or not all(device.rows_per_second for device in working):
+            return None
+        if self.balanced:
+            return self.n_rows / sum(device.rows_per_second for device in working)
+        return max(device.n_rows / device.rows_per_second for device in working)
 
     @property
     def n_rows(self) -> int:
@@ -182,6 +201,7 @@ class Plan:
             "weights_assumed": self.weights_assumed,
             "devices": [asdict(device) for device in self.devices],
             "chunks": [[chunk.start, chunk.stop, chunk.device] for chunk in self.layout.chunks],
+            "seconds": self.seconds,
             "notes": list(self.notes),
         }
 
@@ -201,18 +221,25 @@ class Plan:
             f"{self.model} on {self.n_rows:,} rows in {self.n_chunks:,} chunks",
             *(f"input   {port}" for port in self.inputs),
             *(f"output  {port}" for port in self.outputs),
+            *([] if self.seconds is None else [f"time    {self.seconds:,.3g} s to expect, by the speeds measured"]),
         ]
+
+    @property
+    def _measured(self) -> bool:
+        return any(device.rows_per_second for device in self.devices)
 
     def _headers(self) -> list[str]:
         weight = "weight (assumed)" if self.weights_assumed else "weight"
-        return ["device", "name", weight, "share", "rows", "chunks", "micro-batch", "in", "out", "peak"]
+        speed = ["rows/s"] if self._measured else []
+        return ["device", "name", weight, *speed, "share", "rows", "chunks", "micro-batch", "in", "out", "peak"]
 
     def _cells(self) -> list[list[str]]:
         return [
             [
                 d.device,
                 d.label,
-                f"{d.weight:g}",
+                f"{d.weight:,.4g}",
+                *([f"{d.rows_per_second:,.0f}"] if self._measured else []),
                 f"{d.share:.1%}",
                 f"{d.n_rows:,}",
                 f"{d.n_chunks:,}",
@@ -226,7 +253,8 @@ class Plan:
 
     def _total(self) -> list[str]:
         nbytes = [format_nbytes(self.input_nbytes), format_nbytes(self.output_nbytes)]
-        return ["total", "", "", "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
+        speed = [""] if self._measured else []
+        return ["total", "", "", *speed, "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
 
 
 def memory_refusals(

@@ -27,7 +27,8 @@ import torch
 
 from daskinfer.arrays import Array, numpy_of
 from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
-from daskinfer.model import LoadedModel, Recipe
+from daskinfer.loaded import LoadedModel
+from daskinfer.model import Recipe
 from daskinfer.options import Options
 from daskinfer.runner import Job, precision, run_chunk
 from daskinfer.structure import Ports, Structure, call, flatten

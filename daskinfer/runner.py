@@ -28,7 +28,7 @@ import torch
 
 from daskinfer.arrays import NUMBERS, Array, to_numpy
 from daskinfer.errors import ChunkError, ModelError, OptionError
-from daskinfer.model import LoadedModel
+from daskinfer.loaded import LoadedModel
 from daskinfer.options import Options
 from daskinfer.structure import Ports, Structure, call, flatten
 

@@ -22,7 +22,8 @@ from daskinfer.cache import models
 from daskinfer.errors import ChunkError
 from daskinfer.io import Target
 from daskinfer.ladder import best_size
-from daskinfer.model import LoadedModel, Recipe
+from daskinfer.loaded import LoadedModel
+from daskinfer.model import Recipe
 from daskinfer.packed import ByValue
 from daskinfer.parts import Piece, Task, Within
 from daskinfer.records import Receipt

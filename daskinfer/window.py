@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Future
@@ -20,14 +20,11 @@ from distributed.scheduler import KilledWorker
 from daskinfer.arrays import Array
 from daskinfer.dealer import Dealer
 from daskinfer.errors import ChunkError, ClusterError
-from daskinfer.parts import Task
+from daskinfer.lane import Feed, InFlight, Lane
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk, Receipt
-from daskinfer.transport import Arena, Slot
 
 PATIENCE_SECONDS = 5.0  # without an answer, until it is looked whether all workers are still there; arbitrary
-
-Feed = Callable[[Sequence[Chunk], Slot | None], tuple[Task, list[Future]]]
 
 
 @dataclass(frozen=True)
@@ -37,38 +34,6 @@ class Finished:
     chunk: Chunk
     arrays: Sequence[Array]
     receipt: Receipt
-
-
-@dataclass
-class Lane:
-    """One device's part of the window.
-
-    ``restriction`` are the keywords of ``client.submit`` that keep a task on the device, ``arena`` is None where its worker
-    shares no memory with this process.
-    """
-
-    device: int
-    kind: str
-    restriction: dict[str, Any]
-    n_places: int
-    arena: Arena | None
-    tasks: dict[Future, _InFlight] = field(default_factory=dict)
-
-    @property
-    def full(self) -> bool:
-        """Whether no task more may be in flight."""
-        return len(self.tasks) >= self.n_places or (self.arena is not None and not self.arena.free)
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    chunks: tuple[Chunk, ...]
-    slot: Slot | None
-    places: tuple[Any, ...]
-
-    @property
-    def rows(self) -> str:
-        return f"rows {self.chunks[0].start}:{self.chunks[-1].stop}"
 
 
 class Window:
@@ -144,7 +109,7 @@ class Window:
         key = f"infer-{lane.kind}-{self._name}-{self._n_submitted}"
         future = self._client.submit(self._work, self._order, task, brought, key=key, pure=False, **lane.restriction)
         self._n_submitted += 1
-        lane.tasks[future] = _InFlight(chunks, slot, tuple(piece.places for piece in task.pieces))
+        lane.tasks[future] = InFlight(chunks, slot, tuple(piece.places for piece in task.pieces))
         future.add_done_callback(lambda future: self._ended.put((lane, future)))
 
     def _next(self) -> tuple[Lane, Future]:
@@ -169,7 +134,7 @@ class Window:
             )
 
 
-def _finished(task: _InFlight, blocks: Sequence[Any] | None) -> list[Finished]:
+def _finished(task: InFlight, blocks: Sequence[Any] | None) -> list[Finished]:
     """The chunks of a task with their answers, wherever these are."""
     receipts = task.slot.note() if task.slot is not None else [block.receipt for block in blocks or ()]
     found = []
@@ -183,7 +148,7 @@ def _finished(task: _InFlight, blocks: Sequence[Any] | None) -> list[Finished]:
     return found
 
 
-def _result(future: Future, task: _InFlight) -> Sequence[Any] | None:
+def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
     """What came back; nothing is fetched where all of the answer is in shared memory."""
     if future.status == "finished" and task.slot is not None and None not in task.places:
         return None

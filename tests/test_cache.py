@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from daskinfer.cache import ModelCache
-from daskinfer.model import LoadedModel
+from daskinfer.loaded import LoadedModel
 
 CPU = torch.device("cpu")
 

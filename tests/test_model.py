@@ -17,7 +17,8 @@ from torch import nn
 
 from daskinfer import variables
 from daskinfer.errors import ModelError
-from daskinfer.model import LoadedModel, Model, PackedModel, Recipe, ShippedModel, as_model, shipped_path
+from daskinfer.loaded import LoadedModel
+from daskinfer.model import Model, PackedModel, Recipe, ShippedModel, as_model, shipped_path
 from daskinfer.packed import pack
 
 CPU = torch.device("cpu")

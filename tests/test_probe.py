@@ -12,7 +12,8 @@ from torch import nn
 import daskinfer as di
 from daskinfer import probe
 from daskinfer.errors import InputError, ModelError, OptionError
-from daskinfer.model import LoadedModel, as_model
+from daskinfer.loaded import LoadedModel
+from daskinfer.model import as_model
 from daskinfer.options import Options
 from daskinfer.probe import Promise, promise
 from daskinfer.structure import Ports

@@ -14,7 +14,7 @@ from torch import nn
 
 from daskinfer.arrays import numpy_of
 from daskinfer.errors import ChunkError, ModelError, PlanError
-from daskinfer.model import LoadedModel
+from daskinfer.loaded import LoadedModel
 from daskinfer.options import Options
 from daskinfer.runner import Answer, Job, run_chunk
 from daskinfer.structure import Ports

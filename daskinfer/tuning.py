@@ -1,0 +1,88 @@
+"""Measuring before a run: which micro-batch pays on each kind of device, and how fast each device is.
+
+A measurement is a task like any other, on the first rows of the input; what was found is remembered for this process
+(``pace``), so that a network is measured once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from distributed import Client
+
+from daskinfer.arrays import Array
+from daskinfer.call import Call
+from daskinfer.ladder import WORTH_SECONDS
+from daskinfer.lane import Feed, Lane
+from daskinfer.pace import memory
+from daskinfer.records import Chunk
+from daskinfer.task import measure, measure_task
+from daskinfer.worker import Seat
+
+Rows = Callable[[Chunk], Sequence[Array]]
+
+
+def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed) -> Call:
+    """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
+
+    As it is where the micro-batch was given, or where there is not enough to do.
+    """
+    tried, known = call.tried_sizes, memory.of(call.key).batch_sizes
+    if not call.tunable or len(tried) < 2:
+        return call
+    by_kind = {lane.kind: lane for lane in reversed(lanes)}
+    asked = [lane for kind, lane in by_kind.items() if kind not in known]
+    n_rows = call.layout.n_rows // len(lanes)
+    found = measured(call, client, order, asked, feed, tried)
+    for lane in asked:
+        size, speed = found[lane.device]
+        if n_rows / speed < WORTH_SECONDS:
+            return call  # measured again where there is more to do
+        known[lane.kind] = size
+    return call.with_batch_sizes({kind: min(known[kind], tried[-1]) for kind in by_kind})
+
+
+def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> Call:
+    """The same in this process, once its first rows have shown, at ``speed`` rows/s, that there is enough to do."""
+    known, tried = memory.of(call.key).batch_sizes, call.tried_sizes
+    if "inline" not in known:
+        if n_rows_left < WORTH_SECONDS * speed:
+            return call
+        known["inline"], _ = measure_here(call, rows, here, tried, n_rows_left)
+    return replace(call, job=replace(call.job, batch_size=min(known["inline"], tried[-1])), tunable=False)
+
+
+def measured(
+    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, tried: Sequence[int]
+) -> dict[int, tuple[int, float]]:
+    """By device, which of these micro-batches pays there and its rows/s; on all lanes at once."""
+    n_rows = call.layout.n_rows // max(1, len(lanes))
+    chunk, slots, futures = _first(call, tried[-1]), [], {}
+    for lane in lanes:
+        slot = lane.arena.free.pop() if lane.arena is not None else None
+        task, brought = feed([chunk], slot)
+        key = f"measure-{lane.kind}-{uuid.uuid4().hex}"
+        futures[lane.device] = client.submit(
+            measure_task, order, task, brought, tried, n_rows, key=key, pure=False, **lane.restriction
+        )
+        slots.append(slot)
+    found = {device: future.result() for device, future in futures.items()}
+    for slot in slots:
+        if slot is not None:
+            slot.free()
+    return found
+
+
+def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
+    """The same in this process."""
+    return measure(rows(_first(call, tried[-1])), call.recipe, call.job, here, tried, n_rows)
+
+
+def _first(call: Call, max_rows: int) -> Chunk:
+    """Rows from 0 on to measure with; of dask arrays the first chunk that has rows."""
+    if call.inputs.row_chunks is not None:
+        return next(chunk for chunk in call.layout.chunks if chunk.n_rows)
+    return Chunk(0, 0, min(call.layout.n_rows, max_rows), 0)

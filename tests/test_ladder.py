@@ -1,0 +1,120 @@
+"""Devices here are scripts: rows in, seconds out, and the most rows that their memory holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from daskinfer import ladder
+from daskinfer.ladder import PAYS, TIMER_SECONDS, WORTH_SECONDS, best_size
+
+MUCH = 10**9  # rows
+SIZES = [100, 200, 400, 800]
+
+
+class Device:
+    """A device that takes ``seconds(size)`` for a micro-batch and holds ``max_rows``; what it was asked to run."""
+
+    def __init__(self, seconds: Callable[[int], float], max_rows: int = MUCH) -> None:
+        self.seconds, self.max_rows = seconds, max_rows
+        self.asked: list[int] = []
+
+    def __call__(self, size: int) -> tuple[int, float]:
+        self.asked.append(size)
+        held = min(size, self.max_rows)
+        return held, self.seconds(held)
+
+
+@pytest.fixture(autouse=True)
+def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure every size once, after the run that does not count."""
+    monkeypatch.setattr(ladder, "STEP_SECONDS", 0.0)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The DEBUG lines so far."""
+    caplog.set_level(logging.DEBUG, "daskinfer.ladder")
+    return lambda: [record.message for record in caplog.records]
+
+
+def test_a_short_run_takes_the_first(said: Callable[[], list[str]]) -> None:
+    """Rule 1: rows that are done in no time at the first size are not worth another one."""
+    device = Device(lambda size: 1.0)
+    assert best_size(device, SIZES, 199) == (100, 100.0)
+    assert said() == ["rule 1: 199 rows at 100 rows/s are not worth more"]
+    assert device.asked == [100, 100]
+
+
+def test_a_run_that_is_just_worth_it(said: Callable[[], list[str]]) -> None:
+    """From ``WORTH_SECONDS`` on, larger sizes are tried."""
+    best_size(device := Device(lambda size: 1.0), SIZES, int(100 * WORTH_SECONDS))
+    assert device.asked[:4] == [100, 100, 200, 200]
+
+
+def test_memory_that_is_short(said: Callable[[], list[str]]) -> None:
+    """Rule 2: where memory made a smaller micro-batch of it, the last size that it held is taken."""
+    device = Device(lambda size: 1.0, max_rows=200)
+    assert best_size(device, SIZES, MUCH) == (200, 200.0)
+    assert said() == ["rule 2: memory does not hold 400 rows, it is 200"]
+    assert device.asked == [100, 100, 200, 200, 400]
+
+
+def test_memory_that_does_not_hold_the_first(said: Callable[[], list[str]]) -> None:
+    """Where memory does not even hold the first size, it stays, and the runner goes on making it smaller."""
+    assert best_size(Device(lambda size: 1.0, max_rows=50), SIZES, MUCH)[0] == 100
+    assert said() == ["rule 2: memory does not hold 200 rows, it is 100"]
+
+
+def test_a_size_that_does_not_pay(said: Callable[[], list[str]]) -> None:
+    """Rule 3: the first size that is not faster by ``PAYS`` ends it, and the last one is taken."""
+    device = Device(lambda size: max(1.0, size / 200))
+    assert best_size(device, SIZES, MUCH) == (200, 200.0)
+    assert said() == ["rule 3: 400 rows do not pay, it is 200"]
+    assert device.asked[-1] == 400
+
+
+@pytest.mark.parametrize(("gain", "best"), [(PAYS * 1.001, 200), (PAYS * 0.999, 100), (0.5, 100)])
+def test_what_pays(gain: float, best: int) -> None:
+    """A size is taken where it is faster by ``PAYS`` at least."""
+    assert best_size(Device(lambda size: 1.0 if size == 100 else 2.0 / gain), [100, 200], MUCH)[0] == best
+
+
+def test_the_largest_that_there_is(said: Callable[[], list[str]]) -> None:
+    """Rule 4: where every size pays, it is the largest."""
+    assert best_size(Device(lambda size: 1.0), SIZES, MUCH) == (800, 800.0)
+    assert said() == ["rule 4: it is 800 rows, the largest to try"]
+
+
+def test_one_size(said: Callable[[], list[str]]) -> None:
+    """A single size is taken, and measured all the same."""
+    assert best_size(Device(lambda size: 1.0), [100], MUCH) == (100, 100.0)
+    assert said() == ["rule 4: it is 100 rows, the largest to try"]
+
+
+def test_the_first_run_does_not_count() -> None:
+    """What a size takes at its first run, which finds its memory and its kernels, is not its speed."""
+    seen: set[int] = set()
+
+    def slow_at_first(size: int) -> tuple[int, float]:
+        seconds = 1.0 if size in seen else 100.0
+        seen.add(size)
+        return size, seconds
+
+    assert best_size(slow_at_first, SIZES, MUCH) == (800, 800.0)
+
+
+def test_the_fastest_of_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size is run until it was measured long enough, and one run that was disturbed does not make it slow."""
+    ticks, seconds = iter(range(100)), iter([9.0, 5.0, 1.0, 7.0] * 2)
+    monkeypatch.setattr(ladder, "STEP_SECONDS", 3.0)
+    monkeypatch.setattr(ladder.time, "perf_counter", lambda: float(next(ticks)))
+    assert best_size(lambda size: (size, next(seconds)), [100, 200], MUCH) == (200, 200.0)
+    assert next(seconds, None) is None
+
+
+def test_a_run_that_took_no_time() -> None:
+    """A clock that is too coarse makes a device very fast, not infinitely."""
+    assert best_size(Device(lambda size: 0.0), [100], MUCH) == (100, 100 / TIMER_SECONDS)

@@ -1,0 +1,259 @@
+"""The window: how much is in flight where, what comes back how, and how a call ends when a worker or a task is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+from distributed import Client, Future, LocalCluster, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+import daskinfer as di
+from daskinfer import preflight, transport, window
+from daskinfer.dealer import Planned
+from daskinfer.errors import ClusterError
+from daskinfer.lane import Lane
+from daskinfer.planner import lay_out
+from daskinfer.records import RunReport
+
+N_TINY = 2000  # chunks
+IN_FLIGHT = {"waiting", "processing", "queued", "no-worker"}
+
+
+class Watch(SchedulerPlugin):
+    """Counts, in the scheduler, the tasks of calls: all of them, and the most that were in flight or held at a time."""
+
+    name = "watch"
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.in_flight: set[str] = set()
+        self.most_in_flight = self.most_held = 0
+
+    async def start(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        if str(key).startswith("infer-"):
+            self.keys.add(key)
+            self.in_flight.add(key) if finish in IN_FLIGHT else self.in_flight.discard(key)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        self.most_held = max(self.most_held, len(self._scheduler.tasks))
+
+
+@contextlib.contextmanager
+def watched(client: Client) -> Iterator[Watch]:
+    """Watch the scheduler of a cluster of ours, which lives in this process."""
+    client.register_plugin(Watch())
+    try:
+        yield client.cluster.scheduler.plugins[Watch.name]
+    finally:
+        client.unregister_scheduler_plugin(Watch.name)
+
+
+def cells(n_chunks: int) -> da.Array:
+    """The rows 0, 1, 2, … in chunks of one."""
+    return da.from_array(np.arange(float(n_chunks)), chunks=1)
+
+
+def waits_for(go: Path) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """A network that does row 0 at once and all others once the file ``go`` is there."""
+
+    def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        while batch.max() > 0 and not go.exists():
+            time.sleep(0.01)
+        return batch
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def tracker() -> None:
+    """The process that multiprocessing keeps beside this one, started before a test counts processes."""
+    resource_tracker.ensure_running()
+
+
+@pytest.fixture
+def foreign(tracker: None) -> Iterator[Client]:
+    """A client of a Dask cluster of two processes, none of ours, which a test may kill."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster_client: Client) -> tuple[np.ndarray[Any, Any], RunReport, Watch]:
+    """One call over many tiny chunks: the answer, the report, and what the scheduler saw."""
+    with watched(cluster_client) as watch:
+        how = {"client": cluster_client, "batch_size": 1, "device_weights": [1, 1]}
+        y, report = di.predict(np.negative, cells(N_TINY), return_report=True, **how)
+    return y, report, watch
+
+
+@pytest.mark.parametrize(("readers", "weights"), [(1, [1, 0]), (3, [1, 0]), (1, [1, 1])])
+def test_a_window_per_device(cluster_client: Client, readers: int, weights: list[int]) -> None:
+    """Each device has readers + 2 tasks in flight as long as there are chunks, and never one more."""
+
+    def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        time.sleep(0.02)  # stands for a chunk's work
+        return batch
+
+    with watched(cluster_client) as watch:
+        di.predict(model, cells(30), client=cluster_client, batch_size=1, device_weights=weights, readers=readers)
+    assert watch.most_in_flight == (readers + 2) * sum(weights)
+
+
+def test_the_scheduler_holds_a_window(tiny: tuple[np.ndarray[Any, Any], RunReport, Watch]) -> None:
+    """Over thousands of chunks the scheduler holds a few tasks at a time, in flight or not let go yet."""
+    y, _, watch = tiny
+    np.testing.assert_array_equal(y, -np.arange(float(N_TINY)))
+    assert watch.most_in_flight <= 6
+    assert watch.most_held <= 30
+
+
+def test_a_task_carries_several_small_chunks(tiny: tuple[np.ndarray[Any, Any], RunReport, Watch]) -> None:
+    """Small chunks share tasks, and each has its receipt all the same."""
+    _, report, watch = tiny
+    assert sum(device.n_chunks for device in report.devices) == N_TINY
+    assert len(watch.keys) < N_TINY / 8
+
+
+def test_keys_tell_the_kind_of_device(tiny: tuple[np.ndarray[Any, Any], RunReport, Watch]) -> None:
+    """Each kind has a prefix of its own, by which Dask estimates how long a task takes."""
+    assert {key.rpartition("-")[0].rpartition("-")[0] for key in tiny[2].keys} == {"infer-cpu"}
+
+
+def test_what_lies_in_shared_memory_is_not_fetched(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where workers share memory with the client, no result is asked for."""
+    monkeypatch.setattr(Future, "result", None)  # asking would fail
+    x = np.arange(5000.0)
+    np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client, batch_size=10), -x)
+
+
+@pytest.mark.parametrize("n_sharing", [0, 1])
+def test_results_travel_where_memory_is_not_shared(
+    cluster_client: Client, monkeypatch: pytest.MonkeyPatch, n_sharing: int
+) -> None:
+    """Workers that share no memory with the client, all or some, get their rows and give their answers through Dask."""
+    asked = preflight.ask
+
+    def apart(*args: Any) -> dict[str, preflight.Answer]:
+        answers = sorted(asked(*args).items())
+        return {address: replace(a, shares_memory=i < n_sharing) for i, (address, a) in enumerate(answers)}
+
+    n_fetched: list[str] = []
+    result = Future.result
+    monkeypatch.setattr(preflight, "ask", apart)
+    monkeypatch.setattr(Future, "result", lambda future: n_fetched.append(future.key) or result(future))
+    x = np.arange(5000.0)
+    y, report = di.predict(np.negative, x, client=cluster_client, batch_size=10, device_weights=[1, 1], return_report=True)
+    np.testing.assert_array_equal(y, -x)
+    assert [d.n_rows for d in report.devices] == [2500, 2500]
+    assert n_fetched
+
+
+def test_an_answer_larger_than_its_slot_comes_back_through_dask(
+    cluster_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit into a slot goes with the task, and the answer is the same."""
+    monkeypatch.setattr(transport, "slot_nbytes", lambda nbytes: 0)
+    monkeypatch.setattr("daskinfer.feeder.slot_nbytes", lambda nbytes: transport.NOTE_NBYTES + 4096)
+    transport.release(cluster_client)
+    x = np.arange(20_000.0)
+    np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client, device_weights=[1, 1]), -x)
+    transport.release(cluster_client)
+
+
+def test_slots_are_given_back(cluster_client: Client) -> None:
+    """After a call that went well every slot is free, and the next call has the same memory."""
+    x = np.arange(1000.0)
+    di.predict(np.negative, x, client=cluster_client, batch_size=1)
+    first = transport._kept[cluster_client]
+    assert first.clean
+    di.predict(np.negative, x, client=cluster_client, batch_size=1)
+    assert transport._kept[cluster_client] is first
+
+
+def test_memory_that_a_lost_task_may_write_to_is_let_go(cluster_client: Client) -> None:
+    """After a call that failed its memory is not used again: a task of it may still be on its way."""
+
+    def fails(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if batch.max() >= 500:
+            raise ArithmeticError("no")
+        return batch
+
+    x = np.arange(1000.0)
+    with pytest.raises(di.DaskInferError, match=r"rows \d+:\d+ on cpu failed: ArithmeticError: no"):
+        di.predict(fails, x, client=cluster_client, batch_size=1)
+    assert cluster_client not in transport._kept
+    np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client), -x)
+
+
+def test_a_task_that_others_cancel_ends_the_call(cluster_client: Client, tmp_path: Path) -> None:
+    """A cancelled task is an error that says so, not a hang."""
+    go = tmp_path / "go"
+    how = {"client": cluster_client, "batch_size": 1, "device_weights": [1, 1]}
+    blocks = di.stream(waits_for(go), np.arange(100.0), **how)
+    assert next(blocks)[0] == 0
+    ours = [Future(key, cluster_client) for key in list(cluster_client.futures) if key.startswith("infer-")]
+    cluster_client.cancel(ours, force=True)
+    with pytest.raises(ClusterError, match=r"task of rows \d+:\d+ was cancelled, and not by this call"):
+        list(blocks)
+    go.touch()
+
+
+def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can come back any more, the call ends and says why."""
+    with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
+        pass
+    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
+    lane = Lane(0, "cpu", {}, 1, None, tasks={"lost": None})
+    dealer = Planned(lay_out(0, [1.0], batch_size=1), 0, n_devices=1)
+    with (
+        pytest.raises(ClusterError, match="the client is closed; it has to run until the call ends"),
+        window.Window(client, len, b"", [lane], lambda chunks, slot: None) as opened,
+    ):
+        next(opened.run(dealer, lambda: None))
+
+
+@pytest.mark.slow
+def test_a_worker_that_leaves_ends_the_call(foreign: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster of others a worker that is gone, with chunks of its own, is an error that names it, not a hang."""
+    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.2)
+    go = tmp_path / "go"
+    blocks = di.stream(waits_for(go), np.arange(100.0), client=foreign, batch_size=1, device_weights=[1, 1])
+    assert next(blocks)[0] == 0
+    address, pid = max(foreign.run(os.getpid).items())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ClusterError, match=f"the worker {address} is gone, with rows that it was computing"):
+        list(blocks)
+    go.touch()
+
+
+@pytest.mark.slow
+def test_a_chunk_that_kills_its_worker_is_named() -> None:
+    """Where the rows of a task end the process, the error has the rows."""
+
+    def deadly(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if batch.max() == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+    with (
+        di.LocalDeviceCluster("cpu") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(di.DaskInferError, match=r"chunk \d+ \(rows \d+:\d+\) ended its worker tcp://"),
+    ):
+        di.predict(deadly, cells(10), client=client, batch_size=1)
