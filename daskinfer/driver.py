@@ -5,7 +5,8 @@ Where rows are computed, first match wins; each exit is one DEBUG line:
 1. No rows: nowhere.
 2. ``devices="inline"``: in this process.
 3. A client, named devices or a GPU: on the workers.
-4. ``devices="auto"`` and CPUs only. Both ways were measured for this network in this process: the faster one.
+4. ``devices="auto"`` and CPUs only. Both ways were measured for this network in this process: the one that ends sooner,
+   workers that have to be started first counted with it.
 5. Its cluster is running: on the workers, unless these turn out slower than this process was.
 6. The first rows are computed in this process, with all of torch's threads. What is left would end before workers could
    start: all of it there.
@@ -25,8 +26,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import torch
 from distributed import Client
 
 from daskinfer import plugin, preflight, transport
@@ -53,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ORDER_NBYTES = 1 << 20  # a larger order goes to the cluster once instead of with each task; arbitrary
 START_SECONDS = 4.0  # until two workers that import torch are there, on 2 cores (measured: 3.6 to 4.3)
+WARM_CHUNKS = 3  # of this process, until its speed tells anything: the first finds its memory and its kernels; arbitrary
 TRIAL_SECONDS = 0.5  # that workers compute before they are compared with this process; arbitrary
 SLOWER = 0.9  # of this process's speed: workers that are slower stop; arbitrary, a tenth is noise
 
@@ -73,6 +77,7 @@ class Run:
 
     def __init__(self, call: Call, before: Callable[[], int | None] = lambda: None) -> None:
         self._call, self._before = call, before
+        self._n_threads: int | None = None  # torch's in this process; None: as they are
         self.began: float | None = None
 
     @property
@@ -98,9 +103,8 @@ class Run:
     def _inline(self, dealer: Dealer, device: int, feeder: Feeder) -> Iterator[Finished]:
         """In this process, task by task, until the dealer deals no more."""
         self.began = self.began or time.perf_counter()
-        here = seat()
         while chunks := dealer.deal(device):
-            call = self._call
+            call, here = self._call, replace(seat(), n_threads=self._n_threads)
             began = time.perf_counter()
             for chunk in chunks:
                 if chunk.n_rows:
@@ -137,11 +141,13 @@ class _Automatic:
         self._known: Known = memory.of(call.key)
 
     def run(self) -> Iterator[Finished]:
-        speeds, devices = self._known.speeds, _asked(self._call.placement)
+        speeds, n_rows = self._known.speeds, self._call.layout.n_rows
+        there = kept.has(_asked(self._call.placement))
         if {"inline", "workers"} <= speeds.keys():
             logger.debug("rule 4: measured before, %s", speeds)
-            yield from self._inline() if speeds["inline"] >= speeds["workers"] else self._on_workers()
-        elif kept.has(devices):
+            sooner = n_rows / speeds["workers"] + (0.0 if there else START_SECONDS) < n_rows / speeds["inline"]
+            yield from self._on_workers() if sooner else self._inline()
+        elif there:
             logger.debug("rule 5: the workers are there")
             yield from self._on_workers()
         else:
@@ -149,18 +155,21 @@ class _Automatic:
 
     def _until_workers_are_there(self) -> Iterator[Finished]:
         starting: _Starting | None = None
-        began, n_done = time.perf_counter(), 0
-        for finished in self._inline():
+        for n_chunks, finished in enumerate(self._inline()):
             yield finished
-            n_done += finished.chunk.n_rows
-            left = self._call.layout.n_rows - n_done
-            if starting is None and left * (time.perf_counter() - began) / n_done > START_SECONDS:
-                logger.debug("rule 7: %d rows are left, workers are started", left)
+            speed = self._dealer.speeds[self._here]
+            if starting is None and speed and n_chunks >= WARM_CHUNKS and self._dealer.n_rows_left / speed > START_SECONDS:
+                logger.debug("rule 7: %d rows are left at %.0f rows/s, workers start", self._dealer.n_rows_left, speed)
+                self._note("inline", speed)
                 starting = _Starting(self._call.placement)
+                # Threads that wait for one another stand still while others have their cores.
+                self._run._n_threads = max(1, torch.get_num_threads() // 2)
             if starting is not None and starting.ready:
                 self._dealer.weigh(self._here, 0.0)  # its last task is ended first
+        self._run._n_threads = None
         if starting is None:
             logger.debug("rule 6: all of it in this process")
+            self._note("inline", self._dealer.speeds[self._here])
         if self._dealer.n_rows_left:
             yield from self._on_workers()
 
@@ -171,15 +180,13 @@ class _Automatic:
         if speed := self._known.speeds.get("inline"):
             self._dealer.expect(self._here, speed)
         yield from self._run._inline(self._dealer, self._here, _feeder(self._call, None))
-        self._note("inline", self._dealer.speeds[self._here])
 
     def _on_workers(self) -> Iterator[Finished]:
         """On the workers, until they are seen to be slower than this process."""
-        here = self._dealer.speeds[self._here] or self._known.speeds.get("inline", 0.0)
+        here = self._known.speeds.get("inline", 0.0)
         for device, weight in enumerate(self._call.weights):
             self._dealer.weigh(device, weight)
         self._dealer.weigh(self._here, 0.0)
-        self._note("inline", here)
         began, n_done = None, 0
         with opened(self._call.placement) as client:
             for finished in self._run._on_workers(client, self._dealer):

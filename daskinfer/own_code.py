@@ -20,12 +20,16 @@ def is_own(module: object) -> bool:
     >>> is_own(json)
     False
     """
-    if not isinstance(module, ModuleType) or sys.modules.get(module.__name__) is not module:
+    if not isinstance(module, ModuleType):
         return False
-    path = vars(module).get("__file__")  # not getattr: a module may import others when it is asked for a name
-    if not isinstance(path, str) or module.__name__.partition(".")[0] in ("__main__", "daskinfer"):
+    # Not by getattr or vars: a lazy module is loaded by any question (CuPy's testing: 60 ms), others import more.
+    names = object.__getattribute__(module, "__dict__")
+    name, path = names.get("__name__"), names.get("__file__")
+    if not isinstance(path, str) or path.startswith(_STANDARD_LIBRARY) or sys.modules.get(str(name)) is not module:
         return False
-    return not path.startswith(_STANDARD_LIBRARY) and not _is_installed(os.path.abspath(path), module.__name__)
+    if any(f"{os.sep}{folder}{os.sep}" in path for folder in _INSTALL_FOLDERS):
+        return False
+    return name.partition(".")[0] not in ("__main__", "daskinfer") and not _is_installed(os.path.abspath(path), name)
 
 
 def _is_installed(path: str, name: str) -> bool:

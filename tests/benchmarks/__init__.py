@@ -1,0 +1,1 @@
+"""How fast daskinfer is beside what a person would use instead: ``python -m tests.benchmarks``."""
