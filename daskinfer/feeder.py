@@ -14,7 +14,7 @@ from daskinfer.inputs import Inputs
 from daskinfer.parts import FromFile, Part, Piece, Task, Within
 from daskinfer.records import Chunk
 from daskinfer.transport import ALIGN, Slot, slot_nbytes
-from daskinfer.upstream import Blocks, placed
+from daskinfer.upstream import Blocks, Comms, placed
 
 
 class Feeder:
@@ -33,7 +33,7 @@ class Feeder:
     """
 
     def __init__(self, inputs: Inputs, outputs: Sequence[Array], row_chunks: Sequence[int], client: Client | None) -> None:
-        self._arrays = inputs.arrays
+        self._arrays, self._client = inputs.arrays, client
         self._outputs = outputs
         lazy = [inputs.cut_one(array, row_chunks) for array in inputs.arrays if isinstance(array, da.Array)]
         self._blocks = Blocks(lazy, client) if lazy else None
@@ -45,10 +45,14 @@ class Feeder:
         row_nbytes = sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in arrays)
         return slot_nbytes(n_rows * row_nbytes + n_chunks * len(arrays) * ALIGN)
 
-    def task(self, chunks: Sequence[Chunk], slot: Slot | None) -> tuple[Task, list[Future]]:
-        """A task of these chunks and the futures that Dask has to bring with it; rows in memory are put into the slot."""
+    def task(self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str] = ()) -> tuple[Task, list[Future]]:
+        """A task of these chunks and the futures that Dask has to bring with it; rows in memory are put into the slot.
+
+        Without a slot they go by Dask's comms, to one of ``workers`` (addresses; none: to any).
+        """
         brought: list[Future] = []
-        pieces = tuple(Piece(chunk, tuple(self._parts(chunk, slot, brought)), self._places(chunk, slot)) for chunk in chunks)
+        way = slot or (Comms(self._client, workers, brought) if self._client else None)
+        pieces = tuple(Piece(chunk, tuple(self._parts(chunk, way, brought)), self._places(chunk, slot)) for chunk in chunks)
         if slot is None:
             return Task(pieces), brought
         return Task(pieces, slot.arena.ref, slot.note_offset), brought
@@ -57,9 +61,9 @@ class Feeder:
         """The rows of each port in this process, (n, ...)."""
         return [part.rows(Within()) for part in self._parts(chunk, None, [])]
 
-    def _parts(self, chunk: Chunk, slot: Slot | None, brought: list[Future]) -> list[Part]:
-        blocks = iter(self._blocks.parts(chunk.index, slot, brought) if self._blocks else ())
-        return [next(blocks) if isinstance(a, da.Array) else _part(a, chunk, slot) for a in self._arrays]
+    def _parts(self, chunk: Chunk, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
+        blocks = iter(self._blocks.parts(chunk.index, way, brought) if self._blocks else ())
+        return [next(blocks) if isinstance(a, da.Array) else _part(a, chunk, way) for a in self._arrays]
 
     def _places(self, chunk: Chunk, slot: Slot | None) -> Any:
         if slot is None or not self._outputs:
@@ -68,7 +72,7 @@ class Feeder:
         return None if None in places else places
 
 
-def _part(array: Any, chunk: Chunk, slot: Slot | None) -> Part:
+def _part(array: Any, chunk: Chunk, way: Slot | Comms | None) -> Part:
     if hasattr(array, "path"):
         return FromFile(array, chunk.start, chunk.stop)
-    return placed(array[chunk.start : chunk.stop], slot)
+    return placed(array[chunk.start : chunk.stop], way)

@@ -12,8 +12,8 @@ from daskinfer.parts import Task
 from daskinfer.records import Chunk
 from daskinfer.transport import Arena, Slot
 
-# Makes a task of chunks, rows in memory put into the slot, and names the futures that Dask has to bring with it.
-Feed = Callable[[Sequence[Chunk], Slot | None], tuple[Task, list[Future]]]
+# Makes a task of chunks, rows in memory put into the slot or sent to workers, and names the futures that Dask has to bring.
+Feed = Callable[[Sequence[Chunk], Slot | None, Sequence[str]], tuple[Task, list[Future]]]
 
 
 @dataclass
@@ -30,6 +30,12 @@ class Lane:
     n_places: int
     arena: Arena | None
     tasks: dict[Future, InFlight] = field(default_factory=dict)
+
+    @property
+    def workers(self) -> Sequence[str]:
+        """Addresses that a task is kept on; none where it is by a resource."""
+        found: Sequence[str] = self.restriction.get("workers", ())
+        return found
 
     @property
     def full(self) -> bool:

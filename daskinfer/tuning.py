@@ -63,7 +63,7 @@ def measured(
     chunk, slots, futures = _first(call, tried[-1]), [], {}
     for lane in lanes:
         slot = lane.arena.free.pop() if lane.arena is not None else None
-        task, brought = feed([chunk], slot)
+        task, brought = feed([chunk], slot, lane.workers)
         key = f"measure-{lane.kind}-{uuid.uuid4().hex}"
         futures[lane.device] = client.submit(
             measure_task, order, task, brought, tried, n_rows, key=key, pure=False, **lane.restriction

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import dask
@@ -33,6 +34,7 @@ from daskinfer.transport import Slot
 logger = logging.getLogger(__name__)
 
 MAX_REPEATS = 1.5  # times that a task may be computed on average; arbitrary, below 2: a cut between two chunks shares one
+SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
 SHARED_NBYTES = 1 << 20  # an array at a leaf that several chunks read and that is larger goes to the cluster once; arbitrary
 
 
@@ -57,9 +59,9 @@ class Blocks:
             self._index(arrays)
         self._shared = self._once_on_the_cluster()
 
-    def parts(self, index: int, slot: Slot | None, brought: list[Future]) -> list[Part]:
+    def parts(self, index: int, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
         """Where a worker finds block ``index`` of each port; futures that Dask has to bring are added to ``brought``."""
-        return [self._part(self._key(name, ndim, index), slot, brought) for name, ndim in self._names]
+        return [self._part(self._key(name, ndim, index), way, brought) for name, ndim in self._names]
 
     def _index(self, arrays: Sequence[da.Array]) -> None:
         self._names = [(array.name, array.ndim) for array in arrays]
@@ -104,28 +106,43 @@ class Blocks:
         shared = {key: _array(self._graph[key]) for key, n in n_readers.items() if n > 1}
         return {key: self._client.scatter(array, hash=False) for key, array in shared.items()}
 
-    def _part(self, key: Hashable, slot: Slot | None, brought: list[Future]) -> Part:
+    def _part(self, key: Hashable, way: Slot | Comms | None, brought: list[Future]) -> Part:
         nodes = self._reached(key)
-        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, slot, brought)) is not None}
+        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way, brought)) is not None}
         if key in leaves:
             return leaves[key]
         return FromGraph({k: node for k, node in nodes.items() if k not in leaves}, key, leaves)
 
-    def _leaf(self, key: Hashable, node: Any, slot: Slot | None, brought: list[Future]) -> Part | None:
+    def _leaf(self, key: Hashable, node: Any, way: Slot | Comms | None, brought: list[Future]) -> Part | None:
         if isinstance(future := self._shared.get(key, node), Future):
             if future not in brought:
                 brought.append(future)
             return Brought(brought.index(future))
         array = _array(node)
-        return None if array is None else placed(array, slot)
+        return None if array is None else placed(array, way)
 
 
-def placed(array: Array, slot: Slot | None) -> Part:
-    """Rows of this process on their way: in shared memory where there is room, else in the task."""
-    if slot is not None and (place := slot.place(array.shape, array.dtype)) is not None:
-        place.array(slot.arena.memory)[...] = array
+@dataclass(frozen=True)
+class Comms:
+    """The way to a worker that shares no memory with this process; ``workers`` are addresses, none for any."""
+
+    client: Client
+    workers: Sequence[str]
+    brought: list[Future]
+
+    def bring(self, array: Array) -> Part:
+        """Have Dask's comms take an array there; in a task it would pass through the scheduler's hands as code does."""
+        self.brought.append(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
+        return Brought(len(self.brought) - 1)
+
+
+def placed(array: Array, way: Slot | Comms | None) -> Part:
+    """Rows of this process on their way: in shared memory where there is room, by Dask's comms, small ones in the task."""
+    if isinstance(way, Slot) and (place := way.place(array.shape, array.dtype)) is not None:
+        place.array(way.arena.memory)[...] = array
         return FromSlot(place)
-    return Sent(np.ascontiguousarray(array))
+    array = np.ascontiguousarray(array)
+    return way.bring(array) if isinstance(way, Comms) and array.nbytes > SENT_NBYTES else Sent(array)
 
 
 def _array(node: Any) -> Array | None:

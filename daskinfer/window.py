@@ -105,7 +105,7 @@ class Window:
 
     def _submit(self, lane: Lane, chunks: tuple[Chunk, ...]) -> None:
         slot = lane.arena.free.pop() if lane.arena is not None else None
-        task, brought = self._feed(chunks, slot)
+        task, brought = self._feed(chunks, slot, lane.workers)
         key = f"infer-{lane.kind}-{self._name}-{self._n_submitted}"
         future = self._client.submit(self._work, self._order, task, brought, key=key, pure=False, **lane.restriction)
         self._n_submitted += 1
@@ -126,7 +126,7 @@ class Window:
                 "repeat the call."
             )
         there = workers_of(self._client)
-        waiting = [address for lane in self._lanes if lane.tasks for address in lane.restriction.get("workers", ())]
+        waiting = [address for lane in self._lanes if lane.tasks for address in lane.workers]
         if gone := [address for address in waiting if address not in there]:
             raise ClusterError(
                 f"the worker {', '.join(gone)} is gone, with rows that it was computing; a worker has to outlive its "

@@ -46,9 +46,7 @@ def test_freed_memory_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
-def test_other_systems(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_systems(error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where the allocator is not glibc's nothing is done, and one DEBUG line says so."""
 
     def without_mallopt(_: object) -> Any:

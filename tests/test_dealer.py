@@ -471,3 +471,108 @@ def test_the_mean_over_noise_is_close() -> None:
         devices = Devices([8e4, 8e4, 1e4, 1e4], noise=0.1, seed=seed)
         losses.append(devices.run(grid(devices.speeds)) / devices.ideal())
     assert statistics.mean(losses) < 1.02
+
+
+def test_a_device_that_joins_gets_rows() -> None:
+    """A device with a prior of 0 gets nothing until it is given another, and then its probe and its share."""
+    dealer = Balanced.of_grid(10_000, 10, [1.0, 0.0])
+    assert (len(dealer.deal(0)), dealer.deal(1)) == (1, ())
+    dealer.weigh(1, 1.0)
+    probe = dealer.deal(1)
+    dealer.took(1, probe, 0.01)
+    assert (probe[0].n_rows, dealer.speeds) == (10, (None, 1000.0))
+    assert dealer.deal(1)[0].n_rows == 20
+
+
+def test_a_device_that_leaves_gets_no_more() -> None:
+    """A device that left gets nothing, the others all that it would have got, and what it had in flight still counts."""
+    dealer = Recorded(balanced := Balanced.of_grid(10_000, 10, [1.0, 1.0]))
+    measured(dealer, [1000.0, 1000.0])
+    last = dealer.deal(0)
+    balanced.weigh(0, 0.0)
+    assert (len(last), dealer.deal(0)) == (1, ())
+    dealer.took(0, last, 0.02)
+    Devices([1e3, 1e3]).run(dealer)
+    assert [row for c in dealer.chunks for row in range(c.start, c.stop)] == list(range(10_000))
+    assert sum(c.n_rows for c in dealer.chunks if c.device == 0) == 10 + last[0].n_rows
+    assert dealer.speeds[0] == pytest.approx(1000, rel=0.1)
+
+
+def test_a_device_that_left_is_not_waited_for() -> None:
+    """A slow device takes the last cell where the fast one that would have done it sooner has left."""
+    dealer = Balanced.of_grid(30, 10, [1.0, 1.0])
+    measured(dealer, [1000.0, 10.0])
+    assert dealer.deal(1) == ()
+    dealer.weigh(0, 0.0)
+    assert len(dealer.deal(1)) == 1
+
+
+def test_a_device_that_comes_back_is_as_fast_as_it_was() -> None:
+    """What was measured of a device is known when it joins again."""
+    dealer = Balanced.of_grid(10_000, 10, [1.0, 1.0])
+    measured(dealer, [1000.0, 10.0])
+    for prior in (0.0, 1.0):
+        dealer.weigh(0, prior)
+    assert dealer.speeds[0] == pytest.approx(1000)
+    assert dealer.deal(0)[0].n_rows == 20
+
+
+@given(priors=st.lists(st.sampled_from([0.0, 1.0, 8.0]), min_size=3, max_size=3).filter(any), data=st.data())
+def test_devices_that_come_and_go(priors: list[float], data: st.DataObject) -> None:
+    """Whoever joins and leaves meanwhile, every row is dealt once, in order, as long as one device is there."""
+    dealer = Balanced.of_grid(200, 10, priors)
+    rows: list[int] = []
+    in_flight: list[tuple[int, Task]] = []
+    while dealer.n_rows_left:
+        device, prior = data.draw(st.integers(0, 2)), data.draw(st.sampled_from([0.0, 1.0, 8.0]))
+        if any(p for d, p in enumerate(priors) if d != device) or prior:
+            priors[device] = prior
+            dealer.weigh(device, prior)
+        for asked in range(3):
+            if task := dealer.deal(asked):
+                assert priors[asked]
+                in_flight.append((asked, task))
+                rows += range(task[0].start, task[-1].stop)
+        assert in_flight  # somebody has something to do while rows are left
+        dealer.took(*in_flight.pop(0), data.draw(st.sampled_from([1e-3, 0.1, 5.0])))
+    assert rows == list(range(200))
+
+
+def test_a_speed_that_is_known_needs_no_probe() -> None:
+    """A device whose speed an earlier run has measured gets its share at once, half a second of rows at most."""
+    dealer = Balanced.of_grid(10**6, 10, [1.0, 1.0])
+    dealer.expect(0, 1000.0)
+    assert dealer.speeds == (1000.0, None)
+    assert [dealer.deal(0)[0].n_rows for _ in range(WINDOW)] == [500] * WINDOW
+    assert dealer.deal(1)[0].n_rows == 10
+
+
+def test_a_known_speed_scales_the_priors() -> None:
+    """A device that nothing is known of is taken to be as fast as its prior says beside the one that is known."""
+    dealer = Balanced.of_grid(75, 10, [1.0, 8.0])
+    dealer.expect(0, 10.0)  # so the other is taken to do 80, and all of it in less than a second
+    assert dealer.deal(0) == ()
+    assert len(dealer.deal(1)) == 1
+
+
+def test_a_known_speed_that_is_no_longer_true() -> None:
+    """A device that has become 4 times slower is believed after a few tasks; one that does a row in 10 s is survived."""
+    dealer = Balanced.of_grid(10**6, 1, [1.0])
+    dealer.expect(0, 1000.0)
+    for _ in range(6):
+        task = dealer.deal(0)
+        dealer.took(0, task, task[0].n_rows / 250)
+    assert dealer.speeds[0] == pytest.approx(250, rel=0.2)
+    slow = Balanced.of_grid(10, 1, [1.0])
+    slow.expect(0, 0.1)
+    assert slow.deal(0)[0].n_rows == 1
+
+
+@pytest.mark.parametrize("speeds", UNLIKE, ids=str)
+def test_known_speeds_share_out_a_short_job(speeds: list[int]) -> None:
+    """Where all speeds are known, unlike devices finish a job of one second together without a single probe."""
+    devices = Devices([1e4 * s for s in speeds])
+    dealer = grid(devices.speeds, cell_seconds=1e-3, seconds=1.0)
+    for device, speed in enumerate(devices.speeds):
+        dealer.expect(device, speed)
+    assert devices.run(dealer) <= 1.1

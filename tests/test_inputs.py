@@ -140,6 +140,28 @@ def test_row_chunks_free() -> None:
     assert Inputs.of(X).row_chunks is None
 
 
+@pytest.mark.parametrize(
+    ("row_chunks", "unit_rows"),
+    [((3, 3, 1), 3), ((2, 2), 2), ((4,), 4), ((1, 3), None), ((2, 1, 1), None), ((3, 1, 3), None), ((0,), None)],
+)
+def test_unit_rows_of_dask_arrays(row_chunks: tuple[int, ...], unit_rows: int | None) -> None:
+    """A dask array is computed by its chunks where all but the last are alike; others have no unit."""
+    assert Inputs.of(da.ones((sum(row_chunks), 2), chunks=(row_chunks, 2))).unit_rows == unit_rows
+
+
+def test_unit_rows_of_files(tmp_path: Path) -> None:
+    """A store is read by its chunks; arrays and ``.npy`` files can be read from anywhere."""
+    assert Inputs.of(in_file(tmp_path, ".zarr")).unit_rows == 2
+    assert Inputs.of((X, in_file(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
+
+
+def test_unit_rows_of_all_ports(tmp_path: Path) -> None:
+    """Of several ports the rows that are whole units of each."""
+    stored = in_file(tmp_path, ".zarr")
+    assert Inputs.of((X, stored, da.ones((4, 2), chunks=((3, 1), 2)))).unit_rows == 6
+    assert Inputs.of({"a": stored, "b": da.ones(4, chunks=((1, 3),))}).unit_rows == 2
+
+
 def test_no_rows() -> None:
     """An input without rows is one."""
     assert Inputs.of(X[:0]).n_rows == 0

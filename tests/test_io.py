@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -116,6 +117,80 @@ def test_npy_cut_off(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(InputError, match="cannot be read"):
         open_source(path)
+
+
+def test_npy_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    """A ``.npy`` file that lost rows since it was opened is refused where they are read; those that are there are read."""
+    source = open_source(path := write(tmp_path / "x.npy", X))
+    os.truncate(path, path.stat().st_size - 1)
+    np.testing.assert_array_equal(source[:5], X[:5])
+    with pytest.raises(InputError, match=r"ends before its rows do; it was cut off while it was read"):
+        source[4:6]
+
+
+def test_npy_gone_while_it_is_read(tmp_path: Path) -> None:
+    """A ``.npy`` file that was removed since it was opened is refused by its name."""
+    source = open_source(path := write(tmp_path / "x.npy", X))
+    path.unlink()
+    with pytest.raises(InputError, match=r"x\.npy' cannot be read: .*No such file"):
+        source[0:1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="maps are counted in /proc")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_is_not_mapped(tmp_path: Path, order: Literal["C", "F"]) -> None:
+    """What was read lies in memory of its own: no page of the file stays mapped, and rows may be written to."""
+    np.save(tmp_path / "x.npy", np.asarray(X, order=order))
+    source = open_source(tmp_path / "x.npy")
+    rows = source[1:3]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert (rows.flags.owndata, rows.flags.writeable) == (True, True)
+    np.testing.assert_array_equal(rows, X[1:3])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(
+    "index", [2, -1, slice(-2, None), slice(5, 2), slice(None, None, 2), slice(4, 99), (slice(1, 3),), (slice(1, 3), 2), ...]
+)
+def test_npy_index(tmp_path: Path, index: Any, order: Literal["C", "F"]) -> None:
+    """A ``.npy`` file gives whatever an array gives, whole rows or not."""
+    np.save(tmp_path / "x.npy", np.asarray(X, order=order))
+    np.testing.assert_array_equal(open_source(tmp_path / "x.npy")[index], X[index])
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (0,)])
+def test_npy_without_numbers(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A ``.npy`` file of no rows, or of rows of nothing, is read and written."""
+    source = open_source(write(tmp_path / "x.npy", np.ones(shape)))
+    assert (source[:].shape, source[:2].shape) == (shape, (min(2, shape[0]), *shape[1:]))
+    npy_format.Target.create(str(tmp_path / "y.npy"), shape, X.dtype, 1).write(0, np.ones(shape, X.dtype))
+
+
+def test_npy_in_many_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more bytes than the system moves in one call are read and written in several, to the last byte."""
+    monkeypatch.setattr(npy_format, "_PART_NBYTES", 7)
+    target = npy_format.Target.create(str(tmp_path / "y.npy"), X.shape, X.dtype, 1)
+    target.write(2, X[2:])
+    target.write(0, np.asfortranarray(X[:2]))
+    np.testing.assert_array_equal(open_source(tmp_path / "y.npy")[1:], X[1:])
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), X)
+
+
+@pytest.mark.parametrize(
+    ("layout", "unit_rows"), [({"chunks": (4, 3)}, 4), ({"chunks": (1, 2), "shards": (2, 4)}, 2), ({"chunks": (6, 4)}, 6)]
+)
+def test_unit_rows_of_a_store(tmp_path: Path, layout: dict[str, Any], unit_rows: int) -> None:
+    """What is decoded in one go is a store's chunk, or its shard where it has shards."""
+    zarr.create_array(tmp_path / "x.zarr", shape=X.shape, dtype="f4", **layout)[:] = X
+    source = open_source(tmp_path / "x.zarr")
+    assert (source.unit_rows, pickle.loads(pickle.dumps(source)).unit_rows) == (unit_rows, unit_rows)
+
+
+def test_unit_rows_of_others(tmp_path: Path) -> None:
+    """Rows of a ``.npy`` file are read from anywhere; a store of one number has no rows."""
+    zarr.create_array(tmp_path / "x.zarr", shape=(), dtype="f4")
+    assert open_source(tmp_path / "x.zarr").unit_rows is None
+    assert open_source(write(tmp_path / "x.npy", X)).unit_rows is None
 
 
 def test_npy_pickled(tmp_path: Path) -> None:

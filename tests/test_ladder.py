@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_the_fastest_of_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size is run until it was measured long enough, and one run that was disturbed does not make it slow."""
     ticks, seconds = iter(range(100)), iter([9.0, 5.0, 1.0, 7.0] * 2)
     monkeypatch.setattr(ladder, "STEP_SECONDS", 3.0)
-    monkeypatch.setattr(ladder.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(ladder, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     assert best_size(lambda size: (size, next(seconds)), [100, 200], MUCH) == (200, 200.0)
     assert next(seconds, None) is None
 

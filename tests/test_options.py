@@ -28,12 +28,26 @@ from daskinfer.options import OptionFields, Options
         ({"dtype": ["float32"]}, r"dtype is \['float32'\]; it may be a name"),
         ({"pad": 1}, "pad is 1; it may be True or False"),
         ({"pad": None}, "pad is None; it may be True or False"),
+        ({"readers": 0}, "readers is 0; it may be a number from 1 to 6"),
+        ({"readers": 7}, "readers is 7; it may be a number from 1 to 6"),
+        ({"readers": True}, "readers is True; it may be a number from 1 to 6"),
+        ({"readers": None}, "readers is None; it may be a number from 1 to 6"),
+        ({"readers": "2"}, "readers is '2'; it may be a number from 1 to 6"),
+        ({"readers": 2.0}, "readers is 2.0; it may be a number from 1 to 6"),
+        ({"readers": 2.5}, "readers is 2.5; it may be a number from 1 to 6"),
+        ({"readers": np.ones(2)}, "readers is array.*; it may be a number from 1 to 6"),
     ],
 )
 def test_refuses(field: dict[str, Any], message: str) -> None:
     """A field outside what is allowed is named, with what was got and what is allowed."""
     with pytest.raises(OptionError, match=message):
         Options(**field)
+
+
+def test_readers() -> None:
+    """One chunk is read ahead unless more are asked for, six at most."""
+    assert Options().readers == 1
+    assert [Options(readers=n).readers for n in (1, 6)] == [1, 6]
 
 
 def test_fields_are_keyword_only() -> None:
@@ -64,7 +78,7 @@ def test_fields_as_keywords_are_the_same() -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16", {"image": "float32"}, {}])
 def test_survives_json_and_pickle(dtype: Any) -> None:
     """What is no function or array passes through JSON, and everything through pickle."""
-    options = Options(dtype=dtype, autocast="fp16", pad=False)
+    options = Options(dtype=dtype, autocast="fp16", pad=False, readers=3)
     assert Options(**json.loads(json.dumps(dataclasses.asdict(options)))) == options
     assert pickle.loads(pickle.dumps(options)) == options
 

@@ -204,8 +204,8 @@ def test_memory_that_a_lost_task_may_write_to_is_let_go(cluster_client: Client) 
 def test_a_task_that_others_cancel_ends_the_call(cluster_client: Client, tmp_path: Path) -> None:
     """A cancelled task is an error that says so, not a hang."""
     go = tmp_path / "go"
-    how = {"client": cluster_client, "batch_size": 1, "device_weights": [1, 1]}
-    blocks = di.stream(waits_for(go), np.arange(100.0), **how)
+    how = {"client": cluster_client, "batch_size": 1, "device_weights": [1, 1], "output": np.empty(0)}
+    blocks = di.stream(waits_for(go), cells(100), **how)
     assert next(blocks)[0] == 0
     ours = [Future(key, cluster_client) for key in list(cluster_client.futures) if key.startswith("infer-")]
     cluster_client.cancel(ours, force=True)
@@ -233,7 +233,8 @@ def test_a_worker_that_leaves_ends_the_call(foreign: Client, tmp_path: Path, mon
     """On a cluster of others a worker that is gone, with chunks of its own, is an error that names it, not a hang."""
     monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.2)
     go = tmp_path / "go"
-    blocks = di.stream(waits_for(go), np.arange(100.0), client=foreign, batch_size=1, device_weights=[1, 1])
+    how = {"client": foreign, "batch_size": 1, "device_weights": [1, 1], "output": np.empty(0)}
+    blocks = di.stream(waits_for(go), cells(100), **how)
     assert next(blocks)[0] == 0
     address, pid = max(foreign.run(os.getpid).items())
     os.kill(pid, signal.SIGKILL)
