@@ -54,12 +54,12 @@ class Planned:
     """Deals every device exactly its own chunks of a layout, in row order.
 
     Small chunks go together: a device's tasks double in chunks while one takes less than ``TASK_SECONDS``, up to
-    ``MAX_CHUNKS_PER_TASK`` and ``CHUNK_NBYTES``, and halve when one takes more than ``MAX_TASK_SECONDS``.
+    ``MAX_CHUNKS_PER_TASK`` and ``chunk_nbytes``, and halve when one takes more than ``MAX_TASK_SECONDS``.
 
     Parameters
     ----------
-    row_nbytes
-        Bytes that a row takes, input and output together; 0 means that bytes do not limit a task.
+    row_nbytes, chunk_nbytes
+        Bytes that a row takes, input and output together, 0 for no limit by bytes, and bytes that a task may hold.
     n_devices
         Devices of the plan, those without a chunk included.
 
@@ -73,11 +73,11 @@ class Planned:
     ((Chunk(index=0, start=0, stop=5, device=0),), [(10, 15), (20, 25)], 25)
     """
 
-    def __init__(self, layout: Layout, row_nbytes: int, *, n_devices: int) -> None:
+    def __init__(self, layout: Layout, row_nbytes: int, *, n_devices: int, chunk_nbytes: int = CHUNK_NBYTES) -> None:
         self.n_rows_left = layout.n_rows
         self._queues = [_Queue(_own(layout, device)) for device in range(n_devices)]
         self._n_chunks = [1] * n_devices  # of the next task
-        self._max_rows = _fitting_rows(row_nbytes, CHUNK_NBYTES)
+        self._max_rows = _fitting_rows(row_nbytes, chunk_nbytes)
         self._paces = [_Pace() for _ in range(n_devices)]
 
     @property

@@ -257,7 +257,7 @@ def _asked(placement: Placement) -> list[str]:
 def _dealer(call: Call, weights: Sequence[float]) -> Any:
     """Who says which chunks come next."""
     if not call.balanced:
-        return Planned(call.layout, call.row_nbytes, n_devices=len(weights))
+        return Planned(call.layout, call.row_nbytes, n_devices=len(weights), chunk_nbytes=call.chunk_nbytes)
     limits = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes}
     if call.inputs.row_chunks is not None:
         dealer = Balanced.of_chunks(call.layout.row_chunks, weights, **limits)

@@ -40,10 +40,11 @@ class Feeder:
 
     def slot_nbytes(self, n_rows: int, n_chunks: int) -> int:
         """Bytes of shared memory that a task of so many rows in so many chunks needs at most."""
-        inputs = [array for array in self._arrays if not hasattr(array, "path")]
+        inputs = [array for array in self._arrays if isinstance(array, np.ndarray)]
+        n_leaves, row_nbytes = self._blocks.leaves() if self._blocks else (0, 0)
         arrays = [*inputs, *self._outputs]
-        row_nbytes = sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in arrays)
-        return slot_nbytes(n_rows * row_nbytes + n_chunks * len(arrays) * ALIGN)
+        row_nbytes += sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in arrays)
+        return slot_nbytes(n_rows * row_nbytes + n_chunks * (n_leaves + len(arrays)) * ALIGN)
 
     def task(self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str] = ()) -> tuple[Task, list[Future]]:
         """A task of these chunks and the futures that Dask has to bring with it; rows in memory are put into the slot.
@@ -59,7 +60,10 @@ class Feeder:
 
     def rows(self, chunk: Chunk) -> list[Array]:
         """The rows of each port in this process, (n, ...)."""
-        return [part.rows(Within()) for part in self._parts(chunk, None, [])]
+        brought: list[Future] = []
+        parts = self._parts(chunk, None, brought)
+        within = Within(brought=[future.result() for future in brought])
+        return [part.rows(within) for part in parts]
 
     def _parts(self, chunk: Chunk, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
         blocks = iter(self._blocks.parts(chunk.index, way, brought) if self._blocks else ())

@@ -82,7 +82,7 @@ class Options:
         object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
         if not isinstance(self.pad, bool):
             raise OptionError(f"pad is {self.pad!r}; it may be True or False. Pass one of these.")
-        if isinstance(self.readers, bool) or self.readers not in range(1, MAX_READERS + 1):
+        if type(self.readers) is not int or not 1 <= self.readers <= MAX_READERS:
             raise OptionError(f"readers is {self.readers!r}; it may be a number from 1 to {MAX_READERS}. Pass one of these.")
 
     def cast(self, port: str) -> str | None:

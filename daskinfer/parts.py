@@ -20,10 +20,11 @@ from daskinfer.transport import ArenaRef, Place
 
 @dataclass(frozen=True)
 class Within:
-    """What a task has at hand: the memory it shares with the client, if any, and the values that Dask brought."""
+    """What a chunk has at hand: memory shared with the client, if any, what Dask brought, graphs that are computed."""
 
     memory: mmap.mmap | None = None
     brought: Sequence[Any] = ()
+    computed: dict[int, dict[Hashable, Array]] = field(default_factory=dict)
 
 
 class Part(Protocol):
@@ -78,16 +79,25 @@ class Brought:
 
 @dataclass(frozen=True)
 class FromGraph:
-    """A block of a dask array: the tasks that lead to it, computed one after the other; ``leaves`` are where they begin."""
+    """A block of a dask array: the tasks that lead to it, computed one after the other; ``leaves`` are where they begin.
+
+    Ports of a chunk share one graph, which is computed once for all of their ``keys``; none: for this one alone.
+    """
 
     graph: Mapping[Hashable, Any]
     key: Hashable
     leaves: Mapping[Hashable, Part] = field(default_factory=dict)
+    keys: tuple[Hashable, ...] = ()
 
     def rows(self, within: Within) -> Array:
-        given = {key: part.rows(within) for key, part in self.leaves.items()}
-        found: Array = dask.get({**self.graph, **given}, self.key)  # Dask's own scheduler, without threads
-        return found
+        if id(self.graph) not in within.computed:
+            within.computed[id(self.graph)] = self._computed(within)
+        return within.computed[id(self.graph)][self.key]
+
+    def _computed(self, within: Within) -> dict[Hashable, Array]:
+        given, keys = {key: part.rows(within) for key, part in self.leaves.items()}, list(self.keys or (self.key,))
+        found = dask.get({**self.graph, **given}, keys)  # Dask's own scheduler, without threads
+        return dict(zip(keys, found, strict=True))
 
 
 @dataclass(frozen=True)

@@ -73,18 +73,19 @@ def run_task(sealed: bytes, task: Task, brought: Sequence[Any] = ()) -> list[Blo
         Results of other Dask tasks that parts ask for by position.
     """
     order = _opened(sealed)
-    within = Within(mapped(task.arena) if task.arena else None, brought)
-    blocks = [_run_piece(piece, order, within) for piece in task.pieces]
-    if within.memory is None or task.arena is None:
+    memory = mapped(task.arena) if task.arena else None
+    blocks = [_run_piece(piece, order, Within(memory, brought)) for piece in task.pieces]
+    if memory is None:
         return blocks
-    write_note(within.memory, task.note_offset, [block.receipt for block in blocks])
+    write_note(memory, task.note_offset, [block.receipt for block in blocks])
     return blocks if any(block.arrays for block in blocks) else None
 
 
 def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int) -> tuple[int, float]:
     """Which micro-batch pays on this worker, as ``ladder.best_size`` finds it on the first chunk of a task."""
     order, (piece, *_), here = _opened(sealed), task.pieces, seat()
-    rows = [part.rows(Within(mapped(task.arena) if task.arena else None, brought)) for part in piece.parts]
+    within = Within(mapped(task.arena) if task.arena else None, brought)
+    rows = [part.rows(within) for part in piece.parts]
     measured, _ = device_thread.of_worker(here.worker).run(
         lambda: measure(rows, order.recipe, order.job, here, tried, n_rows), time.perf_counter()
     )

@@ -7,7 +7,8 @@ of its client, and memory is bounded by the window, not by the input (decision 5
 The memory is a ``memfd``, opened by the workers through ``/proc/<client>/fd``. It has no name: nothing is left behind
 however client or worker end, ``kill -9`` included, and it does not count against the size of ``/dev/shm``, which is 64 MiB
 in many containers (this replaces decision 5's named files, their locks and their removal). Where the system has none, the
-arena is a file in the temporary folder, its space taken before it is mapped.
+arena is a file in the temporary folder, its space taken before it is mapped; its owner holds a lock on it, and one that
+nobody holds is removed by the next.
 
 Whether a worker can open an arena is tried, never guessed: it compares a token in the arena's first bytes. Workers on
 other hosts, in other containers or of other users get their rows in the task instead.
@@ -19,6 +20,7 @@ arena is let go, and the late writer writes into memory that nobody reads.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import mmap
 import os
@@ -30,6 +32,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ from daskinfer.arrays import Array
 HEAD_NBYTES = mmap.PAGESIZE  # the token, then nothing up to the first slot
 NOTE_NBYTES = 32 << 10  # at a slot's end, for the receipts of a task: 64 of some 300 bytes each
 ALIGN = 64  # bytes; a cache line, and what torch's vector code likes
+_MEMFD, _FILE_PREFIX = "/proc/", "daskinfer-arena-"
 MAX_MAPPED = 4  # arenas that a worker keeps mapped; arbitrary, each client has one as a rule
 
 
@@ -105,12 +109,17 @@ class Arena:
     def __init__(self, slot_nbytes: int, n_slots: int) -> None:
         self.slot_nbytes, self.n_slots = slot_nbytes, n_slots
         nbytes = HEAD_NBYTES + slot_nbytes * n_slots
-        descriptor, path = _created(nbytes)
-        self.memory = mmap.mmap(descriptor, nbytes)
+        descriptor, path = _opened_new()
+        self._end = weakref.finalize(self, _ended, descriptor, path, os.getpid())
+        try:
+            _reserve(descriptor, path, nbytes)
+            self.memory = mmap.mmap(descriptor, nbytes)
+        except OSError:
+            self._end()
+            raise
         self.ref = ArenaRef(path, uuid.uuid4().hex, nbytes)
         self.memory[: len(self.ref.token)] = self.ref.token.encode()
         self.free = [Slot(self, HEAD_NBYTES + i * slot_nbytes) for i in reversed(range(n_slots))]
-        self._end = weakref.finalize(self, _ended, descriptor, path, os.getpid())
 
     @property
     def clean(self) -> bool:
@@ -120,6 +129,8 @@ class Arena:
     def close(self) -> None:
         """Let go of the memory; it is gone once nobody maps it any more."""
         self._end()
+        # Slots and arena name each other. Not memory.close(): NumPy's arrays do not keep a map from being closed.
+        self.free.clear()
 
 
 def slot_nbytes(nbytes: int) -> int:
@@ -210,6 +221,7 @@ def unmap_all() -> None:
 def write_note(memory: mmap.mmap, offset: int, note: Any) -> None:
     """Leave something small for the client."""
     content = pickle.dumps(note)
+    assert len(content) <= NOTE_NBYTES - 4  # beyond it another task's slot begins
     memory[offset : offset + 4] = len(content).to_bytes(4, "little")
     memory[offset + 4 : offset + 4 + len(content)] = content
 
@@ -233,23 +245,34 @@ def _opened(ref: ArenaRef) -> mmap.mmap:
     return memory
 
 
-def _created(nbytes: int) -> tuple[int, str]:
-    """An open file of so many bytes and the path by which others open it."""
+def _opened_new() -> tuple[int, str]:
+    """An open file without bytes, and the path by which others open it."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("daskinfer", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, nbytes)
         return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
-    descriptor, path = tempfile.mkstemp(prefix="daskinfer-arena-")
-    try:
-        # A map beyond a full disk succeeds and kills the writer later (SIGBUS): take the space now.
-        os.posix_fallocate(descriptor, 0, nbytes) if hasattr(os, "posix_fallocate") else os.ftruncate(descriptor, nbytes)
-    except OSError:
-        _ended(descriptor, path, os.getpid())
-        raise
+    _remove_ownerless()
+    descriptor, path = tempfile.mkstemp(prefix=_FILE_PREFIX)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # for as long as its owner lives
     return descriptor, path
+
+
+def _reserve(descriptor: int, path: str, nbytes: int) -> None:
+    """Give the file its bytes. A map beyond a full disk succeeds and kills the writer later (SIGBUS): take the space now."""
+    if path.startswith(_MEMFD) or not hasattr(os, "posix_fallocate"):
+        os.ftruncate(descriptor, nbytes)
+    else:
+        os.posix_fallocate(descriptor, 0, nbytes)
+
+
+def _remove_ownerless() -> None:
+    """Remove the files of processes that were killed: nobody holds their locks."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_FILE_PREFIX}*"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _ended(descriptor: int, path: str, owner: int) -> None:
     os.close(descriptor)
-    if not path.startswith("/proc/") and os.getpid() == owner:  # a forked child's is its parent's
+    if not path.startswith(_MEMFD) and os.getpid() == owner:  # a forked child's is its parent's
         os.unlink(path)

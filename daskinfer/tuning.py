@@ -42,7 +42,7 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
         if n_rows / speed < WORTH_SECONDS:
             return call  # measured again where there is more to do
         known[lane.kind] = size
-    return call.with_batch_sizes({kind: min(known[kind], tried[-1]) for kind in by_kind})
+    return call.with_batch_sizes({kind: _at_most(known[kind], tried) for kind in by_kind})
 
 
 def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> Call:
@@ -52,7 +52,7 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
         if n_rows_left < WORTH_SECONDS * speed:
             return call
         known["inline"], _ = measure_here(call, rows, here, tried, n_rows_left)
-    return replace(call, job=replace(call.job, batch_size=min(known["inline"], tried[-1])), tunable=False)
+    return replace(call, job=replace(call.job, batch_size=_at_most(known["inline"], tried)), tunable=False)
 
 
 def measured(
@@ -79,6 +79,11 @@ def measured(
 def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
     """The same in this process."""
     return measure(rows(_first(call, tried[-1])), call.recipe, call.job, here, tried, n_rows)
+
+
+def _at_most(known: int, tried: Sequence[int]) -> int:
+    """Of the sizes that this call may have, the largest up to what paid before; sizes of one call divide one another."""
+    return max((size for size in tried if size <= known), default=tried[0])
 
 
 def _first(call: Call, max_rows: int) -> Chunk:

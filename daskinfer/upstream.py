@@ -4,7 +4,8 @@ The driver computes through a window and hands each worker the few tasks that le
 nor a worker ever holds the whole graph. That is only right where the blocks are independent. Which way is taken, first
 match wins:
 
-1. Tasks are reached from the blocks at most ``MAX_REPEATS`` times each on average: block by block, in the workers.
+1. Tasks that depend on no other, as a rule loads, are reached from the blocks at most ``MAX_REPEATS`` times each on
+   average: block by block, in the workers; all ports of a chunk at once.
 2. Otherwise (``x - x.mean(0)``: 1,679 loads block by block, 80 in one graph) the upstream is computed as one plain graph
    on the cluster first, and the chunks begin with its results.
 
@@ -33,7 +34,7 @@ from daskinfer.transport import Slot
 
 logger = logging.getLogger(__name__)
 
-MAX_REPEATS = 1.5  # times that a task may be computed on average; arbitrary, below 2: a cut between two chunks shares one
+MAX_REPEATS = 1.5  # times that a load may be done on average; arbitrary, below 2: a cut between two chunks shares one
 SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
 SHARED_NBYTES = 1 << 20  # an array at a leaf that several chunks read and that is larger goes to the cluster once; arbitrary
 
@@ -61,11 +62,26 @@ class Blocks:
 
     def parts(self, index: int, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
         """Where a worker finds block ``index`` of each port; futures that Dask has to bring are added to ``brought``."""
-        return [self._part(self._key(name, ndim, index), way, brought) for name, ndim in self._names]
+        keys = [self._key(name, ndim, index) for name, ndim in self._names]
+        nodes: dict[Hashable, Any] = {}
+        for key in keys:
+            nodes |= self._reached(key)
+        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way, brought)) is not None}
+        graph = {k: node for k, node in nodes.items() if k not in leaves}
+        computed = tuple(key for key in keys if key in graph)
+        return [leaves[key] if key in leaves else FromGraph(graph, key, leaves, computed) for key in keys]
+
+    def leaves(self) -> tuple[int, int]:
+        """How many arrays of this process a chunk begins with, and their bytes per row, read off the first that has rows."""
+        for n_rows, keys in zip(self._row_chunks, self._chunk_keys(), strict=True):
+            arrays = [array for key in keys - self._shared.keys() if (array := _array(self._graph[key])) is not None]
+            if n_rows:
+                return len(arrays), -(-sum(array.nbytes for array in arrays) // n_rows)
+        return 0, 0
 
     def _index(self, arrays: Sequence[da.Array]) -> None:
         self._names = [(array.name, array.ndim) for array in arrays]
-        self._n_chunks = arrays[0].numblocks[0]
+        self._row_chunks = arrays[0].chunks[0]
         self._graph: dict[Hashable, Any] = {}
         for array in arrays:
             self._graph |= dict(array.__dask_graph__())
@@ -74,7 +90,7 @@ class Blocks:
         return (name, index, *(0,) * (ndim - 1))
 
     def _chunk_keys(self) -> Iterator[set[Hashable]]:
-        for index in range(self._n_chunks):
+        for index in range(len(self._row_chunks)):
             yield set().union(*(self._reached(self._key(name, ndim, index)) for name, ndim in self._names))
 
     def _reached(self, key: Hashable) -> dict[Hashable, Any]:
@@ -88,13 +104,17 @@ class Blocks:
         return found
 
     def _independent(self) -> bool:
-        limit = MAX_REPEATS * sum(not _is_leaf(node) for node in self._graph.values())
-        n_computed = 0
+        loads = {key for key in self._graph if self._is_load(key)}
+        n_loads = 0
         for keys in self._chunk_keys():
-            n_computed += sum(not _is_leaf(self._graph[key]) for key in keys)
-            if n_computed > limit:
+            n_loads += len(keys & loads)
+            if n_loads > MAX_REPEATS * len(loads):
                 return False
         return True
+
+    def _is_load(self, key: Hashable) -> bool:
+        node = self._graph[key]
+        return not isinstance(node, Future | DataNode | np.ndarray) and not get_dependencies(self._graph, key)
 
     def _once_on_the_cluster(self) -> Mapping[Hashable, Future]:
         if self._client is None:
@@ -105,13 +125,6 @@ class Blocks:
         n_readers = Counter(key for keys in self._chunk_keys() for key in keys if key in large)
         shared = {key: _array(self._graph[key]) for key, n in n_readers.items() if n > 1}
         return {key: self._client.scatter(array, hash=False) for key, array in shared.items()}
-
-    def _part(self, key: Hashable, way: Slot | Comms | None, brought: list[Future]) -> Part:
-        nodes = self._reached(key)
-        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way, brought)) is not None}
-        if key in leaves:
-            return leaves[key]
-        return FromGraph({k: node for k, node in nodes.items() if k not in leaves}, key, leaves)
 
     def _leaf(self, key: Hashable, node: Any, way: Slot | Comms | None, brought: list[Future]) -> Part | None:
         if isinstance(future := self._shared.get(key, node), Future):
@@ -131,7 +144,7 @@ class Comms:
     brought: list[Future]
 
     def bring(self, array: Array) -> Part:
-        """Have Dask's comms take an array there; in a task it would pass through the scheduler's hands as code does."""
+        """Have Dask's comms take an array there, through the scheduler unless the client reaches workers directly."""
         self.brought.append(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
         return Brought(len(self.brought) - 1)
 
@@ -141,14 +154,10 @@ def placed(array: Array, way: Slot | Comms | None) -> Part:
     if isinstance(way, Slot) and (place := way.place(array.shape, array.dtype)) is not None:
         place.array(way.arena.memory)[...] = array
         return FromSlot(place)
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # np.ascontiguousarray would make a number 1-d
     return way.bring(array) if isinstance(way, Comms) and array.nbytes > SENT_NBYTES else Sent(array)
 
 
 def _array(node: Any) -> Array | None:
     value = node.value if isinstance(node, DataNode) else node
     return value if isinstance(value, np.ndarray) and value.dtype != object else None
-
-
-def _is_leaf(node: Any) -> bool:
-    return isinstance(node, Future | DataNode | np.ndarray)

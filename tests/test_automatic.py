@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 from distributed import Client
@@ -34,6 +35,8 @@ def slow(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def waits_for_workers(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A network that does its first rows at once, and in the client's process no more until the workers are there."""
+    from daskinfer.kept import kept  # it holds a lock: it cannot travel with the function
+
     if batch.max() >= 100 and "DASKINFER_DEVICE" not in os.environ:
         wait_until(lambda: kept.has(["cpu", "cpu"]), 120)
     return -batch
@@ -105,7 +108,7 @@ def test_rule_2(caplog: pytest.LogCaptureFixture) -> None:
     assert rules(caplog) == [2]
 
 
-@pytest.mark.parametrize("how", [{"devices": CPUS[:0] or ["cpu", "cpu"]}, {"device_weights": "even"}])
+@pytest.mark.parametrize("how", [{"devices": ["cpu", "cpu"]}, {"device_weights": "even"}])
 def test_rule_3(two_cpus: list[str], caplog: pytest.LogCaptureFixture, how: dict[str, Any]) -> None:
     """Who names devices, or their shares, gets workers."""
     by_device, _ = computed(**how)
@@ -242,7 +245,7 @@ def test_a_stream_takes_the_same_ladder(
 
 def fixed_cost(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A network whose micro-batches cost the same whatever their size, so that larger ones pay."""
-    time.sleep(0.005)
+    time.sleep(0.01)
     return -batch
 
 
@@ -254,8 +257,6 @@ def test_the_micro_batch_is_measured_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """An automatic micro-batch is climbed to where it pays, reported, remembered and not measured again."""
-    import dask.array as da
-
     n_measured: list[str] = []
     for name in ("measured", "measure"):
         original = getattr(tuning, name)
@@ -269,7 +270,7 @@ def test_the_micro_batch_is_measured_once(
     devices = "inline" if where == "inline" else request.getfixturevalue("two_cpus")
     x = da.from_array(LARGE, chunks=150_000) if where == "dask" else LARGE
     sizes = [computed(fixed_cost, x, devices=devices, batch_size="auto")[1].batch_size for _ in range(2)]
-    assert sizes[0] == sizes[1] > 1024
+    assert sizes[0] == sizes[1] > 1024, sizes
     assert known().batch_sizes == {"inline" if where == "inline" else "cpu": sizes[0]}
     assert n_measured == ["measure" if where == "inline" else "measured"]
 

@@ -172,7 +172,7 @@ def test_the_largest_task() -> None:
 
 def planned(call: Call, limits: dict[str, int]) -> Dealer:
     """Who deals what the layout says."""
-    return Planned(call.layout, call.row_nbytes, n_devices=2)
+    return Planned(call.layout, call.row_nbytes, n_devices=2, chunk_nbytes=call.chunk_nbytes)
 
 
 def by_grid(call: Call, limits: dict[str, int]) -> Dealer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections import Counter
@@ -198,21 +197,22 @@ def test_a_cut_between_two_chunks_shares_one_load(loads: Loads, said: Callable[[
     assert loads.counts == ONCE + Counter([2, 4])  # rows 7 and 14 lie within a load, row 21 begins one
 
 
-def layered(n_shared: int) -> da.Array:
-    """Two chunks of one row that share so many tasks, each with one of its own."""
-    shared = [f"shared-{n_shared}-{i}" for i in range(n_shared)]
-    graph: dict[Any, Any] = {shared[0]: (np.ones, 1)}
-    graph |= {key: (np.negative, before) for before, key in itertools.pairwise(shared)}
-    graph |= {(f"own-{n_shared}", index): (np.multiply, shared[-1], index) for index in range(2)}
-    return da.Array(graph, f"own-{n_shared}", chunks=((1, 1),), dtype=float)
+def layered(n_own: int) -> da.Array:
+    """Two blocks of one number, each made of one load that both share and ``n_own`` loads of its own."""
+    graph: dict[Any, Any] = {f"shared-{n_own}": (np.ones, 1)}
+    for index in range(2):
+        own = [f"load-{n_own}-{index}-{i}" for i in range(n_own)]
+        graph |= dict.fromkeys(own, (np.ones, 1))
+        graph[(f"own-{n_own}", index)] = (sum, [f"shared-{n_own}", *own])
+    return da.Array(graph, f"own-{n_own}", chunks=((1, 1),), dtype=float)
 
 
-@pytest.mark.parametrize(("n_shared", "lines"), [(1, []), (2, []), (3, [AS_ONE_GRAPH])])
-def test_the_limit_of_repeats(n_shared: int, lines: list[str], said: Callable[[], list[str]]) -> None:
-    """Tasks that are computed ``MAX_REPEATS`` times on average go block by block, more often as one graph."""
-    repeats = 2 * (n_shared + 1) / (n_shared + 2)
+@pytest.mark.parametrize(("n_own", "lines"), [(0, [AS_ONE_GRAPH]), (1, [])])
+def test_the_limit_of_repeats(n_own: int, lines: list[str], said: Callable[[], list[str]]) -> None:
+    """Loads that are done up to ``MAX_REPEATS`` times on average go block by block, more often as one graph."""
+    repeats = 2 * (1 + n_own) / (1 + 2 * n_own)
     assert (repeats > MAX_REPEATS) == bool(lines)
-    assert whole(Blocks([layered(n_shared)], None), 2).tolist() == [0, (-1) ** (n_shared - 1)]
+    assert whole(Blocks([layered(n_own)], None), 2).tolist() == [n_own + 1.0] * 2
     assert said() == lines
 
 
