@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Unpack
 
@@ -394,5 +394,6 @@ def _compute(work: Work, keep: Callable[[Finished], None], targets: Sequence[Tar
 def _streamed(work: Work) -> Generator[Any, None, None]:
     call = work.call()
     order = InOrder(call.ahead_rows)
-    for arrays in order.blocks(driver.Run(call, order.before)):
-        yield work.answer(arrays)
+    with closing(iter(driver.Run(call, order.before))) as finished:
+        for arrays in order.blocks(finished):
+            yield work.answer(arrays)

@@ -24,7 +24,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -85,7 +85,7 @@ class Run:
         """Rows of the micro-batch that was chosen, the largest of all kinds of device."""
         return self._call.job.batch_size
 
-    def __iter__(self) -> Iterator[Finished]:
+    def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
         if call.layout.n_rows == 0:
             logger.debug("rule 1: no rows")
@@ -288,10 +288,11 @@ def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_seconds:
 @contextlib.contextmanager
 def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe]]:
     """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network."""
-    plugin.register(client, tune_allocator=call.placement.client is None)
+    plugin.register(client)
     feeder = _feeder(call, client)
     n_tasks = call.readers + 2
-    n_slots = n_tasks * sum(weight > 0 for weight in call.weights)
+    # One more than there are tasks: the next is on its way before the answer of the last is used.
+    n_slots = (n_tasks + 1) * sum(weight > 0 for weight in call.weights)
     with ExitStack() as stack:
         nbytes = feeder.slot_nbytes(call.max_task_rows, MAX_CHUNKS_PER_TASK)
         arena = stack.enter_context(transport.lent(client, nbytes, n_slots))

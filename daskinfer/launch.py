@@ -44,7 +44,8 @@ class Start:
             "start_timeout": self.timeout,
             "host": LOOPBACK,
             "dashboard": False,
-            "preload": ["daskinfer.task"],  # imports torch while the cluster starts, not in the first chunk
+            # Imports torch while the cluster starts, not in the first chunk, and sets the allocator.
+            "preload": ["daskinfer.task", "daskinfer.plugin"],
             "silence_logs": logging.CRITICAL,  # what fails in a chunk is raised in the client
             "env": {
                 variables.DEVICE: device.name,

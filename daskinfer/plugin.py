@@ -1,14 +1,18 @@
-"""What a worker is made ready with while a client of ours is there: its allocator, and the end of what it was made for us.
+"""What a worker is made ready with while a client of ours is there: its allocator, and the end of what was made for us.
 
 Registered once per client on any Dask cluster; Dask sets it up again on workers that are restarted or join later. When the
 client leaves the scheduler, however it leaves, the plugin goes too: models are closed, shared memory is let go, the device
-thread ends. On clusters of others the allocator is left as it is unless that is asked for (``tune_allocator``): the worker
-is theirs.
+thread ends.
+
+Workers of our own clusters have their allocator set when they start (``dask_setup``): untuned, a small CNN took 4.7 s
+instead of 1.7 s. On clusters of others it is left as it is: the worker is theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
 
 from distributed import Client, Scheduler, Worker
@@ -23,18 +27,20 @@ _registered: weakref.WeakSet[Client] = weakref.WeakSet()
 _users: dict[str, set[str]] = {}  # clients by worker; in the worker's process
 
 
+def dask_setup(worker: Worker) -> None:
+    """What Dask calls in a worker that preloads this module: those of our own clusters."""
+    allocator.keep_freed_memory()
+
+
 class WorkerSetup(WorkerPlugin):  # type: ignore[misc]  # distributed ships no annotations
     """Makes a worker ready for one client, and takes everything back when the last client has gone."""
 
-    def __init__(self, client_id: str, *, tune_allocator: bool) -> None:
+    def __init__(self, client_id: str) -> None:
         self.name = plugin_name(client_id)
         self.client_id = client_id
-        self.tune_allocator = tune_allocator
 
     def setup(self, worker: Worker) -> None:
         _users.setdefault(worker.address, set()).add(self.client_id)
-        if self.tune_allocator:
-            allocator.keep_freed_memory()
 
     def teardown(self, worker: Worker) -> None:
         users = _users.get(worker.address, set())
@@ -44,8 +50,9 @@ class WorkerSetup(WorkerPlugin):  # type: ignore[misc]  # distributed ships no a
         _users.pop(worker.address, None)
         device_thread.close(worker.address)
         if not _users:  # several workers may live in one process
-            models.clear()
             transport.unmap_all()
+            # In a thread of its own: a model is closed once its chunk is done, and the worker's loop must not wait for it.
+            threading.Thread(target=models.clear, name="daskinfer-close", daemon=True).start()
 
 
 class Departure(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annotations
@@ -64,8 +71,9 @@ class Departure(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no 
 
     async def _undo(self, scheduler: Scheduler) -> None:
         name = plugin_name(self.client_id)
-        if name in scheduler.worker_plugins:
-            await scheduler.unregister_worker_plugin(None, name)
+        with contextlib.suppress(OSError):  # workers that end at the same time
+            if name in scheduler.worker_plugins:
+                await scheduler.unregister_worker_plugin(None, name)
         await scheduler.unregister_scheduler_plugin(self.name)
 
 
@@ -74,11 +82,11 @@ def plugin_name(client_id: str) -> str:
     return f"daskinfer-{client_id}"
 
 
-def register(client: Client, *, tune_allocator: bool) -> None:
+def register(client: Client) -> None:
     """Make all workers of a client ready, now and later; once per client."""
     if client in _registered:
         return
-    client.register_plugin(WorkerSetup(client.id, tune_allocator=tune_allocator))
+    client.register_plugin(WorkerSetup(client.id))
     try:
         client.register_plugin(Departure(client.id))
     except Exception as error:  # a scheduler without daskinfer, or one that takes no code from clients

@@ -75,8 +75,8 @@ def question_of(recipe: Recipe, reads: Sequence[str], writes: Sequence[str], are
     """The question for a network and its files."""
     made = recipe.factory if isinstance(recipe, WeightsFile) else recipe
     factory = made.factory if isinstance(made, FactoryCall) and isinstance(made.factory, str) else ""
-    paths = [path for part in (recipe, made) if (path := getattr(part, "path", None))]
-    return Question(recipe.key, factory, (*reads, *paths), tuple(writes), arena)
+    path = getattr(recipe, "path", None)
+    return Question(recipe.key, factory, (*reads, *([path] if path else [])), tuple(writes), arena)
 
 
 def versions() -> dict[str, str]:

@@ -43,30 +43,33 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
         return
     here = {folder for folder in folders.values() if folder and os.path.isdir(folder)}
     elsewhere = _receivers(client, [address for address, folder in folders.items() if folder not in here], loaded)
+    hosts = set(elsewhere.values())
     # Ours stays, by its key; on a host of others another call with the same network may end first.
     name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if elsewhere else ''}.safetensors"
     for folder in here:
         _keep(folder, name, recipe)
     if elsewhere:
-        client.run(_receive, None, name, recipe.packed.to_bytes(), workers=elsewhere)
+        client.run(_receive, None, name, recipe.packed.to_bytes(), workers=list(elsewhere))
     try:
         yield ShippedModel(recipe.key, name, recipe.nbytes)
     finally:
         if elsewhere and client.status == "running":
-            client.run(_forget, name, workers=_reachable(client, elsewhere), on_error="ignore")
+            # By whatever worker is on the host now: the one that received it may have died.
+            client.run(_forget, name, workers=_one_each(client, hosts), on_error="ignore")
 
 
-def _receivers(client: Client, addresses: Sequence[str], loaded: Collection[str]) -> list[str]:
-    """One worker of each host where a worker has not loaded the model yet."""
+def _receivers(client: Client, addresses: Sequence[str], loaded: Collection[str]) -> dict[str, str]:
+    """One worker, and its host, of each host where a worker has not loaded the model yet."""
     if not (lacking := [address for address in addresses if address not in loaded]):
-        return []
+        return {}
     hosts = {address: info["host"] for address, info in workers_of(client).items()}
-    return list({hosts[address]: address for address in lacking if address in hosts}.values())
+    by_host = {hosts[address]: address for address in lacking if address in hosts}
+    return {address: host for host, address in by_host.items()}
 
 
-def _reachable(client: Client, addresses: Sequence[str]) -> list[str]:
-    there = workers_of(client)
-    return [address for address in addresses if address in there]
+def _one_each(client: Client, hosts: Collection[str]) -> list[str]:
+    """A worker on each of these hosts, where there is one."""
+    return list({info["host"]: address for address, info in workers_of(client).items() if info["host"] in hosts}.values())
 
 
 def _receive(folder: str | None, name: str, content: bytes) -> None:

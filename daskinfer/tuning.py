@@ -31,7 +31,7 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     As it is where the micro-batch was given, or where there is not enough to do.
     """
     tried, known = call.tried_sizes, memory.of(call.key).batch_sizes
-    if not call.tunable or len(tried) < 2:
+    if not call.tunable or len(tried) < 2 or _is_short(call):
         return call
     by_kind = {lane.kind: lane for lane in reversed(lanes)}
     asked = [lane for kind, lane in by_kind.items() if kind not in known]
@@ -39,10 +39,17 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     found = measured(call, client, order, asked, feed, tried)
     for lane in asked:
         size, speed = found[lane.device]
-        if n_rows / speed < WORTH_SECONDS:
+        if size == tried[0] and n_rows / speed < WORTH_SECONDS:
             return call  # measured again where there is more to do
         known[lane.kind] = size
     return call.with_batch_sizes({kind: _at_most(known[kind], tried) for kind in by_kind})
+
+
+def _is_short(call: Call) -> bool:
+    """Whether the speeds of an earlier run say that there is not enough to do."""
+    known = memory.of(call.key).speeds
+    speeds = [known.get(d.name, 0.0) for d, weight in zip(call.placement.devices, call.weights, strict=True) if weight]
+    return all(speeds) and call.layout.n_rows / sum(speeds) < WORTH_SECONDS
 
 
 def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> Call:
@@ -69,7 +76,11 @@ def measured(
             measure_task, order, task, brought, tried, n_rows, key=key, pure=False, **lane.restriction
         )
         slots.append(slot)
-    found = {device: future.result() for device, future in futures.items()}
+    try:
+        found = {device: future.result() for device, future in futures.items()}
+    except BaseException:
+        client.cancel(list(futures.values()), force=True)
+        raise
     for slot in slots:
         if slot is not None:
             slot.free()

@@ -161,8 +161,13 @@ def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
         blocks: Sequence[Any] | None = future.result()
     except KilledWorker as error:
         raise ChunkError(
-            f"chunk {task.chunks[0].index} ({task.rows}) ended its worker {error.last_worker}; a worker has to outlive its "
-            "chunks. Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size or leave the "
-            "rows out."
+            f"chunk {task.chunks[0].index} ({task.rows}) ended its worker {_address(error.last_worker)}; a worker has to "
+            "outlive its chunks. Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size or "
+            "leave the rows out."
         ) from error
     return blocks
+
+
+def _address(worker: Any) -> str:
+    """Of a worker as Dask's error has it: its record, or nothing."""
+    return str(getattr(worker, "address", "")) or "(unknown)"

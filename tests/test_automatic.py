@@ -37,7 +37,7 @@ def waits_for_workers(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A network that does its first rows at once, and in the client's process no more until the workers are there."""
     from daskinfer.kept import kept  # it holds a lock: it cannot travel with the function
 
-    if batch.max() >= 100 and "DASKINFER_DEVICE" not in os.environ:
+    if batch.max() >= 3000 and "DASKINFER_DEVICE" not in os.environ:
         wait_until(lambda: kept.has(["cpu", "cpu"]), 120)
     return -batch
 
@@ -86,7 +86,7 @@ def test_workers_that_are_started_take_over(caplog: pytest.LogCaptureFixture, mo
     monkeypatch.setattr(driver, "START_SECONDS", 0.0)
     di.close()
     try:
-        by_device, _ = computed(waits_for_workers)
+        by_device, _ = computed(waits_for_workers, np.arange(20_000, dtype=np.float32))
         assert rules(caplog) == [7]
         assert by_device["inline"] > 0
         assert by_device["cpu:0"] + by_device["cpu:1"] > 0

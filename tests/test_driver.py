@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,12 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Future
 
 import daskinfer as di
+from daskinfer import driver
+from daskinfer.assembly import assemble
+from daskinfer.pace import memory
 from tests.conftest import wait_until
 
 X = np.ones((64, 4), np.float32)
@@ -61,3 +65,77 @@ def test_a_cluster_of_others(plain_client: Client) -> None:
     y, report = di.predict(big_net(3), X, client=plain_client, device_weights=[3, 1], batch_size=4, return_report=True)
     assert y.shape == (64, 1000)
     assert [d.n_rows for d in report.devices] == [48, 16]
+
+
+def by_device(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A network that is 4 times slower on cpu:0 than elsewhere."""
+    time.sleep(len(batch) * (8e-5 if os.environ.get("DASKINFER_DEVICE") == "cpu:0" else 2e-5))
+    return batch
+
+
+def test_devices_get_rows_by_their_measured_speed(two_cpus: list[str]) -> None:
+    """Of unlike devices the faster one gets more rows without being told, and the report says what was measured."""
+    memory.clear()
+    x = np.arange(30_000.0)
+    y, report = di.predict(by_device, x, devices=two_cpus, batch_size=50, return_report=True)
+    np.testing.assert_array_equal(y, x)
+    slow, fast = report.devices
+    assert fast.n_rows >= 2 * slow.n_rows
+    assert fast.measured_share >= 2 * slow.measured_share
+    assert slow.asked_share == fast.asked_share == 0.5
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [5, 1], "even"])
+def test_given_weights_are_honoured_to_the_row(two_cpus: list[str], weights: Any) -> None:
+    """Whatever the devices' speeds, weights that were given are met as planned."""
+    how = {"devices": two_cpus, "batch_size": 50, "device_weights": weights}
+    x = np.arange(6000.0)
+    planned = {device.device: device.n_rows for device in di.plan(by_device, x, **how).devices}
+    _, report = di.predict(by_device, x, return_report=True, **how)
+    assert {device.device: device.n_rows for device in report.devices} == planned
+
+
+def test_a_large_order_goes_to_the_cluster_once(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a preprocess carries along travels once, not with each task."""
+    table = np.arange(driver.MAX_ORDER_NBYTES // 8 + 1, dtype=float)
+    n_sent: list[int] = []
+    orders: list[Any] = []
+    scatter, submit = Client.scatter, Client.submit
+
+    def counts(client: Client, data: Any, **how: Any) -> Any:
+        n_sent.append(len(data))
+        return scatter(client, data, **how)
+
+    def looks(client: Client, work: Any, order: Any, *rest: Any, **how: Any) -> Any:
+        orders.append(order)
+        return submit(client, work, order, *rest, **how)
+
+    monkeypatch.setattr(Client, "scatter", counts)
+    monkeypatch.setattr(Client, "submit", looks)
+    x = da.from_array(np.arange(40), chunks=2)
+    y = di.predict(np.negative, x, client=cluster_client, batch_size=2, preprocess=lambda rows: table[rows])
+    np.testing.assert_array_equal(y, -np.arange(40.0))
+    assert len(n_sent) == 1
+    assert n_sent[0] > table.nbytes
+    assert len(orders) > 1
+    assert all(isinstance(order, Future) for order in orders)
+
+
+def test_a_small_order_goes_with_its_tasks(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent ahead of the tasks where there is little to send."""
+    monkeypatch.setattr(Client, "scatter", None)  # sending would fail
+    np.testing.assert_array_equal(di.predict(np.negative, X, client=cluster_client), -X)
+
+
+@pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
+def test_speeds_are_measured_and_remembered(two_cpus: list[str], devices: Any) -> None:
+    """Each device's speed is found on the first rows, on all devices at once, and the next call begins with it."""
+    memory.clear()
+    given = {"device_weights": "auto", "batch_size": 50, "client": None, "options": None, "fields": {}}
+    call = assemble(by_device, np.arange(30_000.0), devices=devices, **given).call()
+    found = driver.speeds(call)
+    assert memory.of(call.key).speeds == found
+    if devices == "inline":
+        assert set(found) == {"inline"}
+    else:
+        assert 2 * found["cpu:0"] < found["cpu:1"]

@@ -56,6 +56,15 @@ def test_the_same_devices_find_the_same_cluster(kept: KeptCluster) -> None:
         assert second.submit(sum, [1, 2]).result() == 3
 
 
+def test_what_it_has(kept: KeptCluster) -> None:
+    """It has a cluster of the devices that were asked for last, and none of others; a new keeper has none."""
+    with kept.client(ONE):
+        assert kept.has(ONE)
+    assert kept.has(tuple(ONE))
+    assert not kept.has(["cpu", "cpu"])
+    assert not KeptCluster().has(ONE)
+
+
 def test_the_callers_dask_is_none_of_its_business(kept: KeptCluster) -> None:
     """Neither the current client nor the configuration changes, inside and after."""
     config = repr(dask.config.config)
@@ -70,6 +79,7 @@ def test_a_cluster_in_use_is_ended_by_the_last_to_leave() -> None:
     keeper = KeptCluster(idle_seconds=0.1)
     with keeper.client(ONE) as client:
         keeper.close()
+        assert not keeper.has(ONE)
         processes = nannies(client)
         assert client.submit(sum, [1, 2]).result() == 3
         with keeper.client(["cpu", "cpu"]) as other:
@@ -90,6 +100,7 @@ def test_other_devices_and_a_dead_nanny_replace_the_cluster() -> None:
             processes = nannies(first)
         processes[0].kill()
         wait_until(lambda: gone(processes))
+        wait_until(lambda: not keeper.has(ONE))
         with keeper.client(ONE) as second:
             assert second.submit(sum, [1, 2]).result(timeout=30) == 3
         assert first.status == "closed"

@@ -60,7 +60,9 @@ def test_every_worker_answers(cluster_client: Client) -> None:
     arena.close()
     found = sorted(answers.values(), key=lambda answer: answer.device)
     assert [answer.device for answer in found] == ["cpu:0", "cpu:1"]
-    assert [(a.uuid, a.versions, a.loaded, a.shares_memory, a.lacks) for a in found] == [("", versions(), False, True, ())] * 2
+    assert [(a.uuid, a.versions, a.loaded, a.shares_memory, a.lacks) for a in found] == [
+        ("", versions(), False, True, ())
+    ] * 2
     assert {Path(answer.scratch).is_dir() for answer in found} == {True}
 
 
@@ -102,7 +104,9 @@ def test_a_factory_that_workers_cannot_import(
     """A factory on the client's path only is refused before the first chunk, with the cure."""
     (tmp_path / "of_the_client.py").write_text("def make():\n    return abs\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PlanError, match=r"cannot import the factory 'of_the_client:make' \(ModuleNotFoundError: .*PYTHONPATH"):
+    with pytest.raises(
+        PlanError, match=r"cannot import the factory 'of_the_client:make' \(ModuleNotFoundError: .*PYTHONPATH"
+    ):
         di.predict("of_the_client:make", [1.0, -2.0], client=cluster_client)
 
 
@@ -124,7 +128,9 @@ def test_an_input_that_only_the_client_sees_ends_the_call(
     monkeypatch.setattr(
         preflight, "question_of", lambda recipe, reads, *rest: asked(recipe, [f"/host/of{path}" for path in reads], *rest)
     )
-    with pytest.raises(PlanError, match=r"cannot read '/host/of.*x\.npy'; every worker has to\. Use a folder that all hosts"):
+    with pytest.raises(
+        PlanError, match=r"cannot read '/host/of.*x\.npy'; every worker has to\. Use a folder that all hosts"
+    ):
         di.run(np.negative, tmp_path / "x.npy", tmp_path / "y.npy", client=cluster_client)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 

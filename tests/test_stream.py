@@ -143,7 +143,7 @@ def test_in_this_process_nothing_is_ahead(counted: Any, tmp_path: Path) -> None:
 
 
 def test_closing_early_cancels_the_rest(cluster_client: Client, counted: Any, tmp_path: Path) -> None:
-    """After close() no task is left, few rows were ever computed, no memory is held, and the cluster serves the next call."""
+    """After close() no task is left, few rows were computed, no memory is held, and the cluster serves the next call."""
     x = np.arange(N_ROWS, dtype=np.float32)
     blocks = di.stream(counted, x, client=cluster_client, batch_size=1, output=np.empty(0, "float32"))
     with watched(cluster_client) as watch:

@@ -15,16 +15,20 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 from distributed import Client, Future, LocalCluster, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 import daskinfer as di
-from daskinfer import preflight, transport, window
+from daskinfer import preflight, shipping, transport, window
 from daskinfer.dealer import Planned
 from daskinfer.errors import ClusterError
 from daskinfer.lane import Lane
+from daskinfer.model import Model, ShippedModel, shipped_path
+from daskinfer.placement import workers_of
 from daskinfer.planner import lay_out
 from daskinfer.records import RunReport
+from tests.conftest import wait_until
 
 N_TINY = 2000  # chunks
 IN_FLIGHT = {"waiting", "processing", "queued", "no-worker"}
@@ -241,6 +245,21 @@ def test_a_worker_that_leaves_ends_the_call(foreign: Client, tmp_path: Path, mon
     with pytest.raises(ClusterError, match=f"the worker {address} is gone, with rows that it was computing"):
         list(blocks)
     go.touch()
+
+
+@pytest.mark.slow
+def test_a_shipped_network_goes_though_its_receiver_died(foreign: Client) -> None:
+    """On a cluster of others the network's file is removed at the end of the call, whichever worker had received it."""
+    recipe = Model(torch.nn.Linear(3, 2)).recipe()
+    before = set(workers_of(foreign))
+    with shipping.shipped(foreign, recipe, dict.fromkeys(before, ""), set()) as travelling:
+        assert isinstance(travelling, ShippedModel)
+        path = Path(shipped_path(travelling.name))
+        assert path.exists()
+        for pid in foreign.run(os.getpid).values():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(set(workers_of(foreign)) - before) == 2, 60)
+    assert not path.exists()
 
 
 @pytest.mark.slow

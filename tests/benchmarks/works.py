@@ -85,10 +85,10 @@ _IMAGE = (3, 32, 32)
 WORKS = {
     work.name: work
     for work in (
-        Work("cnn", 40_000, _IMAGE, (10,), 256, _cnn),
+        Work("cnn", 40_000, _IMAGE, (10,), 64, _cnn),
         Work("mlp", 2_000_000, (64,), (10,), 1024, _mlp),
         Work("large", 40_000, _IMAGE, _IMAGE, 256, _large),
-        Work("few images", 2_000, _IMAGE, (10,), 256, _cnn),
+        Work("few images", 2_000, _IMAGE, (10,), 64, _cnn),
         Work("few rows", 100_000, (64,), (10,), 1024, _mlp),
     )
 }
