@@ -27,15 +27,13 @@ def is_own(module: object) -> bool:
     name, path = names.get("__name__"), names.get("__file__")
     if not isinstance(path, str) or path.startswith(_STANDARD_LIBRARY) or sys.modules.get(str(name)) is not module:
         return False
-    if any(f"{os.sep}{folder}{os.sep}" in path for folder in _INSTALL_FOLDERS):
+    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
         return False
     return name.partition(".")[0] not in ("__main__", "daskinfer") and not _is_installed(os.path.abspath(path), name)
 
 
 def _is_installed(path: str, name: str) -> bool:
-    """Whether the file lies in a folder that an installer fills: by the folder's name, or by what else lies in it."""
-    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
-        return True
+    """Whether the file lies in a folder that an installer fills, whatever its name: by what else lies in it."""
     depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
     for _ in range(depth):
         path = os.path.dirname(path)

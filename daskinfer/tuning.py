@@ -31,10 +31,10 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     As it is where the micro-batch was given, or where there is not enough to do.
     """
     tried, known = call.tried_sizes, memory.of(call.key).batch_sizes
-    if not call.tunable or len(tried) < 2 or _is_short(call):
-        return call
     by_kind = {lane.kind: lane for lane in reversed(lanes)}
     asked = [lane for kind, lane in by_kind.items() if kind not in known]
+    if not call.tunable or len(tried) < 2 or (asked and _is_short(call)):
+        return call
     n_rows = call.layout.n_rows // len(lanes)
     found = measured(call, client, order, asked, feed, tried)
     for lane in asked:

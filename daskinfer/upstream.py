@@ -73,11 +73,10 @@ class Blocks:
 
     def leaves(self) -> tuple[int, int]:
         """How many arrays of this process a chunk begins with, and their bytes per row, read off the first that has rows."""
-        for n_rows, keys in zip(self._row_chunks, self._chunk_keys(), strict=True):
-            arrays = [array for key in keys - self._shared.keys() if (array := _array(self._graph[key])) is not None]
-            if n_rows:
-                return len(arrays), -(-sum(array.nbytes for array in arrays) // n_rows)
-        return 0, 0
+        index = next((index for index, n_rows in enumerate(self._row_chunks) if n_rows), 0)
+        keys = self._keys_of(index) - self._shared.keys()
+        arrays = [array for key in keys if (array := _array(self._graph[key])) is not None]
+        return len(arrays), -(-sum(array.nbytes for array in arrays) // max(1, self._row_chunks[index]))
 
     def _index(self, arrays: Sequence[da.Array]) -> None:
         self._names = [(array.name, array.ndim) for array in arrays]
@@ -90,8 +89,10 @@ class Blocks:
         return (name, index, *(0,) * (ndim - 1))
 
     def _chunk_keys(self) -> Iterator[set[Hashable]]:
-        for index in range(len(self._row_chunks)):
-            yield set().union(*(self._reached(self._key(name, ndim, index)) for name, ndim in self._names))
+        return (self._keys_of(index) for index in range(len(self._row_chunks)))
+
+    def _keys_of(self, index: int) -> set[Hashable]:
+        return set().union(*(self._reached(self._key(name, ndim, index)) for name, ndim in self._names))
 
     def _reached(self, key: Hashable) -> dict[Hashable, Any]:
         """The nodes of the graph that a block needs, itself included."""

@@ -344,6 +344,18 @@ def test_plan_of_a_run_counts_in_write_units(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_plan_with_a_probe_shows_speeds_and_the_time(two_cpus: list[str], tmp_path: Path) -> None:
+    """A probe measures every device on real rows; the speeds are the weights of the next plan, and of one to storage."""
+    net, x = mlp(60), rows(1000)
+    assert di.plan(net, x, devices=two_cpus).seconds is None
+    probed = di.plan(net, x, devices=two_cpus, probe=True)
+    assert all(device.rows_per_second > 0 for device in probed.devices)
+    assert probed.seconds == pytest.approx(1000 / sum(device.rows_per_second for device in probed.devices))
+    assert not probed.weights_assumed
+    assert di.plan(net, x, target=tmp_path / "y.npy", devices=two_cpus).seconds == probed.seconds
+    assert di.plan(net, x[:0], devices=two_cpus, probe=True).n_rows == 0
+
+
 def test_options_as_record_and_as_keywords(two_cpus: list[str]) -> None:
     """A keyword wins over the same field of an Options record."""
     x = rows(20)

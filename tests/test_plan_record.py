@@ -137,3 +137,29 @@ def test_a_layout_made_to_fit_is_not_refused():
     layout = lay_out(5000, [1.0], batch_size=64, row_nbytes=1024, chunk_nbytes=budget)
     plan = plan_devices(layout, model_nbytes=1024)
     assert memory_refusals(plan, layout, [limit], row_nbytes=1024, model_nbytes=1024) == []
+
+
+@pytest.mark.parametrize(("balanced", "seconds"), [(True, 1010 / 400), (False, 510 / 100)])
+def test_measured_speeds_give_the_time_to_expect(balanced, seconds):
+    """Balanced devices end together; planned shares take as long as the slowest takes for its own."""
+    layout = lay_out(1010, [1.0, 1.0], batch_size=10)
+    devices = describe(
+        layout,
+        names=["cpu:0", "cpu:1"],
+        labels=["", ""],
+        weights=[1.0, 1.0],
+        row_in_nbytes=4,
+        row_out_nbytes=4,
+        model_nbytes=0,
+        speeds=[100.0, 300.0],
+    )
+    plan = example_plan(layout=layout, devices=devices, balanced=balanced)
+    assert plan.seconds == seconds
+    assert f"time    {seconds:.3g} s to expect, by the speeds measured" in str(plan)
+    assert "rows/s" in str(plan)
+
+
+def test_a_device_without_a_speed_leaves_the_time_open():
+    """Without a measurement of every device that works there is no time to expect."""
+    assert example_plan().seconds is None
+    assert "rows/s" not in str(example_plan())

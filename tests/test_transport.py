@@ -454,3 +454,16 @@ def test_a_file_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in left:
         path.unlink()
     assert not left
+
+
+def test_a_file_whose_owner_was_killed_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memfd, files that nobody holds a lock on are removed by the next arena; a living owner's stay."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delattr(os, "memfd_create")
+    (tmp_path / "daskinfer-arena-orphan").touch()
+    first = Arena(transport.slot_nbytes(100), 1)
+    second = Arena(transport.slot_nbytes(100), 1)
+    assert {path.name for path in tmp_path.iterdir()} == {Path(arena.ref.path).name for arena in (first, second)}
+    first.close()
+    second.close()
+    assert not list(tmp_path.iterdir())
