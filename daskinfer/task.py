@@ -60,7 +60,7 @@ def travelling(job: Job) -> Job:
     return replace(job, options=options)
 
 
-def run_task(sealed: bytes, task: Task, brought: Sequence[Any] = ()) -> list[Block] | None:
+def run_task(sealed: bytes, task: Task | bytes, brought: Sequence[Any] = ()) -> list[Block] | None:
     """Do a task on this worker; None where all of the answer is in shared memory or in files.
 
     Parameters
@@ -68,11 +68,11 @@ def run_task(sealed: bytes, task: Task, brought: Sequence[Any] = ()) -> list[Blo
     sealed
         The call's :class:`Order`, as :meth:`Order.sealed` gives it.
     task
-        The chunks.
+        The chunks, as :meth:`Task.sealed` gives them or as they are.
     brought
         Results of other Dask tasks that parts ask for by position.
     """
-    order = _opened(sealed)
+    order, task = _opened(sealed), Task.opened(task) if isinstance(task, bytes) else task
     memory = mapped(task.arena) if task.arena else None
     blocks = [_run_piece(piece, order, Within(memory, brought)) for piece in task.pieces]
     if memory is None:

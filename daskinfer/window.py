@@ -107,7 +107,9 @@ class Window:
         slot = lane.arena.free.pop() if lane.arena is not None else None
         task, brought = self._feed(chunks, slot, lane.workers)
         key = f"infer-{lane.kind}-{self._name}-{self._n_submitted}"
-        future = self._client.submit(self._work, self._order, task, brought, key=key, pure=False, **lane.restriction)
+        future = self._client.submit(
+            self._work, self._order, task.sealed(), brought, key=key, pure=False, **lane.restriction
+        )
         self._n_submitted += 1
         lane.tasks[future] = InFlight(chunks, slot, tuple(piece.places for piece in task.pieces))
         future.add_done_callback(lambda future: self._ended.put((lane, future)))
