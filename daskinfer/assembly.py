@@ -207,7 +207,9 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
             inputs.n_rows,
             weights,
             batch_size=batch_size,
-            cell_rows=_write_unit(inputs.n_rows, grid, wanted, weights) if to_store else grid,
+            cell_rows=_write_unit(inputs.n_rows, grid, wanted, weights, chunk_nbytes // max(1, row_nbytes))
+            if to_store
+            else grid,
             row_nbytes=row_nbytes,
             chunk_nbytes=chunk_nbytes,
         )
@@ -253,12 +255,15 @@ def find_promise(recipe: Recipe, inputs: Inputs, options: Options) -> Promise:
     return promise(recipe, inputs.ports, inputs.like(), options)
 
 
-def _write_unit(n_rows: int, grid: int, wanted: Promise, weights: Sequence[float]) -> int:
-    """Rows of a store's chunk: whole cells of about ``WRITE_UNIT_NBYTES``, few enough to meet every share."""
+def _write_unit(n_rows: int, grid: int, wanted: Promise, weights: Sequence[float], max_rows: int) -> int:
+    """Rows of a store's chunk: whole cells of about ``WRITE_UNIT_NBYTES``, few enough to meet every share.
+
+    ``max_rows`` are those of a task: a unit is computed whole.
+    """
     by_size = WRITE_UNIT_NBYTES // max(1, wanted.row_nbytes)
     smallest = min(weight for weight in weights if weight > 0) / sum(weights)
     by_share = int(n_rows * smallest / MIN_WRITE_UNITS)
-    return max(1, min(by_size, by_share) // grid) * grid
+    return max(1, min(by_size, by_share, max_rows) // grid) * grid
 
 
 def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> Work:

@@ -125,7 +125,8 @@ class Run:
                 dealer = _dealer(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
             order = _sent(client, _order(self._call, recipe))
-            with Window(client, run_task, order, lanes, feeder.task) as window:
+            settles = bool(self._call.targets)
+            with Window(client, run_task, order, lanes, feeder.task, settles=settles) as window:
                 yield from window.run(dealer, self._before)
         known = memory.of(self._call.key).speeds
         known |= {d.name: speed for d, speed in zip(self._call.placement.devices, dealer.speeds, strict=False) if speed}

@@ -8,7 +8,9 @@ else by address. Each kind of device has a key prefix of its own, since Dask est
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from daskinfer.lane import Feed, InFlight, Lane
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk, Receipt
 
+SETTLE_SECONDS = 10.0  # for tasks of half a second each; arbitrary
 PATIENCE_SECONDS = 5.0  # without an answer, until it is looked whether all workers are still there; arbitrary
 
 
@@ -53,10 +56,23 @@ class Window:
         One per device.
     feed
         Makes a task of chunks, rows in memory put into the slot, and names the futures that Dask has to bring.
+    settles
+        Whether tasks in flight are waited for when the window is left early, for ``SETTLE_SECONDS`` at most: they write to
+        files, which are removed next. A task that runs cannot be stopped.
     """
 
-    def __init__(self, client: Client, work: Callable[..., Any], order: Any, lanes: Sequence[Lane], feed: Feed) -> None:
+    def __init__(
+        self,
+        client: Client,
+        work: Callable[..., Any],
+        order: Any,
+        lanes: Sequence[Lane],
+        feed: Feed,
+        *,
+        settles: bool = False,
+    ) -> None:
         self._client, self._work, self._order, self._lanes, self._feed = client, work, order, lanes, feed
+        self._settles = settles
         self._ended: queue.SimpleQueue[tuple[Lane, Future]] = queue.SimpleQueue()
         self._name = uuid.uuid4().hex
         self._n_submitted = 0
@@ -68,6 +84,8 @@ class Window:
         """Cancel what is in flight; its slots are never used again."""
         left = [future for lane in self._lanes for future in lane.tasks]
         if left and self._client.status == "running":
+            if self._settles:
+                _wait_for(left, SETTLE_SECONDS)
             self._client.cancel(left, force=True)
 
     def run(self, dealer: Dealer, before: Callable[[], int | None]) -> Iterator[Finished]:
@@ -173,3 +191,11 @@ def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
 def _address(worker: Any) -> str:
     """Of a worker as Dask's error has it: its record, or nothing."""
     return str(getattr(worker, "address", "")) or "(unknown)"
+
+
+def _wait_for(futures: Sequence[Future], seconds: float) -> None:
+    """Wait until tasks have ended, however they do."""
+    deadline = time.monotonic() + seconds
+    for future in futures:
+        with contextlib.suppress(Exception):
+            future.exception(timeout=max(0.0, deadline - time.monotonic()))

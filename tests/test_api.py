@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import daskinfer as di
+from daskinfer import planner
 from daskinfer.placement import workers_of
 from tests.conftest import wait_until
 
@@ -247,7 +248,7 @@ def test_module_is_loaded_once_and_never_changed(cluster_client: Client) -> None
     before = cluster_client.run(n_loads)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     for _ in range(3):
-        di.predict(net, x, client=cluster_client)
+        di.predict(net, x, client=cluster_client, device_weights="even")
     after = cluster_client.run(n_loads)
     assert [after[worker] - before[worker] for worker in after] == [1, 1]
     assert net.training
@@ -337,6 +338,13 @@ def test_plan_shows_and_starts_nothing() -> None:
     assert "<table>" in found._repr_html_()
 
 
+def test_a_write_unit_is_no_larger_than_a_task(tmp_path: Path) -> None:
+    """However small the answer, a store's chunk is made of no more rows than a task may hold: a unit is computed whole."""
+    wide = np.broadcast_to(np.float32(0), (10_000_000, 1000))
+    found = di.plan(lambda x: x[:, 0], wide, target=tmp_path / "y.zarr", devices="cpu*2")
+    assert found.layout.cell_rows * 4004 <= planner.CHUNK_NBYTES
+
+
 def test_plan_of_a_run_counts_in_write_units(tmp_path: Path) -> None:
     """With a target, the plan's chunks are whole chunks of the store."""
     found = di.plan(mlp(6), rows(10_000), target=tmp_path / "y.zarr", devices="cpu*2")
@@ -346,7 +354,7 @@ def test_plan_of_a_run_counts_in_write_units(tmp_path: Path) -> None:
 
 def test_plan_with_a_probe_shows_speeds_and_the_time(two_cpus: list[str], tmp_path: Path) -> None:
     """A probe measures every device on real rows; the speeds are the weights of the next plan, and of one to storage."""
-    net, x = mlp(60), rows(1000)
+    net, x = mlp(7001), rows(1000)  # a network that no other test has measured
     assert di.plan(net, x, devices=two_cpus).seconds is None
     probed = di.plan(net, x, devices=two_cpus, probe=True)
     assert all(device.rows_per_second > 0 for device in probed.devices)
