@@ -96,7 +96,7 @@ def test_all_goes_with_the_client(threads_cluster: LocalCluster, tmp_path: Any) 
         assert len(device_thread._threads) == 2
         log.unlink()  # this process found out what the answer looks like, and closed its copy
     wait_until(lambda: not left())
-    wait_until(log.exists)
+    wait_until(lambda: log.exists() and log.read_text())  # in a thread of the worker's
     assert len(log.read_text().splitlines()) == 1  # one process, one model
     scheduler = threads_cluster.scheduler
     wait_until(lambda: not any("daskinfer" in name for name in [*scheduler.plugins, *scheduler.worker_plugins]))
