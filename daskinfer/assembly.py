@@ -192,27 +192,16 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     placement: Placement = given["placement"]
     recipe: Recipe = given["recipe"]
     weights: tuple[float, ...] = given["weights"]
-    unit = inputs.unit_rows or 1
-    batch_size = given["batch_size"] or within(unit, auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
+    automatic = within(inputs.unit_rows or 1, auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
+    batch_size = given["batch_size"] or automatic
     # After the micro-batch, which must not change from call to call.
     weights = (_measured(given) if balanced else None) or weights
-    row_nbytes = inputs.row_nbytes + wanted.row_nbytes
     chunk_nbytes = fit_chunk_nbytes(placement.limits, recipe.nbytes)
-    grid = read_grid(batch_size, unit, inputs.n_rows, row_nbytes=row_nbytes, chunk_nbytes=chunk_nbytes)
     # Into a store a dask array is cut anew: two chunks in one write-unit would be written over each other.
     if inputs.row_chunks is not None and not to_store:
         layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
     else:
-        layout = lay_out(
-            inputs.n_rows,
-            weights,
-            batch_size=batch_size,
-            cell_rows=_write_unit(inputs.n_rows, grid, wanted, weights, chunk_nbytes // max(1, row_nbytes))
-            if to_store
-            else grid,
-            row_nbytes=row_nbytes,
-            chunk_nbytes=chunk_nbytes,
-        )
+        layout = _cut(inputs, wanted, weights, batch_size, chunk_nbytes, to_store=to_store)
     job = Job(inputs.ports, batch_size, given["options"], wanted.outputs)
     work = Work(
         given["model"].name,
@@ -229,6 +218,18 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
     if sentences := work.refusals():
         raise PlanError(sentences)
     return work
+
+
+def _cut(
+    inputs: Inputs, wanted: Promise, weights: Sequence[float], batch_size: int, chunk_nbytes: int, *, to_store: bool
+) -> Layout:
+    """Cut the rows at cells that cut neither what is read in one go nor, into a store, what is written so."""
+    row_nbytes = inputs.row_nbytes + wanted.row_nbytes
+    limits = {"row_nbytes": row_nbytes, "chunk_nbytes": chunk_nbytes}
+    cell_rows = read_grid(batch_size, inputs.unit_rows or 1, inputs.n_rows, **limits)
+    if to_store:
+        cell_rows = _write_unit(inputs.n_rows, cell_rows, wanted, weights, chunk_nbytes // max(1, row_nbytes))
+    return lay_out(inputs.n_rows, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
 
 
 def _measured(given: dict[str, Any]) -> tuple[float, ...] | None:

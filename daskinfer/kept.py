@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from distributed import Client
 
+from daskinfer import transport
 from daskinfer.cluster import LocalDeviceCluster
 
 IDLE_SECONDS = 600.0  # as long as somebody in a notebook thinks about the next cell; arbitrary
@@ -130,6 +131,7 @@ class _Started:
     def _end_if_unused(self) -> None:
         if self._retired and self.n_users == 0:
             self._stop_clock()
+            transport.release(self.client)
             try:
                 self.client.close()
             finally:

@@ -62,9 +62,6 @@ class Departure(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no 
         self.name = f"{plugin_name(client_id)}-departure"
         self.client_id = client_id
 
-    async def start(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         if client == self.client_id:
             scheduler.loop.add_callback(self._undo, scheduler)

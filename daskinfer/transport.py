@@ -11,7 +11,7 @@ arena is a file in the temporary folder, its space taken before it is mapped; it
 nobody holds is removed by the next.
 
 Whether a worker can open an arena is tried, never guessed: it compares a token in the arena's first bytes. Workers on
-other hosts, in other containers or of other users get their rows in the task instead.
+other hosts, in other containers or of other users get their rows by Dask's comms instead.
 
 A slot is reused only after its attempt has answered. What an abandoned attempt may still write to is never reused: the
 arena is let go, and the late writer writes into memory that nobody reads.
