@@ -33,11 +33,11 @@ def rows(n: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.fixture(params=["workers", "inline"])
-def anywhere(request: pytest.FixtureRequest) -> dict[str, Any]:
+def anywhere(request: pytest.FixtureRequest, cluster_client: Client) -> dict[str, Any]:
     """Keywords that say where to compute: on workers, and in this process."""
     if request.param == "inline":
         return {"devices": "inline"}
-    return {"client": request.getfixturevalue("cluster_client")}
+    return {"client": cluster_client}
 
 
 @pytest.fixture
