@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,40 @@ import torch
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
+
+
+class UnreadableError(OSError):
+    """Bytes that lie elsewhere cannot be had."""
+
+
+class Elsewhere(ABC):
+    """An array whose bytes lie elsewhere and are copied out when asked for; slices of it along axis 0 cost nothing."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Elsewhere: ...
+
+    @abstractmethod
+    def read_into(self, out: Array) -> None:
+        """Copy all of it into a C-contiguous array of the same shape and dtype."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        out = np.empty(self.shape, self.dtype)
+        self.read_into(out)
+        return out if dtype is None else out.astype(dtype, copy=False)
+
+
+def copy_rows(rows: Array | Elsewhere, out: Array) -> None:
+    """Copy rows into a C-contiguous array of their shape; other dtypes are cast."""
+    if isinstance(rows, Elsewhere) and rows.dtype == out.dtype:
+        rows.read_into(out)
+    else:
+        out[...] = rows
 
 
 def numpy_of(tensor: torch.Tensor) -> Array:

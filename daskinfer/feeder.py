@@ -9,12 +9,13 @@ import dask.array as da
 import numpy as np
 from distributed import Client, Future
 
-from daskinfer.arrays import Array
+from daskinfer.arrays import Array, Elsewhere
 from daskinfer.inputs import Inputs
 from daskinfer.parts import FromFile, Part, Piece, Task, Within
 from daskinfer.records import Chunk
 from daskinfer.transport import ALIGN, Slot, slot_nbytes
-from daskinfer.upstream import Blocks, Comms, placed
+from daskinfer.upstream import Blocks
+from daskinfer.ways import Way
 
 
 class Feeder:
@@ -46,27 +47,29 @@ class Feeder:
         row_nbytes += sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in arrays)
         return slot_nbytes(n_rows * row_nbytes + n_chunks * (n_leaves + len(arrays)) * ALIGN)
 
-    def task(self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str] = ()) -> tuple[Task, list[Future]]:
-        """A task of these chunks and the futures that Dask has to bring with it; rows in memory are put into the slot.
+    def task(
+        self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str] = (), *, reads: bool = False
+    ) -> tuple[Task, list[Future]]:
+        """A task of these chunks and the futures that Dask has to bring with it.
 
-        Without a slot they go by Dask's comms, to one of ``workers`` (addresses; none: to any).
+        Rows in memory stay there if the worker ``reads`` them, else they are put into the slot; without a slot they are
+        sent to one of ``workers`` (addresses; none: to any).
         """
-        brought: list[Future] = []
-        way = slot or (Comms(self._client, workers, brought) if self._client else None)
-        pieces = tuple(Piece(chunk, tuple(self._parts(chunk, way, brought)), self._places(chunk, slot)) for chunk in chunks)
+        way = Way(self._client, slot, workers, reads)
+        pieces = tuple(Piece(chunk, tuple(self._parts(chunk, way)), self._places(chunk, slot)) for chunk in chunks)
         if slot is None:
-            return Task(pieces), brought
-        return Task(pieces, slot.arena.ref, slot.note_offset), brought
+            return Task(pieces), way.brought
+        return Task(pieces, slot.arena.ref, slot.note_offset), way.brought
 
-    def rows(self, chunk: Chunk) -> list[Array]:
+    def rows(self, chunk: Chunk) -> list[Array | Elsewhere]:
         """The rows of each port in this process, (n, ...)."""
-        brought: list[Future] = []
-        parts = self._parts(chunk, None, brought)
-        within = Within(brought=[future.result() for future in brought])
+        way = Way()
+        parts = self._parts(chunk, way)
+        within = Within(brought=[future.result() for future in way.brought])
         return [part.rows(within) for part in parts]
 
-    def _parts(self, chunk: Chunk, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
-        blocks = iter(self._blocks.parts(chunk.index, way, brought) if self._blocks else ())
+    def _parts(self, chunk: Chunk, way: Way) -> list[Part]:
+        blocks = iter(self._blocks.parts(chunk.index, way) if self._blocks else ())
         return [next(blocks) if isinstance(a, da.Array) else _part(a, chunk, way) for a in self._arrays]
 
     def _places(self, chunk: Chunk, slot: Slot | None) -> Any:
@@ -76,7 +79,7 @@ class Feeder:
         return None if None in places else places
 
 
-def _part(array: Any, chunk: Chunk, way: Slot | Comms | None) -> Part:
+def _part(array: Any, chunk: Chunk, way: Way) -> Part:
     if hasattr(array, "path"):
         return FromFile(array, chunk.start, chunk.stop)
-    return placed(array[chunk.start : chunk.stop], way)
+    return way.take(array[chunk.start : chunk.stop])

@@ -25,9 +25,14 @@ def is_own(module: object) -> bool:
     # Not by getattr or vars: a lazy module is loaded by any question (CuPy's testing: 60 ms), others import more.
     names = object.__getattribute__(module, "__dict__")
     name, path = names.get("__name__"), names.get("__file__")
-    if not isinstance(path, str) or path.startswith(_STANDARD_LIBRARY) or sys.modules.get(str(name)) is not module:
+    if not isinstance(path, str) or sys.modules.get(str(name)) is not module:
         return False
-    if _INSTALL_FOLDERS.intersection(path.split(os.sep)):
+    return _is_own_file(path, name)
+
+
+@functools.lru_cache(maxsize=1 << 14)  # all modules are asked for whenever a network is packed
+def _is_own_file(path: str, name: str) -> bool:
+    if path.startswith(_STANDARD_LIBRARY) or _INSTALL_FOLDERS.intersection(path.split(os.sep)):
         return False
     return name.partition(".")[0] not in ("__main__", "daskinfer") and not _is_installed(os.path.abspath(path), name)
 

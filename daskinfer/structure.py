@@ -103,6 +103,9 @@ class Structure:
                 yield (str(key), *path)
 
 
+_NONE, _ARRAY = Structure("none"), Structure("array")
+
+
 def flatten(value: Any) -> tuple[list[Any], Structure]:
     """Take a network's answer apart into its arrays and the structure that holds them.
 
@@ -126,10 +129,10 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
 
 def _flatten(value: Any, arrays: list[Any], path: str) -> Structure:
     if value is None:
-        return Structure("none")
+        return _NONE
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         arrays.append(value)
-        return Structure("array")
+        return _ARRAY
     kind, items = _take_apart(value, path)
     children = tuple(_flatten(child, arrays, f"{path}.{key}") for key, child in items)
     return Structure(kind, type(value), tuple(key for key, _ in items), children)

@@ -9,7 +9,7 @@ match wins:
 2. Otherwise (``x - x.mean(0)``: 1,679 loads block by block, 80 in one graph) the upstream is computed as one plain graph
    on the cluster first, and the chunks begin with its results.
 
-In-memory arrays at the leaves of a graph go the way of every in-memory array (``transport``); one that many blocks read
+In-memory arrays at the leaves of a graph go the way of every in-memory array (``ways``); one that many blocks read
 goes to the cluster once.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import dask
@@ -29,13 +28,11 @@ from dask.core import get_dependencies
 from distributed import Client, Future
 
 from daskinfer.arrays import Array
-from daskinfer.parts import Brought, FromGraph, FromSlot, Part, Sent
-from daskinfer.transport import Slot
+from daskinfer.parts import FromGraph, Part, Taking
 
 logger = logging.getLogger(__name__)
 
 MAX_REPEATS = 1.5  # times that a load may be done on average; arbitrary, below 2: a cut between two chunks shares one
-SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
 SHARED_NBYTES = 1 << 20  # an array at a leaf that several chunks read and that is larger goes to the cluster once; arbitrary
 
 
@@ -60,13 +57,13 @@ class Blocks:
             self._index(arrays)
         self._shared = self._once_on_the_cluster()
 
-    def parts(self, index: int, way: Slot | Comms | None, brought: list[Future]) -> list[Part]:
-        """Where a worker finds block ``index`` of each port; futures that Dask has to bring are added to ``brought``."""
+    def parts(self, index: int, way: Taking) -> list[Part]:
+        """Where a worker finds block ``index`` of each port."""
         keys = [self._key(name, ndim, index) for name, ndim in self._names]
         nodes: dict[Hashable, Any] = {}
         for key in keys:
             nodes |= self._reached(key)
-        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way, brought)) is not None}
+        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way)) is not None}
         graph = {k: node for k, node in nodes.items() if k not in leaves}
         computed = tuple(key for key in keys if key in graph)
         return [leaves[key] if key in leaves else FromGraph(graph, key, leaves, computed) for key in keys]
@@ -127,38 +124,14 @@ class Blocks:
         shared = {key: _array(self._graph[key]) for key, n in n_readers.items() if n > 1}
         return {key: self._client.scatter(array, hash=False) for key, array in shared.items()}
 
-    def _leaf(self, key: Hashable, node: Any, way: Slot | Comms | None, brought: list[Future]) -> Part | None:
+    def _leaf(self, key: Hashable, node: Any, way: Taking) -> Part | None:
         if isinstance(future := self._shared.get(key, node), Future):
-            if future not in brought:
-                brought.append(future)
-            return Brought(brought.index(future))
+            return way.bring(future)
         array = _array(node)
-        return None if array is None else placed(array, way)
-
-
-@dataclass(frozen=True)
-class Comms:
-    """The way to a worker that shares no memory with this process; ``workers`` are addresses, none for any."""
-
-    client: Client
-    workers: Sequence[str]
-    brought: list[Future]
-
-    def bring(self, array: Array) -> Part:
-        """Have Dask's comms take an array there, through the scheduler unless the client reaches workers directly."""
-        self.brought.append(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
-        return Brought(len(self.brought) - 1)
-
-
-def placed(array: Array, way: Slot | Comms | None) -> Part:
-    """Rows of this process on their way: in shared memory where there is room, by Dask's comms, small ones in the task."""
-    if isinstance(way, Slot) and (place := way.place(array.shape, array.dtype)) is not None:
-        place.array(way.arena.memory)[...] = array
-        return FromSlot(place)
-    array = np.asarray(array, order="C")  # np.ascontiguousarray would make a number 1-d
-    return way.bring(array) if isinstance(way, Comms) and array.nbytes > SENT_NBYTES else Sent(array)
+        return None if array is None else way.take(array)
 
 
 def _array(node: Any) -> Array | None:
     value = node.value if isinstance(node, DataNode) else node
-    return value if isinstance(value, np.ndarray) and value.dtype != object else None
+    # Others travel as they are: of a masked array the bytes are not all, of objects they are addresses in this process.
+    return value if type(value) in (np.ndarray, np.memmap) and not value.dtype.hasobject else None

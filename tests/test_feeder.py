@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from daskinfer.feeder import Feeder
 from daskinfer.inputs import Inputs
-from daskinfer.parts import Brought, FromFile, FromGraph, FromSlot, Sent, Task, Within
+from daskinfer.parts import Brought, FromClient, FromFile, FromGraph, FromSlot, Sent, Task, Within
 from daskinfer.records import Chunk
 from daskinfer.transport import Arena
-from daskinfer.upstream import SENT_NBYTES
+from daskinfer.ways import SENT_NBYTES
 
 X = np.arange(40, dtype="float32").reshape(10, 4)
 CHUNKS = (4, 4, 2)
@@ -81,6 +81,21 @@ def test_a_task_in_a_slot() -> None:
     assert [piece.chunk for piece in task.pieces] == chunks
     assert [place.shape for piece in task.pieces for place in piece.places or ()] == [(4, 3), (4, 3)]
     assert (task.arena, task.note_offset) == (arena.ref, arena.slot_nbytes + 4096 - (32 << 10))
+    arena.close()
+
+
+def test_a_task_for_a_worker_that_reads(tmp_path: Path) -> None:
+    """Rows in memory stay there for a worker that reads them, those that do not lie one after the other go into the slot."""
+    graph = da.from_array(X, chunks=(4, 4)) + 0
+    inputs = (X, in_file(tmp_path, ".npy"), da.from_array(X, chunks=(4, 4)), graph, np.asfortranarray(X))
+    feeder, chunk = feeder_of(inputs), chunks_of(CHUNKS)[1]
+    arena = Arena(feeder.slot_nbytes(4, 1), 1)
+    task, brought = feeder.task([chunk], arena.free.pop(), reads=True)
+    (piece,) = pickle.loads(pickle.dumps(task)).pieces
+    assert [type(part) for part in piece.parts] == [FromClient, FromFile, FromClient, FromGraph, FromSlot]
+    assert (brought, [place.shape for place in piece.places]) == ([], [(4, 3)])
+    for part in piece.parts:
+        np.testing.assert_array_equal(part.rows(Within(arena.memory)), X[4:8])
     arena.close()
 
 

@@ -14,11 +14,13 @@ import dask.array as da
 import numpy as np
 import pytest
 from distributed import Client, wait
+from distributed.protocol import pickle
 
 from daskinfer import upstream
-from daskinfer.parts import Brought, FromGraph, FromSlot, Part, Sent, Within
+from daskinfer.parts import Brought, FromClient, FromGraph, FromSlot, Part, Sent, Within
 from daskinfer.transport import Arena, slot_nbytes
-from daskinfer.upstream import MAX_REPEATS, SENT_NBYTES, SHARED_NBYTES, Blocks, Comms, placed
+from daskinfer.upstream import MAX_REPEATS, SHARED_NBYTES, Blocks
+from daskinfer.ways import SENT_NBYTES, Way
 
 N_CHUNKS, N_ROWS = 8, 3
 X = np.arange(float(N_CHUNKS * N_ROWS * 2)).reshape(-1, 2)
@@ -88,8 +90,8 @@ def fetched(parts: Sequence[Part], brought: Sequence[Any], arena: Arena | None =
 
 def block(blocks: Blocks, index: int) -> list[np.ndarray[Any, Any]]:
     """The rows of each port of one chunk."""
-    brought: list[Any] = []
-    return fetched(blocks.parts(index, None, brought), brought)
+    way = Way()
+    return fetched(blocks.parts(index, way), way.brought)
 
 
 def whole(blocks: Blocks, n_chunks: int = N_CHUNKS, port: int = 0) -> np.ndarray[Any, Any]:
@@ -109,16 +111,16 @@ def test_block_by_block(loads: Loads, said: Callable[[], list[str]]) -> None:
 
 def test_nothing_is_computed_to_look_at_it(loads: Loads, cluster_client: Client) -> None:
     """Finding out that blocks are independent, and where they are, computes nothing and brings nothing."""
-    brought: list[Any] = []
-    parts = Blocks([loads.x], cluster_client).parts(3, None, brought)
-    assert ([type(part) for part in parts], brought, loads.lines) == ([FromGraph], [], [])
+    way = Way()
+    parts = Blocks([loads.x], cluster_client).parts(3, way)
+    assert ([type(part) for part in parts], way.brought, loads.lines) == ([FromGraph], [], [])
 
 
 def test_a_chunk_travels_with_its_own_tasks_only(loads: Loads) -> None:
     """The graph of a chunk has as many tasks in an array of many chunks as in one of few."""
     sizes = []
     for x in (loads.x[: 2 * N_ROWS], loads.x):
-        (part,) = Blocks([x.map_blocks(np.negative)], None).parts(1, None, [])
+        (part,) = Blocks([x.map_blocks(np.negative)], None).parts(1, Way())
         assert isinstance(part, FromGraph)
         sizes.append(len(part.graph))
     assert sizes[1] <= sizes[0] <= 3
@@ -146,10 +148,10 @@ def test_without_a_client_it_is_this_process(loads: Loads, cluster_client: Clien
 
 def test_with_a_client_it_is_the_cluster(loads: Loads, cluster_client: Client) -> None:
     """With a client the one graph is computed on the cluster, and its blocks are brought to the chunks."""
-    brought: list[Any] = []
-    parts = Blocks([loads.x - loads.x.mean(0)], cluster_client).parts(0, None, brought)
-    assert (parts, len(brought)) == ([Brought(0)], 1)
-    assert fetched(parts, brought)[0].shape == (N_ROWS, 2)
+    way = Way()
+    parts = Blocks([loads.x - loads.x.mean(0)], cluster_client).parts(0, way)
+    assert (parts, len(way.brought)) == ([Brought(0)], 1)
+    assert fetched(parts, way.brought)[0].shape == (N_ROWS, 2)
     assert {int(process) for _, process in loads.lines}.isdisjoint({os.getpid()})
 
 
@@ -160,9 +162,9 @@ def test_persisted_blocks_are_brought(loads: Loads, cluster_client: Client) -> N
     blocks = Blocks([persisted, persisted + 1], cluster_client)
     np.testing.assert_array_equal(whole(blocks), X)
     np.testing.assert_array_equal(whole(blocks, port=1), X + 1)
-    brought: list[Any] = []
-    parts = blocks.parts(0, None, brought)
-    assert ([type(part) for part in parts], len(brought)) == ([Brought, FromGraph], 1)
+    way = Way()
+    parts = blocks.parts(0, way)
+    assert ([type(part) for part in parts], len(way.brought)) == ([Brought, FromGraph], 1)
     assert loads.counts == ONCE
 
 
@@ -218,8 +220,8 @@ def test_the_limit_of_repeats(n_own: int, lines: list[str], said: Callable[[], l
 
 def test_rows_in_memory_go_into_the_slot(arena: Arena) -> None:
     """Arrays of this process at the leaves of a graph go into shared memory, only those of the chunk."""
-    x, slot = da.from_array(X, chunks=(N_ROWS, 2)), arena.free[0]
-    parts = Blocks([x, x + 1], None).parts(2, slot, [])
+    x = da.from_array(X, chunks=(N_ROWS, 2))
+    parts = Blocks([x, x + 1], None).parts(2, Way(slot=arena.free[0]))
     first, second = fetched(parts, [], arena)
     np.testing.assert_array_equal(first, X[6:9])
     np.testing.assert_array_equal(second, X[6:9] + 1)
@@ -229,33 +231,55 @@ def test_rows_in_memory_go_into_the_slot(arena: Arena) -> None:
 
 def test_rows_in_memory_without_a_slot() -> None:
     """Without shared memory the rows of a chunk travel in its task."""
-    (part,) = Blocks([da.from_array(X, chunks=(N_ROWS, 2))], None).parts(0, None, [])
+    (part,) = Blocks([da.from_array(X, chunks=(N_ROWS, 2))], None).parts(0, Way())
     assert isinstance(part, Sent)
     np.testing.assert_array_equal(part.array, X[:N_ROWS])
 
 
-def test_rows_of_many_bytes_go_by_comms(cluster_client: Client) -> None:
-    """Without shared memory large rows go to one of the workers that are named, and small ones in the task."""
-    address = sorted(cluster_client.has_what())[-1]
-    brought: list[Any] = []
-    way = Comms(cluster_client, [address], brought)
-    large = np.asfortranarray(np.arange(SENT_NBYTES // 8 + 2.0).reshape(2, -1))
-    parts = [placed(array, way) for array in (X, large, large[:, ::2], -large)]
-    assert [type(part) for part in parts] == [Sent, Brought, Sent, Brought]
-    assert set(cluster_client.who_has(brought).values()) == {(address,)}
-    rows = fetched(parts, brought)
-    for found, array in zip(rows, (X, large, large[:, ::2], -large), strict=True):
-        np.testing.assert_array_equal(found, array)
+@pytest.mark.parametrize("with_slot", [True, False])
+def test_rows_in_memory_stay_where_workers_read_them(with_slot: bool, arena: Arena) -> None:
+    """Arrays of this process at the leaves of a graph stay there for a worker that reads them, only those of the chunk."""
+    x, slot = da.from_array(X, chunks=(N_ROWS, 2)), arena.free[0] if with_slot else None
+    parts = Blocks([x, x + 1], None).parts(2, Way(slot=slot, reads=True))
+    first, second = fetched(parts, [])
+    np.testing.assert_array_equal(first, X[6:9])
+    np.testing.assert_array_equal(second, X[6:9] + 1)
+    assert isinstance(parts[0], FromClient) and isinstance(parts[1], FromGraph)
+    assert parts[0].borrowed.shape == (N_ROWS, 2)
+    assert {type(leaf) for leaf in parts[1].leaves.values()} == {FromClient}
 
 
 def test_blocks_of_many_bytes_go_by_comms(cluster_client: Client) -> None:
     """Rows in memory at the leaves of a graph go by Dask's comms too, only those of the chunk."""
     large = np.ones((2, SENT_NBYTES))
-    brought: list[Any] = []
-    blocks = Blocks([da.from_array(large, chunks=(1, -1)) + 1], cluster_client)
-    parts = blocks.parts(1, Comms(cluster_client, (), brought), brought)
-    assert len(brought) == 1
-    np.testing.assert_array_equal(fetched(parts, brought)[0], large[1:] + 1)
+    way = Way(cluster_client)
+    parts = Blocks([da.from_array(large, chunks=(1, -1)) + 1], cluster_client).parts(1, way)
+    assert len(way.brought) == 1
+    np.testing.assert_array_equal(fetched(parts, way.brought)[0], large[1:] + 1)
+
+
+OBJECTS = np.array([("a",), ("bb",), ("ccc",)], [("word", object)])
+NOT_BYTES = {
+    "masked": (np.ma.masked_greater(np.arange(3.0), 1), lambda block: np.ma.filled(block, 9), [0, 1, 9]),
+    "objects": (OBJECTS, lambda block: np.array([float(len(word)) for word in block["word"]]), [1, 2, 3]),
+    "strings": (
+        np.array(["a", "bb", "ccc"] * 2, np.dtypes.StringDType())[:3],
+        lambda block: np.strings.str_len(block).astype(float),
+        [1, 2, 3],
+    ),
+}
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("kind", NOT_BYTES)
+def test_leaves_that_are_more_than_bytes_travel_as_they_are(kind: str, reads: bool, arena: Arena) -> None:
+    """A masked array keeps its mask, and arrays of Python's objects never go where only their addresses would arrive."""
+    array, function, expected = NOT_BYTES[kind]
+    x = da.from_array(array, chunks=2).map_blocks(function, dtype=float)
+    blocks, way = Blocks([x], None), Way(slot=arena.free[0], reads=reads)
+    parts = [pickle.loads(pickle.dumps(part)) for index in range(2) for part in blocks.parts(index, way)]
+    assert (blocks.leaves(), [part.leaves for part in parts]) == ((0, 0), [{}, {}])
+    assert np.concatenate(fetched(parts, [], arena)).tolist() == expected
 
 
 def test_a_number_among_the_tasks() -> None:
@@ -269,10 +293,10 @@ def test_a_large_array_of_all_chunks_goes_to_the_cluster_once(cluster_client: Cl
     large = np.ones((1, SHARED_NBYTES // 8 + 1))
     x = da.from_array(np.arange(6.0)[:, None], chunks=2)
     blocks = Blocks([x + da.from_array(large, chunks=-1)], cluster_client)
-    brought: list[Any] = []
-    parts = [blocks.parts(index, arena.free[0], brought)[0] for index in range(3)]
-    assert len({future.key for future in brought}) == len(brought) == 1
-    rows = np.concatenate(fetched(parts, brought, arena))
+    way = Way(slot=arena.free[0])
+    parts = [blocks.parts(index, way)[0] for index in range(3)]
+    assert len(way.brought) == 1
+    rows = np.concatenate(fetched(parts, way.brought, arena))
     assert (rows.shape, rows[:, 0].tolist()) == ((6, large.size), [1, 2, 3, 4, 5, 6])
 
 
@@ -280,10 +304,10 @@ def test_what_is_small_or_read_once_does_not(cluster_client: Client) -> None:
     """A small array that all chunks read, and a large one that one chunk reads, travel as rows do."""
     small, x = da.from_array(np.ones((1, 2)), chunks=-1), da.from_array(X, chunks=(N_ROWS, 2))
     large = da.from_array(np.ones((2, SHARED_NBYTES)), chunks=(1, -1))
-    brought: list[Any] = []
-    Blocks([x + small], cluster_client).parts(0, None, brought)
-    Blocks([large], cluster_client).parts(0, None, brought)
-    assert brought == []
+    way = Way()
+    Blocks([x + small], cluster_client).parts(0, way)
+    Blocks([large], cluster_client).parts(0, way)
+    assert way.brought == []
 
 
 def test_tasks_are_looked_at_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +326,6 @@ def test_tasks_are_looked_at_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> 
         x = da.ones((n_chunks, 2), chunks=(1, 2)) + 1
         blocks = Blocks([x], None)
         for index in range(n_chunks):
-            blocks.parts(index, None, [])
+            blocks.parts(index, Way())
         costs.append(looked["nodes"] / n_chunks)
     assert costs[1] <= costs[0] <= 10
