@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 # <malloc.h>: what to set, and the value.
 _TRIM_THRESHOLD = (-1, 2**31 - 1)  # bytes at the top of the heap that are kept
 _MMAP_THRESHOLD = (-3, 1 << 30)  # bytes from which a block is mapped on its own
-_ARENA_MAX = (-8, 1)  # one heap for all threads: what one freed, another finds
+_ARENA_MAX = (-8, 1)  # one heap for all threads (launch), where no second thread has asked for memory yet
 
 
 def keep_freed_memory() -> bool:

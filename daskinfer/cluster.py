@@ -19,25 +19,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+import dask.config
 import torch
-from distributed import Client, Scheduler
+from distributed import Client, Scheduler, Security
 from distributed.deploy.spec import SpecCluster
 
 from daskinfer import device as device_room
 from daskinfer.ending import CLOSE_SECONDS, end, ended_on_failure
 from daskinfer.errors import ClusterError, DaskInferError, OptionError
 from daskinfer.hardware import Device
-from daskinfer.launch import LOOPBACK, Start, memory_per_worker
+from daskinfer.launch import LOOPBACK, Start, housekeeping, memory_per_worker, security_of
 from daskinfer.nanny_process import NannyProcess
+from daskinfer.owned import Scratch
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,11 @@ class LocalDeviceCluster:
     memory_limit
         Host memory per worker, in bytes; "auto" divides nine tenths of this machine's evenly.
     dashboard_address
-        Where the dashboard listens. None: no dashboard.
+        Where the dashboard listens. None: no dashboard. Everything else listens on loopback only.
+    security
+        True: scheduler, workers and clients talk by TLS, with certificates made for this cluster, and nobody without them
+        gets in (without it, any user of this machine may). A ``distributed.Security``: with its certificates. None: what
+        Dask's configuration says, by default no TLS. The dashboard is not encrypted.
     start_timeout, close_timeout
         Seconds until all workers have to be there, and until their processes are killed when the cluster is closed.
 
@@ -70,6 +74,8 @@ class LocalDeviceCluster:
         Where a device is unknown, doubled, absent, or cannot be driven by this torch.
     ClusterError
         Where workers do not start in time.
+    MissingExtra
+        Where ``security=True`` and ``cryptography`` is not installed.
 
     Examples
     --------
@@ -86,6 +92,7 @@ class LocalDeviceCluster:
         threads_per_worker: int | str = 1,
         memory_limit: int | str = "auto",
         dashboard_address: str | None = f"{LOOPBACK}:0",
+        security: bool | Security | None = None,
         start_timeout: float = START_SECONDS,
         close_timeout: float = CLOSE_SECONDS,
     ) -> None:
@@ -96,9 +103,10 @@ class LocalDeviceCluster:
         device_room.check_drivable(self.devices, torch.version.cuda, machine)
         n_threads = _torch_threads(threads_per_worker, self.devices, machine.n_cores)
         memory = _memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
-        scratch = tempfile.mkdtemp(prefix="daskinfer-")
-        start = Start(memory, scratch, dashboard_address, start_timeout)
-        with _cleaned_up(self.devices, scratch, start_timeout):
+        certificates = security_of(security)
+        scratch = Scratch()
+        start = Start(memory, scratch.path, dashboard_address, start_timeout, certificates)
+        with _cleaned_up(self.devices, scratch, start_timeout), dask.config.set(housekeeping()):
             cluster = _started(self.devices, n_threads, start)
         self._cluster: Any = cluster
         self.close_timeout = close_timeout
@@ -172,8 +180,9 @@ class _DeviceSpecCluster(SpecCluster):  # type: ignore[misc]  # distributed ship
             super().__init__(
                 workers=workers,
                 scheduler={"cls": Scheduler, "options": start.scheduler_options()},
+                security=start.security,
                 name=LocalDeviceCluster.__name__,
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,  # a worker that ends is the call's to speak of
             )
 
 
@@ -184,7 +193,10 @@ def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
     workers = {
         f"nanny of {d.name}": {
             "cls": NannyProcess,
-            "options": {**start.nanny_options(d, n_threads), "environment": {"CUDA_VISIBLE_DEVICES": ""}},
+            "options": {
+                **start.nanny_options(d, n_threads),
+                "environment": {**start.environment, "CUDA_VISIBLE_DEVICES": ""},
+            },
         }
         for d in devices
         if d.kind == "cpu"
@@ -201,12 +213,12 @@ def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
 
 
 @contextlib.contextmanager
-def _cleaned_up(devices: Sequence[Device], scratch: str, timeout: float) -> Iterator[None]:
+def _cleaned_up(devices: Sequence[Device], scratch: Scratch, timeout: float) -> Iterator[None]:
     """Where starting fails, leave no folder, and say which workers failed."""
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.remove()
         if isinstance(error, DaskInferError) or not isinstance(error, Exception):
             raise
         raise ClusterError(
@@ -247,11 +259,11 @@ def _disown() -> None:
 os.register_at_fork(after_in_child=_disown)
 
 
-def _end_wherever(cluster: Any, scratch: str, timeout: float) -> None:
+def _end_wherever(cluster: Any, scratch: Scratch, timeout: float) -> None:
     """End the cluster in this thread, unless it is the one that would have to do it meanwhile."""
     if cluster.called_from_running_loop:
         # The garbage collector runs wherever it likes; on the event loop, waiting for the loop would never end.
         threading.Thread(target=_end_wherever, args=(cluster, scratch, timeout), name="daskinfer-end").start()
         return
     end(cluster, timeout)
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.remove()

@@ -32,12 +32,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from daskinfer.arrays import Array
+from daskinfer.owned import remove_ownerless
 
 HEAD_NBYTES = mmap.PAGESIZE  # the token, then nothing up to the first slot
 NOTE_NBYTES = 32 << 10  # at a slot's end, for the receipts of a task: 64 of some 300 bytes each
@@ -218,18 +218,20 @@ def unmap_all() -> None:
         _mapped.clear()
 
 
-def write_note(memory: mmap.mmap, offset: int, note: Any) -> None:
-    """Leave something small for the client."""
+def write_note(memory: mmap.mmap, offset: int, note: Any) -> bool:
+    """Leave something small for the client; False, and nothing, where it is not small enough."""
     content = pickle.dumps(note)
-    assert len(content) <= NOTE_NBYTES - 4  # beyond it another task's slot begins
-    memory[offset : offset + 4] = len(content).to_bytes(4, "little")
-    memory[offset + 4 : offset + 4 + len(content)] = content
+    fits = len(content) <= NOTE_NBYTES - 4  # beyond it another task's slot begins
+    memory[offset : offset + 4] = (len(content) if fits else 0).to_bytes(4, "little")
+    if fits:
+        memory[offset + 4 : offset + 4 + len(content)] = content
+    return fits
 
 
 def read_note(memory: mmap.mmap, offset: int) -> Any:
-    """Read what :func:`write_note` left."""
+    """Read what :func:`write_note` left; None where it did not fit."""
     size = int.from_bytes(memory[offset : offset + 4], "little")
-    return pickle.loads(memory[offset + 4 : offset + 4 + size])
+    return pickle.loads(memory[offset + 4 : offset + 4 + size]) if size else None
 
 
 def _opened(ref: ArenaRef) -> mmap.mmap:
@@ -250,7 +252,7 @@ def _opened_new() -> tuple[int, str]:
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("daskinfer", os.MFD_CLOEXEC)
         return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
-    _remove_ownerless()
+    remove_ownerless(_FILE_PREFIX)
     descriptor, path = tempfile.mkstemp(prefix=_FILE_PREFIX)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # for as long as its owner lives
     return descriptor, path
@@ -262,14 +264,6 @@ def _reserve(descriptor: int, path: str, nbytes: int) -> None:
         os.ftruncate(descriptor, nbytes)
     else:
         os.posix_fallocate(descriptor, 0, nbytes)
-
-
-def _remove_ownerless() -> None:
-    """Remove the files of processes that were killed: nobody holds their locks."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_FILE_PREFIX}*"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
 
 
 def _ended(descriptor: int, path: str, owner: int) -> None:
