@@ -3,17 +3,19 @@
 The rooms of the house, lower floors first; a room imports from its own floor and below, never from above::
 
     0  errors  tables  records  options  structure             plain Python
-       variables  own_code  allocator
+       variables  own_code  allocator  owned  ranges
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
-       pace  plan_record
-    2  arrays  packed  fingerprint  loaded  model  cache       + torch
-       runner  probe
+       pace  plan_record  manifest  stored  durable
+       staging  ledger  verifying
+    2  arrays  borrowed  packed  fingerprint  loaded           + torch
+       model_file  recipe  model  cache  bad_rows  chunk_errors  runner  probe
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
-       transport  parts  task  graph  upstream  feeder
-       plugin  preflight  shipping  call  lane  window
-       in_order  tuning  driver
-    4  assembly  api  demo  cli
+       input_mark  wanted  outputs
+       transport  parts  ways  task  graph  upstream  feeder
+       plugin  preflight  shipping  call  faults  lane
+       replacing  window  in_order  tuning  stopping  driver
+    4  assembly  answering  api  demo  cli
 
 Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.
 """

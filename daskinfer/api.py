@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
-import numpy as np
 from distributed import Client
 
 from daskinfer import driver, graph, kept
+from daskinfer.answering import answered, compute, streamed
 from daskinfer.assembly import (
     Path,
     Refusals,
     Weights,
-    Work,
     assemble,
     assemble_run,
     even_chunks,
     find_promise,
     keep_bfloat16,
     merge_options,
+    trusts,
 )
 from daskinfer.device import DeviceTable, here
+from daskinfer.errors import OptionError
 from daskinfer.grid import auto_batch_size, check_batch_size
-from daskinfer.in_order import InOrder
+from daskinfer.hardware import machine
 from daskinfer.inputs import Inputs
-from daskinfer.io import Draft, Target
 from daskinfer.model import as_model
 from daskinfer.options import OptionFields, Options
+from daskinfer.outputs import opened
 from daskinfer.plan_record import Plan
-from daskinfer.records import RunReport, Tally
+from daskinfer.records import RunReport
 from daskinfer.runner import Job
-from daskinfer.window import Finished
 
 
 def predict(
@@ -55,7 +54,7 @@ def predict(
     ----------
     model
         A module, a function of ndarrays, an object with ``load(device)`` and ``__call__(batch)``, a :class:`Model`, the
-        path of a ``.pt2`` program, or ``"pkg.mod:make"``.
+        path of a ``.pt2`` program (with ``trust=True``), or ``"pkg.mod:make"``.
     x
         The input, (n, ...): a numpy array, list of numbers, torch tensor, memmap, dask array or path (``.npy``, ``.zarr``).
         A dict gives named ports (``net(image=…, meta=…)``), a tuple positional ones, each of the same length n.
@@ -84,7 +83,8 @@ def predict(
     Raises
     ------
     DaskInferError
-        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows.
+        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows, or
+        ``Interrupted``, a KeyboardInterrupt; what is done then is in ``error.partial.answer`` where ``error.partial.done``.
 
     Examples
     --------
@@ -105,14 +105,7 @@ def predict(
         options=options,
         fields=fields,
     )
-    results = [np.empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
-
-    def keep(finished: Finished) -> None:
-        for result, rows in zip(results, finished.arrays, strict=True):
-            result[finished.chunk.start : finished.chunk.stop] = rows
-
-    report = _compute(work, keep)
-    answer = work.answer(results)
+    answer, report = answered(work)
     return (answer, report) if return_report else answer
 
 
@@ -164,7 +157,7 @@ def stream(
         options=options,
         fields=fields,
     )
-    return _streamed(work)
+    return streamed(work)
 
 
 def map_blocks(
@@ -213,13 +206,19 @@ def map_blocks(
     refusals = Refusals()
     with refusals.collect():
         inputs = Inputs.of(x)
+        inputs.check_sizes(machine().memory_nbytes)
     with refusals.collect():
         given = merge_options(options, fields)
     with refusals.collect():
         asked = check_batch_size(batch_size)
     with refusals.collect():
-        recipe = as_model(model).recipe()
+        recipe = as_model(model, trust=trusts(options, fields)).recipe()
     refusals.raise_if_any()
+    if given.on_error != "raise":
+        raise OptionError(
+            f"on_error={given.on_error!r} was given to map_blocks, which has no report of rows that fail; it may be "
+            "'raise'. Leave it out, or use predict, stream or run."
+        )
     given = keep_bfloat16(given, inputs)
     promise = find_promise(recipe, inputs, given)
     size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
@@ -237,10 +236,16 @@ def run(
     device_weights: Weights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
+    fresh: bool = False,
+    shard: tuple[int, int] | None = None,
     options: Options | None = None,
     **fields: Unpack[OptionFields],
 ) -> RunReport:
     """Apply a network from storage to storage: workers read their rows and write their answers.
+
+    Repeating the call continues it: whatever ended it, and whenever, the answer is the same array in the end. Beside the
+    output a folder ``….daskinfer`` says what it is made of, and what of it is done; ``daskinfer verify`` reads the output
+    against it.
 
     Parameters
     ----------
@@ -249,19 +254,24 @@ def run(
     source
         The path of a ``.npy`` or ``.zarr`` array, (n, ...), or anything else that :func:`predict` takes.
     target
-        The path of the answer, ``.npy`` or ``.zarr``, which must not exist; a mapping from output name to path where the
-        network has several. It appears under its name once it is complete.
+        The path of the answer, ``.npy`` or ``.zarr``; a mapping from output name to path where the network has several. It
+        appears under its name once it is complete. What lies there already has to be of the same call.
+    fresh
+        True: what lies there already is removed first. False: it is continued, or refused.
+    shard
+        (i, n): compute part i of n, counted from 1, as one of n calls that write one output; whichever ends last completes
+        it. None: all of it.
 
     Returns
     -------
     RunReport
-        Rows, seconds, and each device's part.
+        Rows, seconds, and each device's part in this call; ``rows_before`` were done before it.
 
     Raises
     ------
     DaskInferError
-        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows;
-        nothing is left at ``target`` then.
+        Before anything starts: whatever cannot work, all reasons at once; an output of another network, input or options;
+        one that another run holds. Later: a chunk that failed, with its rows; what is done is kept for the next call.
 
     Examples
     --------
@@ -272,7 +282,8 @@ def run(
     ...     di.run(np.sqrt, x, y, devices="inline").rows
     10
     """
-    work = assemble_run(
+    assembled = partial(
+        assemble_run,
         model,
         source,
         target,
@@ -280,16 +291,20 @@ def run(
         device_weights=device_weights,
         batch_size=batch_size,
         client=client,
+        fresh=fresh,
+        shard=shard,
         options=options,
         fields=fields,
     )
-    shape = (work.inputs.n_rows,)
-    with ExitStack() as drafts:
-        targets = [
-            drafts.enter_context(Draft(path, shape + o.shape[1:], o.dtype, work.layout.cell_rows))
-            for path, o in zip(work.paths, work.promise.outputs, strict=True)
-        ]
-        return _compute(work, lambda _: None, targets)
+    work = assembled()
+    assert work.wanted is not None  # a run's
+    with opened(work.wanted, fresh=fresh) as outputs:
+        if outputs.header.sizes != work.wanted.headers[0].sizes:
+            work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units
+        call = driver.Run(work.call(outputs.targets, outputs.done))
+        report = compute(work, lambda f: outputs.keep(f, call.batch_size, call.by_kind), call if outputs.missing else None)
+        outputs.finish()
+    return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
 
 
 def plan(
@@ -378,22 +393,3 @@ def close() -> None:
     >>> di.close()
     """
     kept.kept.close()
-
-
-def _compute(work: Work, keep: Callable[[Finished], None], targets: Sequence[Target] = ()) -> RunReport:
-    """Compute every chunk, give each to ``keep``, and sum the receipts up."""
-    tally = Tally({part.device: part.share for part in work.plan().devices})
-    began = time.perf_counter()
-    run = driver.Run(work.call(targets))
-    for finished in run:
-        keep(finished)
-        tally.add(finished.receipt)
-    return tally.report(seconds=time.perf_counter() - (run.began or began), batch_size=run.batch_size)
-
-
-def _streamed(work: Work) -> Generator[Any, None, None]:
-    call = work.call()
-    order = InOrder(call.ahead_rows)
-    with closing(iter(driver.Run(call, order.before))) as finished:
-        for arrays in order.blocks(finished):
-            yield work.answer(arrays)

@@ -15,11 +15,15 @@ import torch
 from distributed import Client
 
 from daskinfer.arrays import Array
+from daskinfer.bad_rows import check_fill
 from daskinfer.call import Call, key_of
 from daskinfer.errors import DaskInferError, InputError, OutputExists, PlanError
 from daskinfer.grid import auto_batch_size, check_batch_size, read_grid, within
+from daskinfer.hardware import machine
+from daskinfer.input_mark import input_mark
 from daskinfer.inputs import Inputs
-from daskinfer.io import Target, check_free
+from daskinfer.io import Target, check_path
+from daskinfer.manifest import Header, shard_rows
 from daskinfer.model import Recipe, as_model
 from daskinfer.options import OptionFields, Options
 from daskinfer.pace import memory
@@ -27,7 +31,10 @@ from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
 from daskinfer.planner import Layout, fit_chunk_nbytes, follow, lay_out, resolve_weights
 from daskinfer.probe import Promise, promise
+from daskinfer.records import Chunk
 from daskinfer.runner import Job
+from daskinfer.stored import foreign, read_header
+from daskinfer.wanted import Into, Wanted, answer_options, check_shard
 
 Path = str | os.PathLike[str]
 Weights = str | Sequence[float] | Mapping[str, float]
@@ -63,7 +70,7 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Work:
-    """A call that can run: what is computed, where, in which chunks; ``paths`` are its outputs' where it has a target."""
+    """A call that can run: what is computed, where, in which chunks; ``wanted`` is what it stores, where it has a target."""
 
     name: str
     inputs: Inputs
@@ -75,7 +82,7 @@ class Work:
     balanced: bool
     tunable: bool
     layout: Layout
-    paths: tuple[str, ...] = ()
+    wanted: Wanted | None = None
 
     def plan(self) -> Plan:
         """The plan as people read it, with the speeds that are known."""
@@ -110,8 +117,8 @@ class Work:
             "faster; what is measured decides",
         )
 
-    def call(self, targets: Sequence[Target] = ()) -> Call:
-        """What the driver computes; ``targets`` are files that the workers write to."""
+    def call(self, targets: Sequence[Target] = (), done: Sequence[tuple[int, int]] = ()) -> Call:
+        """What the driver computes; ``targets`` are files that the workers write to, ``done`` row ranges that they hold."""
         return Call(
             inputs=self.inputs,
             recipe=self.recipe,
@@ -125,6 +132,7 @@ class Work:
             chunk_nbytes=fit_chunk_nbytes(self.placement.limits, self.recipe.nbytes),
             targets=tuple(targets),
             tunable=self.tunable,
+            done=tuple(done),
         )
 
     def answer(self, arrays: Sequence[Array]) -> Any:
@@ -151,11 +159,11 @@ def assemble(
     options: Options | None,
     fields: OptionFields,
     refusals: Refusals | None = None,
-    to_store: bool = False,
+    into: Into | None = None,
 ) -> Work:
     """Look at every argument, find out what the answer looks like, and lay the rows out.
 
-    ``refusals`` may hold errors that the caller has found already. ``to_store`` cuts at write-units of an output store.
+    ``refusals`` may hold errors that the caller has found already. ``into`` cuts at the write-units of a store.
 
     Raises
     ------
@@ -175,34 +183,43 @@ def assemble(
         names, kinds = [d.name for d in placement.devices], [d.kind for d in placement.devices]
         given["weights"] = resolve_weights(device_weights, names, kinds)
     with refusals.collect():
-        given["model"] = as_model(model)
+        # Before the network is tried on made-up rows: these would be as large as the file declares.
+        if inputs := given.pop("inputs", None):
+            inputs.check_sizes(_budget(given))
+            given["inputs"] = inputs
+    with refusals.collect():
+        given["model"] = as_model(model, trust=trusts(options, fields))
         given["recipe"] = given["model"].recipe()
     with refusals.collect():
         if {"inputs", "options", "recipe"} <= given.keys():
             given["options"] = keep_bfloat16(given["options"], given["inputs"])
             given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
+            check_fill(given["options"], given["promise"].structure.names, given["promise"].outputs)
     refusals.raise_if_any()
     balanced = isinstance(device_weights, str) and device_weights == "auto"
-    return _lay_out(given, balanced=balanced, to_store=to_store)
+    return _lay_out(given, balanced=balanced, into=into)
 
 
-def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
+def _lay_out(given: dict[str, Any], *, balanced: bool, into: Into | None) -> Work:
     inputs: Inputs = given["inputs"]
     wanted: Promise = given["promise"]
     placement: Placement = given["placement"]
     recipe: Recipe = given["recipe"]
     weights: tuple[float, ...] = given["weights"]
     automatic = within(inputs.unit_rows or 1, auto_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
-    batch_size = given["batch_size"] or automatic
+    begun = into.begun if into is not None else None
+    if begun is not None and given["batch_size"] not in (None, begun.batch_size):
+        begun = None  # which is refused when the output is opened
+    batch_size = given["batch_size"] or (begun.batch_size if begun else automatic)
     # After the micro-batch, which must not change from call to call.
     weights = (_measured(given) if balanced else None) or weights
     chunk_nbytes = fit_chunk_nbytes(placement.limits, recipe.nbytes)
     # Into a store a dask array is cut anew: two chunks in one write-unit would be written over each other.
-    if inputs.row_chunks is not None and not to_store:
+    if inputs.row_chunks is not None and into is None:
         layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
     else:
-        layout = _cut(inputs, wanted, weights, batch_size, chunk_nbytes, to_store=to_store)
-    job = Job(inputs.ports, batch_size, given["options"], wanted.outputs)
+        layout = _cut(inputs, wanted, weights, batch_size, chunk_nbytes, into and replace(into, begun=begun))
+    job = Job(inputs.ports, batch_size, given["options"], wanted.outputs, dict(begun.by_kind) if begun else {})
     work = Work(
         given["model"].name,
         inputs,
@@ -212,7 +229,8 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
         placement,
         weights,
         balanced,
-        given["batch_size"] is None,
+        # Shards do not know of one another's measurements, and a run that goes on computes the same bytes.
+        given["batch_size"] is None and begun is None and (into is None or into.shard is None),
         layout,
     )
     if sentences := work.refusals():
@@ -221,15 +239,31 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, to_store: bool) -> Work:
 
 
 def _cut(
-    inputs: Inputs, wanted: Promise, weights: Sequence[float], batch_size: int, chunk_nbytes: int, *, to_store: bool
+    inputs: Inputs, wanted: Promise, weights: Sequence[float], batch_size: int, chunk_nbytes: int, into: Into | None
 ) -> Layout:
     """Cut the rows at cells that cut neither what is read in one go nor, into a store, what is written so."""
     row_nbytes = inputs.row_nbytes + wanted.row_nbytes
     limits = {"row_nbytes": row_nbytes, "chunk_nbytes": chunk_nbytes}
     cell_rows = read_grid(batch_size, inputs.unit_rows or 1, inputs.n_rows, **limits)
-    if to_store:
-        cell_rows = _write_unit(inputs.n_rows, cell_rows, wanted, weights, chunk_nbytes // max(1, row_nbytes))
-    return lay_out(inputs.n_rows, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
+    n_rows, n_shards = inputs.n_rows, into.shard[1] if into is not None and into.shard else 1
+    if into is not None:
+        cell_rows = _write_unit(n_rows // n_shards, cell_rows, wanted, weights, chunk_nbytes // max(1, row_nbytes))
+        cell_rows = into.begun.unit_rows if into.begun else cell_rows
+    if into is None or into.shard is None:
+        return lay_out(n_rows, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
+    # The devices share the rows of this shard, not only those of all: each part is laid out by itself.
+    chunks: list[Chunk] = []
+    start, stop = shard_rows(n_rows, cell_rows, into.shard)
+    for first, last in ((0, start), (start, stop), (stop, n_rows)):
+        part = lay_out(last - first, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
+        chunks += [replace(c, index=len(chunks) + c.index, start=first + c.start, stop=first + c.stop) for c in part.chunks]
+    return Layout(n_rows, batch_size, cell_rows, tuple(chunks))
+
+
+def _budget(given: Mapping[str, Any]) -> int:
+    """Bytes of the device with the least memory of those that get rows; this machine's where none is known."""
+    shares = zip(given["placement"].limits, given["weights"], strict=True) if "weights" in given else ()
+    return min((limit for limit, weight in shares if limit and weight), default=0) or machine().memory_nbytes
 
 
 def _measured(given: dict[str, Any]) -> tuple[float, ...] | None:
@@ -242,6 +276,11 @@ def _measured(given: dict[str, Any]) -> tuple[float, ...] | None:
 def merge_options(options: Options | None, fields: OptionFields) -> Options:
     """The options record, with the keywords on top of it."""
     return replace(options or Options(), **fields)
+
+
+def trusts(options: Options | None, fields: OptionFields) -> bool:
+    """Whether the caller trusts the network's file, also where another option cannot be."""
+    return bool(fields.get("trust", options is not None and options.trust))
 
 
 def keep_bfloat16(options: Options, inputs: Inputs) -> Options:
@@ -267,8 +306,18 @@ def _write_unit(n_rows: int, grid: int, wanted: Promise, weights: Sequence[float
     return max(1, min(by_size, by_share, max_rows) // grid) * grid
 
 
-def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **arguments: Any) -> Work:
-    """The work of a run to storage, with the path of each output in the order of the network's.
+def assemble_run(
+    model: Any,
+    source: Any,
+    target: Path | Mapping[str, Path],
+    *,
+    fresh: bool = False,
+    shard: tuple[int, int] | None = None,
+    **arguments: Any,
+) -> Work:
+    """The work of a run to storage, with what it wants to store, in the order of the network's outputs.
+
+    An output that was begun, unless it is to be made ``fresh``, says the micro-batch and the write-units.
 
     Raises
     ------
@@ -276,11 +325,14 @@ def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **a
         As :func:`assemble`; where an output's path cannot be used, or does not belong to an output.
     """
     refusals = Refusals()
-    paths: dict[str, str] = {}
+    part, paths = None, dict[str, str]()
+    with refusals.collect():
+        part = check_shard(shard, fresh=fresh)
     for name, path in target.items() if isinstance(target, Mapping) else [("", target)]:
         with refusals.collect():
-            paths[name] = _check_output(path, source)
-    work = assemble(model, source, refusals=refusals, to_store=True, **arguments)
+            paths[name] = _check_output(path, source, fresh=fresh)
+    into = Into.of([] if fresh else list(paths.values()), part)
+    work = assemble(model, source, refusals=refusals, into=into, **arguments)
     names = work.promise.structure.names
     if isinstance(target, Mapping) and set(paths) != set(names):
         raise InputError(
@@ -292,17 +344,45 @@ def assemble_run(model: Any, source: Any, target: Path | Mapping[str, Path], **a
             f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
             f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
         )
-    return replace(work, paths=tuple(paths[name] for name in names) if isinstance(target, Mapping) else (paths[""],))
+    ordered = tuple(paths[name] for name in names) if isinstance(target, Mapping) else (paths[""],)
+    wanted = Wanted(ordered, _headers(work, part), check_batch_size(arguments["batch_size"]), part, _retries_failed(work))
+    if not fresh:
+        wanted.refuse_differences()
+    return replace(work, wanted=wanted)
 
 
-def _check_output(path: Path, source: Any) -> str:
+def _headers(work: Work, shard: tuple[int, int] | None) -> tuple[Header, ...]:
+    """What each output is made of."""
+    same: dict[str, Any] = {
+        "model": work.recipe.fingerprint(),
+        "input": input_mark(work.inputs),
+        "options": answer_options(work.job.options),
+        "unit_rows": work.layout.cell_rows,
+        "batch_size": work.job.batch_size,
+        "by_kind": dict(work.job.by_kind),
+        "shards": shard[1] if shard else 0,
+    }
+    outputs = zip(work.promise.structure.names, work.promise.outputs, strict=True)
+    return tuple(
+        Header(output=name, shape=(work.inputs.n_rows, *o.shape[1:]), dtype=o.dtype.str, **same) for name, o in outputs
+    )
+
+
+def _retries_failed(work: Work) -> bool:
+    return work.job.options.on_error == "raise"
+
+
+def _check_output(path: Path, source: Any, *, fresh: bool) -> str:
     for read in _paths(source):
         if os.path.commonpath([os.path.abspath(path), os.path.abspath(read)]) == os.path.abspath(read):
             raise OutputExists(
                 f"the output {os.fspath(path)!r} lies inside the input {os.fspath(read)!r}; an input is never written to. "
                 "Choose another path."
             )
-    return check_free(path)
+    path = check_path(path)
+    if os.path.lexists(path) and not fresh and read_header(path) is None:
+        raise foreign(path)
+    return path
 
 
 def _paths(source: Any) -> list[Path]:

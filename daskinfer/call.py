@@ -28,7 +28,8 @@ class Call:
 
     ``balanced``: devices get rows by their measured speed; else exactly the layout's chunks. ``row_nbytes`` are a row's of
     all inputs and outputs, ``chunk_nbytes`` those that a task may hold. ``targets`` is empty where answers come back.
-    ``tunable``: the micro-batch is a prior, and may be another once one was measured.
+    ``tunable``: the micro-batch is a prior, and may be another once one was measured. ``done``: row ranges (start, stop) of
+    whole cells, in order, that need not be computed again.
     """
 
     inputs: Inputs
@@ -43,6 +44,7 @@ class Call:
     chunk_nbytes: int
     targets: tuple[Target, ...] = ()
     tunable: bool = False
+    done: tuple[tuple[int, int], ...] = ()
 
     def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
         """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""

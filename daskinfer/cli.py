@@ -3,10 +3,13 @@
 Results go to stdout, everything else to stderr. Exit codes:
 
 ====  ==============================================================
-0     done
-1     failed while running
+0     done, also where nothing was left to do
+1     failed while running; of verify: something is wrong
 2     wrong usage: refused before anything started
+3     done, but rows are missing: the report counts them, ``….daskinfer/failed_rows.json`` beside the output lists them
+4     another run holds the output
 130   interrupted by Ctrl-C
+143   terminated
 ====  ==============================================================
 """
 
@@ -15,19 +18,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from daskinfer.errors import ChunkError, ClusterError, DaskInferError
+from daskinfer.errors import ChunkError, ClusterError, DaskInferError, OutputLocked
 
 _FAILED_WHILE_RUNNING = (ChunkError, ClusterError)
+_ROWS_MISSING, _LOCKED = 3, 4  # exit codes
 
 
 class _Group(click.Group):
@@ -38,21 +44,31 @@ class _Group(click.Group):
             return super().invoke(context)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except KeyboardInterrupt:
-            click.echo("daskinfer: interrupted", err=True)
-            context.exit(130)
+        except KeyboardInterrupt as error:
+            _explain(error, debug=False)
+            context.exit(128 + getattr(error, "signal_number", signal.SIGINT))
         except Exception as error:
             _explain(error, debug=context.params["debug"])
-            refused = isinstance(error, DaskInferError) and not isinstance(error, _FAILED_WHILE_RUNNING)
-            context.exit(2 if refused else 1)
+            context.exit(_exit_code(error))
 
 
-def _explain(error: Exception, *, debug: bool) -> None:
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, OutputLocked):
+        return _LOCKED
+    refused = isinstance(error, DaskInferError) and not isinstance(error, _FAILED_WHILE_RUNNING)
+    return 2 if refused else 1
+
+
+def _explain(error: BaseException, *, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
+        return
+    if isinstance(error, KeyboardInterrupt):
+        said = str(error) or "interrupted"
     else:
-        name = "" if isinstance(error, DaskInferError) else f"{type(error).__name__}: "
-        click.echo(f"daskinfer: error: {name}{error}", err=True)
+        said = f"error: {'' if isinstance(error, DaskInferError) else f'{type(error).__name__}: '}{error}"
+    # The notes say how to go on.
+    click.echo(" ".join([f"daskinfer: {said}", *getattr(error, "__notes__", ())]), err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,12 +112,22 @@ def _weights(text: str) -> Any:
         raise click.BadParameter(f"{text!r} is neither auto, even, 1,1,8 nor cuda=8,cpu=1") from None
 
 
-def _batch_size(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
+def _batch_size(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _dtype(text: str | None) -> Any:
     return _ports(text) if text else None
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """``3/64``."""
+    if text is None:
+        return None
+    index, _, n_shards = text.partition("/")
+    if not (index.isdecimal() and n_shards.isdecimal()):
+        raise click.BadParameter(f"{text!r} is no part such as 3/64")
+    return int(index), int(n_shards)
 
 
 def _json(text: str | None) -> Any:
@@ -131,10 +157,36 @@ _HOW = (
     click.option("--kwargs", callback=_parsed(_json), help="Keywords of the factory, as a JSON object."),
     click.option("--dtype", callback=_parsed(_dtype), help="Cast the input: float32, or image=float32,meta=int64 per port."),
     click.option("--readers", type=int, default=1, show_default=True, help="Chunks read ahead for each device, 1 to 6."),
+    click.option(
+        "--on-error",
+        type=click.Choice(["raise", "skip"]),
+        default="raise",
+        show_default=True,
+        help="What a row that fails does: end the run, or be filled and listed (exit code 3).",
+    ),
+    click.option("--fill-value", type=float, help="What stands where rows failed. [default: NaN]"),
+    click.option("--max-failed-rows", callback=_parsed(_batch_size), help="Rows that may fail: a number, or 1%."),
+    click.option("--nan-is-failure", is_flag=True, help="A row whose answer holds a NaN has failed."),
+    click.option("--retries", type=int, default=2, show_default=True, help="How often what raised is tried again."),
+    click.option("--chunk-timeout", type=float, metavar="SECONDS", help="Replace a worker whose chunk takes longer."),
+    click.option("--restart-workers", is_flag=True, help="Workers of --scheduler may be restarted where they hang."),
     click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Run under automatic mixed precision."),
     click.option("--no-pad", is_flag=True, help="Do not fill micro-batches up to one shape."),
+    click.option(
+        "--trust-model", is_flag=True, help="The model file may run code when it is loaded (.pt2, TorchScript, …)."
+    ),
+    click.option("--model-sha256", metavar="HEX", help="The SHA-256 that the model file has to have, on every worker."),
     click.option("--scheduler", help="Address of a running Dask scheduler, or its scheduler file."),
+    click.option("--tls-ca-file", help="Certificate authority of a scheduler at tls://, as for `dask worker`."),
+    click.option("--tls-cert", help="Own certificate for such a scheduler."),
+    click.option("--tls-key", help="Key of the own certificate, where it is a file of its own."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON."),
+)
+
+
+_OPTIONS = (
+    *("device_weights", "batch_size", "dtype", "autocast", "readers", "on_error", "fill_value", "max_failed_rows"),
+    *("nan_is_failure", "retries", "chunk_timeout", "restart_workers"),
 )
 
 
@@ -149,28 +201,41 @@ def _call(function: Callable[..., Any], model: str, *arguments: Any, how: dict[s
     """Call a function of the api as the options say."""
     from daskinfer import Model
 
-    given = {name: how[name] for name in ("device_weights", "batch_size", "dtype", "autocast", "readers")}
+    given = {name: how[name] for name in _OPTIONS}
     given["pad"] = not how["no_pad"]
-    if how["factory"] or how["kwargs"]:
-        source: Any = Model(model, factory=how["factory"], kwargs=how["kwargs"])
-    else:
-        source = model
+    source = Model(
+        model,
+        factory=how["factory"],
+        kwargs=how["kwargs"] or None,
+        trust=how["trust_model"],
+        sha256=how["model_sha256"],
+    )
     with ExitStack() as stack:
         if how["scheduler"]:
-            given["client"] = stack.enter_context(_client(how["scheduler"]))
+            given["client"] = stack.enter_context(_client(how["scheduler"], _security(how)))
         return function(source, *arguments, devices=how["devices"], **given)
 
 
-def _client(scheduler: str) -> Any:
+def _security(how: dict[str, Any]) -> Any:
+    """Certificates where they were named, else None: Dask's configuration may name some."""
+    from distributed import Security
+
+    given = {"tls_ca_file": how["tls_ca_file"], "tls_client_cert": how["tls_cert"], "tls_client_key": how["tls_key"]}
+    given = {name: path for name, path in given.items() if path}
+    return Security(require_encryption=True, **given) if given else None
+
+
+def _client(scheduler: str, security: Any) -> Any:
     from distributed import Client
 
     address = {"scheduler_file": scheduler} if os.path.exists(scheduler) else {"address": scheduler}
     try:
-        return Client(**address, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+        return Client(**address, security=security, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:  # the last two: of its certificates
         raise ClusterError(
             f"the scheduler {scheduler!r} cannot be reached ({error}); the address of a running one, or its file, is "
-            "needed. Start one with `dask scheduler`, or leave --scheduler out."
+            "needed, and for one at tls:// --tls-ca-file and --tls-cert. Start one with `dask scheduler`, or leave "
+            "--scheduler out."
         ) from error
 
 
@@ -178,19 +243,40 @@ def _client(scheduler: str) -> Any:
 @click.argument("model")
 @click.argument("input")
 @click.argument("output")
+@click.option("--fresh", is_flag=True, help="Remove what lies at OUTPUT already, and start over.")
+@click.option(
+    "--shard", callback=_parsed(_shard), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."
+)
 @_how
-def run(model: str, input: str, output: str, as_json: bool, **how: Any) -> None:
-    """Apply MODEL to INPUT and write the answer to OUTPUT.
+def run(model: str, input: str, output: str, fresh: bool, shard: Any, as_json: bool, **how: Any) -> None:
+    """Apply MODEL to INPUT and write the answer to OUTPUT; the same command again goes on where it was left.
 
-    MODEL is weights (.safetensors, .pt, .pth) with --factory, a .pt2 program, or a factory pkg.mod:make. INPUT and OUTPUT
-    are .npy or .zarr arrays; several ports are named: image=a.npy,meta=b.npy. OUTPUT must not exist.
+    MODEL is weights (.safetensors, .pt, .pth) with --factory, a .pt2 program with --trust-model, or a factory pkg.mod:make.
+    INPUT and OUTPUT are .npy or .zarr arrays; several ports are named: image=a.npy,meta=b.npy. What lies at OUTPUT already
+    has to be of the same command.
     """
     from dataclasses import asdict
 
     import daskinfer
 
-    report = _call(daskinfer.run, model, _ports(input), _ports(output), how=how)
+    stored = partial(daskinfer.run, fresh=fresh, shard=shard)
+    report = _call(stored, model, _ports(input), _ports(output), how=how)
     click.echo(json.dumps(asdict(report)) if as_json else str(report))
+    if report.failed_rows:
+        click.echo(f"daskinfer: {len(report.failed_rows):,} rows have no answer; failed_rows.json beside it lists them", err=True)
+        click.get_current_context().exit(_ROWS_MISSING)
+
+
+@main.command()
+@click.argument("output")
+def verify(output: str) -> None:
+    """Read OUTPUT, which `run` wrote, again, and say what is not as it was written."""
+    from daskinfer.verifying import verify as verified
+
+    found = verified(output)
+    click.echo(str(found))
+    if found.wrong:
+        click.get_current_context().exit(1)
 
 
 @main.command()

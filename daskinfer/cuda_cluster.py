@@ -59,10 +59,11 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
                 memory_limit=with_.memory_limit,
                 local_directory=with_.scratch,
                 host=LOOPBACK,
+                security=with_.security,
                 dashboard_address=with_.dashboard_address,
                 scheduler_kwargs=with_.scheduler_options(),
                 name="LocalDeviceCluster",
-                silence_logs=logging.ERROR,
+                silence_logs=logging.CRITICAL,  # a worker that ends is the call's to speak of
             )
 
     def scale(self, n: int = 0, memory: Any = None, cores: Any = None) -> Any:

@@ -15,6 +15,7 @@ from math import inf
 from typing import Protocol
 
 from daskinfer.planner import CHUNK_NBYTES, Layout
+from daskinfer.ranges import Ranges, left_over
 from daskinfer.records import Chunk
 
 TASK_SECONDS = 0.05  # a shorter task shows the scheduler's cost, 2 to 3 ms each; arbitrary
@@ -49,6 +50,12 @@ class Dealer(Protocol):
     def took(self, device: int, chunks: Sequence[Chunk], seconds: float) -> None:
         """Tell that a task ended on a device, maybe not the one it was dealt to, and the time spent on it alone."""
 
+    def dropped(self, chunk: Chunk) -> None:
+        """Tell that a chunk was given up."""
+
+    def leave(self, device: int) -> None:
+        """Tell that a device is gone for good."""
+
 
 class Planned:
     """Deals every device exactly its own chunks of a layout, in row order.
@@ -62,6 +69,8 @@ class Planned:
         Bytes that a row takes, input and output together, 0 for no limit by bytes, and bytes that a task may hold.
     n_devices
         Devices of the plan, those without a chunk included.
+    done, whole
+        Rows that need not be dealt, and whether a chunk that is done in part is dealt whole.
 
     Examples
     --------
@@ -73,9 +82,19 @@ class Planned:
     ((Chunk(index=0, start=0, stop=5, device=0),), [(10, 15), (20, 25)], 25)
     """
 
-    def __init__(self, layout: Layout, row_nbytes: int, *, n_devices: int, chunk_nbytes: int = CHUNK_NBYTES) -> None:
-        self.n_rows_left = layout.n_rows
-        self._queues = [_Queue(_own(layout, device)) for device in range(n_devices)]
+    def __init__(
+        self,
+        layout: Layout,
+        row_nbytes: int,
+        *,
+        n_devices: int,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        done: Ranges = (),
+        whole: bool = False,
+    ) -> None:
+        own = [list(_own(layout, device, done, whole=whole)) for device in range(n_devices)]
+        self.n_rows_left = sum(map(_n_rows, own))
+        self._queues = [_Queue(iter(chunks)) for chunks in own]
         self._n_chunks = [1] * n_devices  # of the next task
         self._max_rows = _fitting_rows(row_nbytes, chunk_nbytes)
         self._paces = [_Pace() for _ in range(n_devices)]
@@ -97,6 +116,12 @@ class Planned:
             self._n_chunks[device] = min(2 * n_chunks, MAX_CHUNKS_PER_TASK)
         elif seconds > MAX_TASK_SECONDS:
             self._n_chunks[device] = max(1, min(n_chunks, len(chunks)) // 2)
+
+    def dropped(self, chunk: Chunk) -> None:
+        """Nothing: what a device still has to do is what is in its queue."""
+
+    def leave(self, device: int) -> None:
+        """Nothing: its chunks are dealt as before, and run elsewhere."""
 
 
 class Balanced:
@@ -143,19 +168,34 @@ class Balanced:
 
     @classmethod
     def of_grid(
-        cls, n_rows: int, cell_rows: int, priors: Sequence[float], *, row_nbytes: int = 0, chunk_nbytes: int = CHUNK_NBYTES
+        cls,
+        n_rows: int,
+        cell_rows: int,
+        priors: Sequence[float],
+        *,
+        row_nbytes: int = 0,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        done: Ranges = (),
     ) -> Balanced:
         """Cut ``n_rows`` rows at the cells of a regular grid; chunks are numbered as they are dealt."""
-        return cls(_Grid(n_rows, cell_rows), n_rows, priors, max_rows=_fitting_rows(row_nbytes, chunk_nbytes))
+        limit = _fitting_rows(row_nbytes, chunk_nbytes)
+        return cls(_Grid(n_rows, cell_rows, done), _n_left(n_rows, done), priors, max_rows=limit)
 
     @classmethod
     def of_chunks(
-        cls, row_chunks: Sequence[int], priors: Sequence[float], *, row_nbytes: int = 0, chunk_nbytes: int = CHUNK_NBYTES
+        cls,
+        row_chunks: Sequence[int],
+        priors: Sequence[float],
+        *,
+        row_nbytes: int = 0,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        done: Ranges = (),
     ) -> Balanced:
-        """Deal chunks that are cut already, of these many rows each, whole."""
+        """Deal chunks that are cut already, of these many rows each, whole: one that is done in part is done again."""
         ends = pairwise(accumulate(row_chunks, initial=0))
-        queue = _Queue(Chunk(index, start, stop, _UNDEALT) for index, (start, stop) in enumerate(ends))
-        return cls(queue, sum(row_chunks), priors, max_rows=_fitting_rows(row_nbytes, chunk_nbytes))
+        chunks = [Chunk(index, start, stop, _UNDEALT) for index, (start, stop) in enumerate(ends)]
+        left = [chunk for chunk in chunks if not chunk.n_rows or any(left_over((chunk.start, chunk.stop), done))]
+        return cls(_Queue(iter(left)), _n_rows(left), priors, max_rows=_fitting_rows(row_nbytes, chunk_nbytes))
 
     @property
     def speeds(self) -> tuple[float | None, ...]:
@@ -176,6 +216,12 @@ class Balanced:
         self._largest[device] = max(self._largest[device], _n_rows(chunks))
         self._paces[device].add(_n_rows(chunks), seconds)
         self._assumed = _assume(self.speeds, self._priors)
+
+    def dropped(self, chunk: Chunk) -> None:
+        self._in_flight[chunk.device] -= chunk.n_rows
+
+    def leave(self, device: int) -> None:
+        self.weigh(device, 0.0)
 
     def weigh(self, device: int, prior: float) -> None:
         """Let a device join, or with a prior of 0 leave; what it has in flight is still its own."""
@@ -275,20 +321,24 @@ class _Queue:
 
 
 class _Grid:
-    """Rows on a regular grid, cut into chunks of whole cells from the front."""
+    """Rows on a regular grid, cut into chunks of whole cells from the front, around those that are done."""
 
-    def __init__(self, n_rows: int, cell_rows: int) -> None:
-        self._n_rows, self._cell_rows, self._start, self._n_dealt = n_rows, cell_rows, 0, 0
+    def __init__(self, n_rows: int, cell_rows: int, done: Ranges) -> None:
+        self._cell_rows, self._n_dealt = cell_rows, 0
+        self._left = left_over((0, n_rows), done)
+        self._start, self._stop = next(self._left, (0, 0))
 
     def next_rows(self) -> int | None:
-        return min(self._cell_rows, self._n_rows - self._start) or None
+        return min(self._cell_rows, self._stop - self._start) or None
 
     def take(self, n_rows: int, before: int | None) -> tuple[Chunk, ...]:
         if before is not None and self._start >= before:
             return ()
         n_cells = max(1, n_rows // self._cell_rows)
-        chunk = Chunk(self._n_dealt, self._start, min(self._start + n_cells * self._cell_rows, self._n_rows), _UNDEALT)
+        chunk = Chunk(self._n_dealt, self._start, min(self._start + n_cells * self._cell_rows, self._stop), _UNDEALT)
         self._n_dealt, self._start = self._n_dealt + 1, chunk.stop
+        if self._start == self._stop:
+            self._start, self._stop = next(self._left, (0, 0))
         return (chunk,)
 
 
@@ -299,12 +349,22 @@ def _assume(speeds: Sequence[float | None], priors: Sequence[float]) -> list[flo
     return [prior and (speed or prior * scale) for speed, prior in zip(speeds, priors, strict=True)]
 
 
-def _own(layout: Layout, device: int) -> Iterator[Chunk]:
-    return (chunk for chunk in layout.chunks if chunk.device == device)
+def _own(layout: Layout, device: int, done: Ranges, *, whole: bool) -> Iterator[Chunk]:
+    """A device's chunks, or what is left of them; ``whole``: a chunk that is done in part is done again."""
+    for chunk in layout.chunks:
+        if chunk.device == device:
+            rows = (chunk.start, chunk.stop)
+            left = list(left_over(rows, done))
+            pieces = [rows] if not chunk.n_rows or (whole and left) else left
+            yield from (replace(chunk, start=start, stop=stop) for start, stop in pieces)
 
 
 def _n_rows(chunks: Sequence[Chunk]) -> int:
     return sum(chunk.n_rows for chunk in chunks)
+
+
+def _n_left(n_rows: int, done: Ranges) -> int:
+    return n_rows - sum(stop - start for start, stop in done)
 
 
 def _fitting_rows(row_nbytes: int, chunk_nbytes: int) -> float:

@@ -15,7 +15,8 @@ Where rows are computed, first match wins; each exit is one DEBUG line:
 So a short job costs what a plain loop costs, and a long one gets the workers. Answers computed with other numbers of
 threads agree within rounding; who needs the same bytes names the devices.
 
-On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead.
+On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead. What is
+done about those that do not end well stands in a table in ``faults``.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from distributed import Client
 
-from daskinfer import plugin, preflight, transport
+from daskinfer import bad_rows, plugin, preflight, transport
 from daskinfer.call import Call
 from daskinfer.dealer import MAX_CHUNKS_PER_TASK, Balanced, Dealer, Planned
-from daskinfer.feeder import Feeder
+from daskinfer.errors import ChunkError, TooManyFailures
+from daskinfer.faults import Book, ends_the_call
+from daskinfer.feeder import Errand, Feeder
+from daskinfer.fetching import Finished
 from daskinfer.grid import MIN_BATCHES
 from daskinfer.io import Target
 from daskinfer.kept import kept
@@ -44,17 +49,17 @@ from daskinfer.model import Recipe
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
 from daskinfer.preflight import Answer
-from daskinfer.records import Chunk
+from daskinfer.records import Chunk, Failure, Receipt
+from daskinfer.replacing import Replacer
 from daskinfer.shipping import shipped
-from daskinfer.task import Block, Order, compute, run_task
+from daskinfer.task import Block, Order, compute, read, run_task, store
 from daskinfer.transport import Arena
 from daskinfer.tuning import measure_here, measured, tuned, tuned_here
-from daskinfer.window import Finished, Window
-from daskinfer.worker import seat
+from daskinfer.window import AWAY_SECONDS, Policy, Window
+from daskinfer.worker import Seat, seat
 
 logger = logging.getLogger(__name__)
 
-MAX_ORDER_NBYTES = 1 << 20  # a larger order goes to the cluster once instead of with each task; arbitrary
 START_SECONDS = 4.0  # until two workers that import torch are there, on 2 cores (measured: 3.6 to 4.3)
 WARM_CHUNKS = 3  # of this process, until its speed tells anything: the first finds its memory and its kernels; arbitrary
 TRIAL_SECONDS = 0.5  # that workers compute before they are compared with this process; arbitrary
@@ -65,7 +70,8 @@ class Run:
     """One call on its way: iterate over its chunks as they end, in no particular order.
 
     Closing the iterator cancels what has not ended. ``began`` is when the first chunk was on its way, by
-    ``time.perf_counter()``; None before. ``before()`` is the row at which no chunk may start yet; None: no limit.
+    ``time.perf_counter()``; None before. ``before()`` is the row at which no chunk may start yet; None: no limit. Once
+    ``draining`` is True, which another thread or a signal may set, no chunk is begun any more.
 
     Raises
     ------
@@ -78,14 +84,33 @@ class Run:
     def __init__(self, call: Call, before: Callable[[], int | None] = lambda: None) -> None:
         self._call, self._before = call, before
         self._n_threads: int | None = None  # torch's in this process; None: as they are
+        self._n_failed = 0  # rows
         self.began: float | None = None
+        self.draining = False
 
     @property
     def batch_size(self) -> int:
         """Rows of the micro-batch that was chosen, the largest of all kinds of device."""
         return self._call.job.batch_size
 
+    @property
+    def by_kind(self) -> Mapping[str, int]:
+        """Rows of the micro-batches that were chosen, by kind of device, where they differ from kind to kind."""
+        return self._call.job.by_kind
+
     def __iter__(self) -> Generator[Finished, None, None]:
+        call = self._call
+        allowed = call.job.options.failures_allowed(call.layout.n_rows)
+        for finished in self._finished():
+            self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
+            if self._n_failed > allowed:
+                raise TooManyFailures(
+                    f"{self._n_failed:,} rows failed; max_failed_rows={call.job.options.max_failed_rows!r} allows "
+                    f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
+                )
+            yield finished
+
+    def _finished(self) -> Iterator[Finished]:
         call = self._call
         if call.layout.n_rows == 0:
             logger.debug("rule 1: no rows")
@@ -103,31 +128,63 @@ class Run:
     def _inline(self, dealer: Dealer, device: int, feeder: Feeder) -> Iterator[Finished]:
         """In this process, task by task, until the dealer deals no more."""
         self.began = self.began or time.perf_counter()
-        while chunks := dealer.deal(device):
+        while not self.draining and (chunks := dealer.deal(device)):
             call, here = self._call, replace(seat(), n_threads=self._n_threads)
             began = time.perf_counter()
             for chunk in chunks:
                 if chunk.n_rows:
-                    since = time.perf_counter()
-                    rows = feeder.rows(chunk)
-                    read_seconds = time.perf_counter() - since
-                    block = compute(rows, chunk.start, chunk.stop, call.recipe, call.job, here)
-                    yield _stored(chunk, block, call.targets, read_seconds)
+                    yield self._computed_here(chunk, feeder, here)
             dealer.took(device, chunks, time.perf_counter() - began)
             if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
                 self._call = tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0)
 
+    def _computed_here(self, chunk: Chunk, feeder: Feeder, here: Seat) -> Finished:
+        """One chunk in this process, as often as it takes."""
+        call = self._call
+        book = Book(call.job.options.retries)
+        while True:
+            book.begun(chunk)
+            try:
+                since = time.perf_counter()
+                rows = read(lambda: feeder.rows(chunk), chunk)
+                read_seconds = time.perf_counter() - since
+                block = compute(rows, chunk.start, chunk.stop, call.recipe, call.job, here)
+                return _stored(chunk, block, call.targets, read_seconds)
+            except ChunkError as error:
+                if ends_the_call(error):
+                    raise
+                if not book.raised(chunk, error):
+                    return self._give_up(chunk, here.device, error)
+                time.sleep(book.wait_seconds or 0.0)
+
+    def _give_up(self, chunk: Chunk, device: str, error: ChunkError) -> Finished:
+        """What stands in for the answer of a chunk that will not be tried again."""
+        call = self._call
+        if call.job.options.on_error == "raise":
+            raise error
+        arrays = [np.empty((chunk.n_rows, *look.shape[1:]), look.dtype) for look in call.job.outputs or ()]
+        bad_rows.fill(arrays, slice(None), call.job.options.fill_value)
+        receipt = Receipt(chunk.start, chunk.stop, device, "", 0, 0.0, "")
+        failure = Failure(chunk.start, chunk.stop, device, f"{type(error).__name__}: {error}")
+        return _stored(chunk, Block(arrays, receipt, failures=(failure,)), call.targets, 0.0)
+
+    def _policy(self, client: Client, folders: Mapping[str, str]) -> Policy:
+        options = self._call.job.options
+        replacer = Replacer(client, folders, allowed=options.restart_workers)
+        return Policy(options.retries, options.chunk_timeout, replacer, self._give_up)
+
     def _on_workers(self, client: Client, dealer: Dealer | None = None) -> Iterator[Finished]:
         """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
-        with _ready(self._call, client) as (lanes, feeder, recipe):
+        with _ready(self._call, client) as (lanes, feeder, recipe, folders):
             if dealer is None:
                 self._call = tuned(self._call, client, _order(self._call, recipe), lanes, feeder.task)
                 dealer = _dealer(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
-            order = _sent(client, _order(self._call, recipe))
+            order = Errand(client, _order(self._call, recipe))
             settles = bool(self._call.targets)
-            with Window(client, run_task, order, lanes, feeder.task, settles=settles) as window:
-                yield from window.run(dealer, self._before)
+            policy = self._policy(client, folders)
+            with Window(client, run_task, order, lanes, feeder.task, policy, settles=settles) as window:
+                yield from window.run(dealer, self._before, lambda: self.draining)
         known = memory.of(self._call.key).speeds
         known |= {d.name: speed for d, speed in zip(self._call.placement.devices, dealer.speeds, strict=False) if speed}
 
@@ -168,6 +225,8 @@ class _Automatic:
             if starting is not None and starting.ready:
                 self._dealer.weigh(self._here, 0.0)  # its last task is ended first
         self._run._n_threads = None
+        if self._run.draining:
+            return
         if starting is None:
             logger.debug("rule 6: all of it in this process")
             self._note("inline", self._dealer.speeds[self._here])
@@ -201,7 +260,7 @@ class _Automatic:
                         self._dealer.weigh(device, 0.0)
             if began is not None:
                 self._note("workers", n_done / max(1e-6, time.perf_counter() - began))
-        yield from self._inline() if self._dealer.n_rows_left else ()
+        yield from self._inline() if self._dealer.n_rows_left and not self._run.draining else ()
 
     def _note(self, layout: str, speed: float | None) -> None:
         if speed:
@@ -233,7 +292,7 @@ def speeds(call: Call) -> dict[str, float]:
         _, speed = measure_here(call, _feeder(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
         found = {call.placement.devices[0].name: speed}
     else:
-        with opened(call.placement) as client, _ready(call, client) as (lanes, feeder, recipe):
+        with opened(call.placement) as client, _ready(call, client) as (lanes, feeder, recipe, _):
             sizes = call.tried_sizes[:1]
             by_lane = measured(call, client, _order(call, recipe), lanes, feeder.task, sizes)
             found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
@@ -257,9 +316,9 @@ def _asked(placement: Placement) -> list[str]:
 
 def _dealer(call: Call, weights: Sequence[float]) -> Any:
     """Who says which chunks come next."""
+    limits: dict[str, Any] = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes, "done": call.done}
     if not call.balanced:
-        return Planned(call.layout, call.row_nbytes, n_devices=len(weights), chunk_nbytes=call.chunk_nbytes)
-    limits = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes}
+        return Planned(call.layout, n_devices=len(weights), whole=call.inputs.row_chunks is not None, **limits)
     if call.inputs.row_chunks is not None:
         dealer = Balanced.of_chunks(call.layout.row_chunks, weights, **limits)
     else:
@@ -278,17 +337,21 @@ def _feeder(call: Call, client: Client | None) -> Feeder:
 
 
 def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_seconds: float) -> Finished:
-    began = time.perf_counter()
-    for target, rows in zip(targets, block.arrays, strict=False):  # no targets: the answer is kept
-        target.write(chunk.start, rows)
+    block, write_seconds = store(block, chunk, targets)
     assert block.receipt is not None  # a chunk with rows
-    receipt = block.receipt.timed(read_seconds, time.perf_counter() - began, read_seconds)
-    return Finished(chunk, () if targets else block.arrays, receipt)
+    receipt = block.receipt.timed(read_seconds, write_seconds, read_seconds)
+    return Finished(chunk, block.arrays, receipt, block.written, block.failures)
 
 
 @contextlib.contextmanager
-def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe]]:
-    """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network."""
+def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe, dict[str, str]]]:
+    """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network.
+
+    Last the folder of each device's cluster, where it is ours.
+    """
+    if call.placement.client is None:  # one that ended in an earlier call is on its way back
+        with contextlib.suppress(TimeoutError):
+            client.wait_for_workers(len(call.placement.devices), timeout=AWAY_SECONDS)
     plugin.register(client)
     feeder = _feeder(call, client)
     n_tasks = call.readers + 2
@@ -302,15 +365,11 @@ def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Rec
         folders = {address: answer.scratch for address, answer in answers.items()}
         loaded = {address for address, answer in answers.items() if answer.loaded}
         recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
-        yield _lanes(call, answers, arena, n_tasks), feeder, recipe
+        yield _lanes(call, answers, arena, n_tasks), feeder, recipe, {a.device: a.scratch for a in answers.values()}
 
 
 def _order(call: Call, recipe: Recipe) -> bytes:
     return Order(recipe, call.job, call.targets).sealed()
-
-
-def _sent(client: Client, order: bytes) -> Any:
-    return order if len(order) <= MAX_ORDER_NBYTES else client.scatter(order, broadcast=True, hash=False)
 
 
 def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:
@@ -320,6 +379,8 @@ def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -
     for i, (device, weight) in enumerate(zip(placement.devices, call.weights, strict=True)):
         answer = answers.get(placement.addresses[i]) if placement.addresses else by_name.get(device.name)
         if weight > 0:
-            shares = answer is not None and answer.shares_memory
-            lanes.append(Lane(i, device.kind, placement.restriction(i), n_tasks, arena if shares else None))
+            shares, reads = (answer.shares_memory, answer.reads_memory) if answer is not None else (False, False)
+            where = placement.restriction(i)
+            nanny = placement.nannies[i] or "" if placement.nannies else ""
+            lanes.append(Lane(i, device.name, device.kind, where, n_tasks, arena if shares else None, reads, nanny))
     return lanes

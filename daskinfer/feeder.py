@@ -17,6 +17,23 @@ from daskinfer.transport import ALIGN, Slot, slot_nbytes
 from daskinfer.upstream import Blocks
 from daskinfer.ways import Way
 
+MAX_ORDER_NBYTES = 1 << 20  # a larger order goes to the cluster once instead of with each task; arbitrary
+
+
+class Errand:
+    """The order of a call as its tasks take it; a large one is sent once, and again where it ended with its workers."""
+
+    def __init__(self, client: Client, order: bytes) -> None:
+        self._client, self._order = client, order
+        self._future: Future | None = None
+
+    def __call__(self) -> Any:
+        if len(self._order) <= MAX_ORDER_NBYTES:
+            return self._order
+        if self._future is None or self._future.status != "finished":
+            self._future = self._client.scatter(self._order, broadcast=True, hash=False)
+        return self._future
+
 
 class Feeder:
     """Turns chunks into tasks.

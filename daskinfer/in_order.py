@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from daskinfer.arrays import Array
-from daskinfer.window import Finished
+from daskinfer.fetching import Finished
 
 
 class InOrder:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import dask
@@ -27,6 +27,9 @@ from daskinfer.arrays import NUMBERS, Array, numpy_of
 from daskinfer.errors import InputError
 from daskinfer.io import Source, open_source
 from daskinfer.structure import Ports
+from daskinfer.tables import format_nbytes
+
+MAX_NBYTES = 1 << 48  # 256 TiB of rows: a plan lists every chunk, 4 million of 64 MiB; arbitrary
 
 # Python's numbers have no precision of their own: read as torch reads them.
 _PLAIN = {"float64": np.float32, "complex128": np.complex64}
@@ -71,7 +74,7 @@ class Inputs:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row of all ports."""
-        return sum(int(np.prod(a.shape[1:], dtype=np.int64)) * a.dtype.itemsize for a in self.arrays)
+        return sum(_nbytes(a.shape[1:], a.dtype) for a in self.arrays)
 
     @property
     def row_chunks(self) -> tuple[int, ...] | None:
@@ -88,6 +91,30 @@ class Inputs:
     def paths(self) -> list[str]:
         """Files that are read."""
         return [a.path for a in self.arrays if hasattr(a, "path")]
+
+    def check_sizes(self, nbytes: int) -> None:
+        """Refuse what declares more than ``nbytes`` in one piece, or more rows than can be planned; nothing is read.
+
+        Raises
+        ------
+        InputError
+            Which says how much it is, and of what.
+        """
+        for name, array in zip(self.ports.names, self.arrays, strict=True):
+            row_nbytes = _nbytes(array.shape[1:], array.dtype)
+            pieces = {"row": array.shape[1:], "chunk": getattr(array, "chunk_shape", ())}
+            for piece, shape in pieces.items():
+                if _nbytes(shape, array.dtype) > nbytes:
+                    raise InputError(
+                        f"a {piece} of {name}{_at(array)} takes {format_nbytes(_nbytes(shape, array.dtype))} "
+                        f"({tuple(shape)} {array.dtype}) and has to be read whole; the smallest device has "
+                        f"{format_nbytes(nbytes)}. Store it in smaller ones, or use devices with more memory."
+                    )
+            if array.shape[0] * max(1, row_nbytes) > MAX_NBYTES:
+                raise InputError(
+                    f"{name}{_at(array)} has {array.shape[0]:,} rows of {format_nbytes(row_nbytes)}; one call takes at most "
+                    f"{format_nbytes(MAX_NBYTES)}. Cut it into parts."
+                )
 
     def like(self) -> list[Array]:
         """One empty array per port with its shape and dtype; nothing is read."""
@@ -109,6 +136,15 @@ class Inputs:
     def cut_one(array: Any, row_chunks: Sequence[int]) -> da.Array:
         """One port's dask array, as :meth:`cut` gives it."""
         return _cut(array, tuple(row_chunks))
+
+
+def _nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """In Python's numbers: what a file declares may be more than NumPy can count."""
+    return prod(map(int, shape)) * dtype.itemsize
+
+
+def _at(array: Any) -> str:
+    return f" ({array.path!r})" if hasattr(array, "path") else ""
 
 
 def _unit_rows(array: Any) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import Future
 
@@ -12,24 +12,38 @@ from daskinfer.parts import Task
 from daskinfer.records import Chunk
 from daskinfer.transport import Arena, Slot
 
-# Makes a task of chunks, rows in memory put into the slot or sent to workers, and names the futures that Dask has to bring.
-Feed = Callable[[Sequence[Chunk], Slot | None, Sequence[str]], tuple[Task, list[Future]]]
+
+class Feed(Protocol):
+    """Makes tasks: ``Feeder.task``."""
+
+    def __call__(
+        self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str], *, reads: bool
+    ) -> tuple[Task, list[Future]]: ...
 
 
 @dataclass
 class Lane:
     """One device's part of the window.
 
-    ``restriction`` are the keywords of ``client.submit`` that keep a task on the device, ``arena`` is None where its worker
-    shares no memory with this process.
+    ``name`` is the device's, ``restriction`` are the keywords of ``client.submit`` that keep a task on it, ``arena`` is None
+    where its worker shares no memory with this process; ``reads``: it reads this process's own. ``nanny`` is the address of
+    who brings a worker of others back; empty: nobody, or under its resource. ``quiet_since`` is when it answered last, or
+    was away, ``replaced_at`` when its process was ended for a fault last; ``gone``: its device is given up.
     """
 
     device: int
+    name: str
     kind: str
     restriction: dict[str, Any]
     n_places: int
     arena: Arena | None
+    reads: bool = False
+    nanny: str = ""
     tasks: dict[Future, InFlight] = field(default_factory=dict)
+    quiet_since: float = 0.0
+    away_since: float | None = None
+    replaced_at: float = 0.0
+    gone: bool = False
 
     @property
     def workers(self) -> Sequence[str]:
@@ -40,16 +54,49 @@ class Lane:
     @property
     def full(self) -> bool:
         """Whether no task more may be in flight."""
-        return len(self.tasks) >= self.n_places or (self.arena is not None and not self.arena.free)
+        alone = any(task.alone for task in self.tasks.values())
+        nowhere = bool(self.workers) and self.away_since is not None
+        return self.gone or nowhere or alone or len(self.tasks) >= self.n_places
+
+    def hangs(self, chunk_timeout: float | None, now: float) -> InFlight | None:
+        """The task that has taken too long: the oldest in flight, since tasks are computed as they come."""
+        if chunk_timeout is None or self.away_since is not None:
+            return None
+        # A task of several chunks may take no longer than one: they go together only where they are short (``dealer``).
+        task = next((self.tasks[future] for future in self.unanswered()), None)
+        if task is None or task.hung or now - max(task.submitted, self.quiet_since) <= chunk_timeout:
+            return None
+        return task
+
+    def unanswered(self) -> list[Future]:
+        """What has not ended, in the order in which it was sent; what has may wait to be used for long."""
+        return [future for future in self.tasks if future.status in ("pending", "lost")]
+
+    def worker_of(self, there: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """The address of its worker among those that are there; None: it is away."""
+        if self.workers:
+            known = (address for address in self.workers if address in there)
+            back = (a for a, info in there.items() if self.nanny and info.get("nanny") == self.nanny)
+            return next(known, None) or next(back, None)
+        wanted = set(self.restriction["resources"])
+        return next((a for a, info in there.items() if wanted <= set(info.get("resources", {}))), None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class InFlight:
-    """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back)."""
+    """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back).
+
+    ``alone``: nothing else may be in flight on its device. ``submitted`` by ``time.monotonic()``; ``needs`` is what Dask
+    brings with it. ``hung``: it took too long, and its worker was ended for it.
+    """
 
     chunks: tuple[Chunk, ...]
     slot: Slot | None
     places: tuple[Any, ...]
+    alone: bool
+    submitted: float
+    needs: tuple[Future, ...] = ()
+    hung: bool = False
 
     @property
     def rows(self) -> str:

@@ -5,36 +5,34 @@
     what the user has                 what travels            loaded by
     module, function, object          Packed (packed.py)      unpickling, tensors mapped from one block per host
     weights file + factory            WeightsFile             factory(**kwargs), then load_state_dict(strict)
-    program file (.pt2)               ProgramFile             torch.export.load
+    program file (.pt2)               ProgramFile             torch.export.load; only with trust
+    TorchScript (.pt, .pth, .ts)      ScriptFile              torch.jit.load; only with trust
+    pickled module (.pt, .pth)        PickledFile             torch.load; only with trust
     "pkg.mod:make"                    FactoryCall             importing and calling it
 
-Files and factories travel by reference: every worker reads the file and imports the factory by itself. Whatever the
-source, a loaded model is one object that the runner calls; modules get tensors on their device, all else gets ndarrays.
+Files and factories travel by reference: every worker reads the file (``model_file`` says what of it is checked) and imports
+the factory by itself. Whatever the source, a loaded model is one object that the runner calls; modules get tensors on their
+device, all else gets ndarrays.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import pkgutil
 import reprlib
 import tempfile
-import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
-from torch.export.passes import move_to_device_pass
 
-from daskinfer import fingerprint as fingerprints
 from daskinfer import packed, variables
 from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
+from daskinfer.model_file import CODE_SUFFIXES, WEIGHTS_READERS, ModelFile, check_private
+from daskinfer.recipe import PROGRAMS, Loading, digest, said_of
 
 
 class Recipe(Protocol):
@@ -68,7 +66,8 @@ class Model:
     source
         A module, a function of ndarrays, an object with ``load(device)``, ``__call__(batch)`` and optionally
         ``close()``; a path to weights (``.safetensors``, or a state dict in ``.pt``/``.pth``), which needs ``factory``;
-        a path to a ``.pt2`` program of ``torch.export``; or ``"pkg.mod:make"``, a factory that is called for it.
+        with ``trust``, a path to a ``.pt2`` program of ``torch.export``, to TorchScript (``.pt``, ``.pth``, ``.ts``) or to a
+        pickled module (``.pt``, ``.pth``); or ``"pkg.mod:make"``, a factory that is called for it.
     factory
         Makes the network that the weights of ``source`` are loaded into, a new one at each call: ``"pkg.mod:make"`` or
         the function itself. None: ``source`` is no weights file.
@@ -76,12 +75,18 @@ class Model:
         Keywords for the factory. None: none.
     version
         Says which network this is, for those whose content cannot be read stably. None: the content is read.
+    trust
+        True: the file of ``source`` may run code when it is loaded; needed for programs, TorchScript and pickled modules,
+        of no effect on weights. False: such a file is refused before any of it runs.
+    sha256
+        The SHA-256 (64 hexadecimal digits) that the file of ``source`` has to have, wherever it is loaded. None: that which
+        it has when the call is planned; of files above 1 GiB only the size.
 
     Raises
     ------
     ModelError
-        When it is used, if it cannot be found, imported or loaded, or if ``factory`` or ``kwargs`` are given to a source
-        that has no use for them. Making a Model touches nothing.
+        When it is used, if it cannot be found, imported or loaded, is not trusted or not the file that it has to be, or if
+        ``factory``, ``kwargs`` or ``sha256`` are given to a source that has no use for them. Making a Model touches nothing.
 
     Examples
     --------
@@ -93,9 +98,12 @@ class Model:
     factory: str | Callable[..., Any] | None = field(default=None, kw_only=True)
     kwargs: Mapping[str, Any] | None = field(default=None, kw_only=True)
     version: str | None = field(default=None, kw_only=True)
+    trust: bool = field(default=False, kw_only=True)
+    sha256: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        given = {name: getattr(self, name) for name in ("factory", "kwargs", "version")}
+        given = {name: getattr(self, name) for name in ("factory", "kwargs", "version", "sha256")}
+        given["trust"] = self.trust or None
         parts = [repr(self.source), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
         return f"Model({', '.join(parts)})"
 
@@ -106,10 +114,12 @@ class Model:
         return Path(self.source).name if is_path else getattr(self.source, "__name__", type(self.source).__name__)
 
     def recipe(self) -> Recipe:
-        """What travels to the workers."""
+        """What travels to the workers; nothing that could run code is made of a file that is not trusted."""
+        if not isinstance(self.trust, bool):
+            raise ModelError(f"trust is {self.trust!r}; it may be True or False. Pass one of these.")
         if isinstance(self.source, str | os.PathLike):
             return self._from_reference(os.fspath(self.source))
-        self._takes_none("factory", "kwargs")
+        self._takes_none("factory", "kwargs", "sha256")
         if not callable(self.source) or isinstance(self.source, type | torch.export.ExportedProgram):
             what = f"class {self.name}" if isinstance(self.source, type) else self.name
             raise ModelError(
@@ -120,57 +130,39 @@ class Model:
 
     def _from_reference(self, source: str) -> Recipe:
         suffix = Path(source).suffix.lower()
-        if suffix in _WEIGHTS_READERS:
-            if self.factory is None:
-                raise ModelError(
-                    f"{source} holds weights only; a factory has to make the network that takes them. "
-                    "Pass Model(…, factory='pkg.mod:make'), or --factory pkg.mod:make."
-                )
-            return WeightsFile(*_found(source), FactoryCall.of(self, self.factory), version=self.version)
-        self._takes_none("factory")
-        if suffix == ".pt2":
-            self._takes_none("kwargs")
-            return ProgramFile(*_found(source), version=self.version)
+        if self.factory is not None and suffix in WEIGHTS_READERS:
+            file = ModelFile.find(source, self.sha256)
+            return WeightsFile(file, FactoryCall.of(self, self.factory), version=self.version)
+        if suffix in CODE_SUFFIXES:
+            return self._from_code(source)
+        if suffix == ".safetensors":
+            raise _without_factory(source)
+        self._takes_none("factory", "sha256")
         if ":" in source:
             return FactoryCall.of(self, source)
         raise ModelError(
-            f"the model {source!r} is neither a file ending in {', '.join([*_WEIGHTS_READERS, '.pt2'])} nor a factory as "
+            f"the model {source!r} is neither a file ending in .safetensors, {', '.join(CODE_SUFFIXES)} nor a factory as "
             "'pkg.mod:make'. Pass one of these."
         )
+
+    def _from_code(self, source: str) -> Recipe:
+        self._takes_none("factory", "kwargs")
+        file = ModelFile.find(source, self.sha256)
+        form = file.form()
+        if form not in PROGRAMS:
+            raise _without_factory(source)
+        file.check_trust(form, trust=self.trust)
+        return PROGRAMS[form](file, version=self.version)
 
     def _takes_none(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) is not None:
-                allowed = "factory= goes with a file of weights, kwargs= with a factory"
+                allowed = "factory= goes with a file of weights, kwargs= with a factory, sha256= with a file"
                 raise ModelError(f"the model {self.name} was given {name}=; {allowed}. Leave {name}= out.")
 
 
 @dataclass(frozen=True)
-class _Loading(ABC):
-    """Loads, or reads for the fingerprint, what ``_network`` gives, new at each call; ``_what`` names it in messages."""
-
-    version: str | None = field(default=None, kw_only=True)
-
-    def load(self, device: torch.device) -> LoadedModel:
-        with _said_of(self._what):
-            return LoadedModel.of(self._network(), device)
-
-    def fingerprint(self) -> str:
-        if self.version is not None:
-            return _digest("version", str(self.version))
-        with _said_of(self._what):
-            return fingerprints.fingerprint(self._network())
-
-    @abstractmethod
-    def _network(self) -> Any: ...
-
-    @property
-    @abstractmethod
-    def _what(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class PackedModel(_Loading):
+class PackedModel(Loading):
     """A network in memory, packed; it carries its own bytes until it is shipped as a file."""
 
     packed: packed.Packed
@@ -198,7 +190,8 @@ class ShippedModel:
 
     def load(self, device: torch.device) -> LoadedModel:
         path = shipped_path(self.name)
-        with _said_of(f"the model shipped to {path}"):
+        with said_of(f"the model shipped to {path}"):
+            check_private(path)
             return LoadedModel.of(packed.from_file(path), device)
 
     def fingerprint(self) -> str:
@@ -206,7 +199,7 @@ class ShippedModel:
 
 
 @dataclass(frozen=True)
-class FactoryCall(_Loading):
+class FactoryCall(Loading):
     """A factory as ``"pkg.mod:make"``, or packed, and its packed keywords; ``call`` is how messages show it."""
 
     factory: str | packed.Packed
@@ -228,7 +221,7 @@ class FactoryCall(_Loading):
     @property
     def key(self) -> str:
         made_by = self.factory if isinstance(self.factory, str) else self.factory.key
-        return _digest("factory", made_by, self.kwargs.key)
+        return digest("factory", made_by, self.kwargs.key)
 
     @property
     def _what(self) -> str:
@@ -246,21 +239,23 @@ class FactoryCall(_Loading):
 
 
 @dataclass(frozen=True)
-class WeightsFile(_Loading):
-    """A state dict in a file, and the factory of the network that takes it; ``state`` is the file's when it was found."""
+class WeightsFile(Loading):
+    """A state dict in a file, and the factory of the network that takes it."""
 
-    path: str
-    state: str
-    nbytes: int
+    file: ModelFile
     factory: FactoryCall
 
     @property
     def key(self) -> str:
-        return _digest("weights", self.state, self.factory.key)
+        return digest("weights", self.file.state, self.factory.key)
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.nbytes
 
     @property
     def _what(self) -> str:
-        return f"the network of the factory {self.factory.call} with the weights in {self.path}"
+        return f"the network of the factory {self.factory.call} with the weights in {self.file.path}"
 
     def _network(self) -> torch.nn.Module:
         network = self.factory._network()
@@ -269,37 +264,8 @@ class WeightsFile(_Loading):
                 f"the factory {self.factory.call} returned a {type(network).__name__}; weights can only be loaded "
                 "into an nn.Module. Change what it returns, or drop the weights file."
             )
-        weights = _WEIGHTS_READERS[Path(self.path).suffix.lower()](self.path)
-        network.load_state_dict(_with_tied(weights, network), strict=True)
+        network.load_state_dict(_with_tied(self.file.weights(), network), strict=True)
         return network
-
-
-@dataclass(frozen=True)
-class ProgramFile(_Loading):
-    """A program of ``torch.export`` in a ``.pt2`` file; ``state`` is the file's when it was found."""
-
-    path: str
-    state: str
-    nbytes: int
-
-    @property
-    def key(self) -> str:
-        return _digest("program", self.state)
-
-    @property
-    def _what(self) -> str:
-        return f"the program in {self.path}"
-
-    def load(self, device: torch.device) -> LoadedModel:
-        with _said_of(self._what):
-            # An exported module has no eval(): what it does was fixed when it was exported.
-            network = move_to_device_pass(torch.export.load(self.path), device).module().requires_grad_(False)
-            return LoadedModel(network, device, takes_tensors=True)
-
-    def _network(self) -> list[Any]:
-        """What the fingerprint reads: the file's bytes differ from save to save."""
-        program = torch.export.load(self.path)
-        return [program.graph_module.code, str(program.graph_signature), program.state_dict, program.constants]
 
 
 def shipped_path(name: str) -> str:
@@ -308,20 +274,17 @@ def shipped_path(name: str) -> str:
     return os.path.join(folder, name)
 
 
-def as_model(model: Any) -> Model:
-    """``model`` itself where it is a Model, else one made of it."""
-    return model if isinstance(model, Model) else Model(model)
+def as_model(model: Any, *, trust: bool = False) -> Model:
+    """``model`` itself where it is a Model, else one made of it; trusted where it is, or ``trust`` says so."""
+    made = model if isinstance(model, Model) else Model(model)
+    return replace(made, trust=True) if trust else made
 
 
-def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    # Files from before torch 1.6 are no zip archives, and cannot be mapped.
-    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-
-
-_WEIGHTS_READERS: dict[str, Callable[[str], dict[str, torch.Tensor]]] = {
-    ".safetensors": safetensors.torch.load_file,
-    **dict.fromkeys((".pt", ".pth"), _read_state_dict),
-}
+def _without_factory(source: str) -> ModelError:
+    return ModelError(
+        f"{source} holds weights only; a factory has to make the network that takes them. "
+        "Pass Model(…, factory='pkg.mod:make'), or --factory pkg.mod:make."
+    )
 
 
 def _with_tied(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -339,29 +302,3 @@ def _import(reference: str) -> Any:
             f"the factory {reference!r} cannot be imported ({type(error).__name__}: {error}); it has to be "
             "'package.module:name' of what every worker can import. Correct the name, or put its folder on PYTHONPATH."
         ) from error
-
-
-def _found(path: str) -> tuple[str, str, int]:
-    """The whole path of a file, its state (another for another file that lies there later) and its size in bytes."""
-    if not os.path.isfile(path):
-        raise ModelError(f"the model file {path!r} does not exist; a readable file is needed. Correct the path.")
-    state, path = os.stat(path), os.path.abspath(path)
-    return path, f"{path} {state.st_size} {state.st_mtime_ns}", state.st_size
-
-
-@contextlib.contextmanager
-def _said_of(thing: str) -> Iterator[None]:
-    """Add the name of what was being loaded to whatever goes wrong meanwhile."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{thing} cannot be loaded: {type(error).__name__}: {error}. It has to load on every worker. "
-            "Correct the file, or what makes the network."
-        ) from error
-
-
-def _digest(*words: str) -> str:
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()

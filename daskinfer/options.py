@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypedDict
 
 from daskinfer.errors import OptionError
 from daskinfer.variables import MAX_READERS
 
 _AUTOCAST = ("bf16", "fp16")
+_ON_ERROR = ("raise", "skip")
 
 
 class OptionFields(TypedDict, total=False):
@@ -22,6 +25,14 @@ class OptionFields(TypedDict, total=False):
     output: Any
     pad: bool
     readers: int
+    on_error: str
+    fill_value: float | None
+    max_failed_rows: int | str | None
+    nan_is_failure: bool
+    retries: int
+    chunk_timeout: float | None
+    restart_workers: bool
+    trust: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,25 @@ class Options:
         input is cut. False: for networks that look across the batch, or that cannot take zeros.
     readers
         How many chunks are read ahead for each device while it computes, 1 to 6; more where storage is slow.
+    on_error
+        "raise": rows that fail end the call. "skip": they are found by halving, filled with ``fill_value``, and listed in
+        the report; all other rows get their answers. Not for ``map_blocks``, which has no report.
+    fill_value
+        What stands where rows failed. None: NaN, which only floats and complex numbers have.
+    max_failed_rows
+        How many rows may fail under "skip", as a number or as a share of all ("1%"), before the call ends with
+        ``TooManyFailures``. None: any.
+    nan_is_failure
+        True: a row whose answer holds a NaN has failed.
+    retries
+        How often rows whose computing, reading or writing raised are tried again, a little later each time; 0 and up.
+    chunk_timeout
+        Seconds that a chunk may take on a device, loading the network included, until its worker is replaced and the chunk
+        tried again. None: any.
+    restart_workers
+        True: workers of a cluster that is not daskinfer's may be restarted where they hang or their device broke.
+    trust
+        True: as ``Model(…, trust=True)``: the network's file may run code when it is loaded. False: such a file is refused.
 
     Raises
     ------
@@ -69,6 +99,14 @@ class Options:
     output: Any = None
     pad: bool = True
     readers: int = 1
+    on_error: str = "raise"
+    fill_value: float | None = None
+    max_failed_rows: int | str | None = None
+    nan_is_failure: bool = False
+    retries: int = 2
+    chunk_timeout: float | None = None
+    restart_workers: bool = False
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if self.autocast is not None and not (isinstance(self.autocast, str) and self.autocast in _AUTOCAST):
@@ -85,11 +123,53 @@ class Options:
         if type(self.readers) is not int or not 1 <= self.readers <= MAX_READERS:
             raise OptionError(f"readers is {self.readers!r}; it may be a number from 1 to {MAX_READERS}. Pass one of these.")
 
+        self._check_faults()
+
+    def _check_faults(self) -> None:
+        if not (isinstance(self.on_error, str) and self.on_error in _ON_ERROR):
+            raise OptionError(f"on_error is {self.on_error!r}; it may be 'raise' or 'skip'. Pass one of these.")
+        for name in ("nan_is_failure", "restart_workers", "trust"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it may be True or False. Pass one of these.")
+        if type(self.retries) is not int or self.retries < 0:
+            raise OptionError(f"retries is {self.retries!r}; it may be a number from 0. Pass one.")
+        if self.chunk_timeout is not None and not (_is_number(self.chunk_timeout) and self.chunk_timeout > 0):
+            raise OptionError(
+                f"chunk_timeout is {self.chunk_timeout!r}; it may be seconds, above 0, or None. Pass one of these."
+            )
+        if self.fill_value is not None and not _is_number(self.fill_value):
+            raise OptionError(f"fill_value is {self.fill_value!r}; it may be a number or None. Pass one of these.")
+        self.failures_allowed(0)
+
+    def failures_allowed(self, n_rows: int) -> float:
+        """How many of so many rows may fail.
+
+        Examples
+        --------
+        >>> Options(max_failed_rows="1%").failures_allowed(250), Options().failures_allowed(250)
+        (2, inf)
+        """
+        asked = self.max_failed_rows
+        if asked is None:
+            return math.inf
+        if type(asked) is int and asked >= 0:
+            return asked
+        share = asked.removesuffix("%") if isinstance(asked, str) and asked.endswith("%") else ""
+        if not share.replace(".", "", 1).isdecimal() or float(share) > 100:
+            raise OptionError(
+                f"max_failed_rows is {asked!r}; it may be a number from 0, a share such as '1%', or None. Pass one of these."
+            )
+        return int(n_rows * Fraction(share) / 100)
+
     def cast(self, port: str) -> str | None:
         """The name of the dtype that ``port`` is cast to, None where it stays as it is."""
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(port)
         return self.dtype
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _checked_dtype(dtype: Any) -> str | dict[str, str] | None:

@@ -20,7 +20,7 @@ def is_own(module: object) -> bool:
     >>> is_own(json)
     False
     """
-    if not isinstance(module, ModuleType):
+    if not issubclass(type(module), ModuleType):  # what cryptography has in sys.modules only says that it is one
         return False
     # Not by getattr or vars: a lazy module is loaded by any question (CuPy's testing: 60 ms), others import more.
     names = object.__getattribute__(module, "__dict__")

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import dask
+import numpy as np
+from distributed import Future
 from distributed.protocol.pickle import dumps, loads
 
-from daskinfer.arrays import Array
+from daskinfer.arrays import Array, Elsewhere
+from daskinfer.borrowed import Borrowed
 from daskinfer.io import Source
 from daskinfer.records import Chunk
 from daskinfer.transport import ArenaRef, Place
@@ -32,7 +35,15 @@ class Within:
 class Part(Protocol):
     """Rows, (n, ...), that are fetched where they are needed."""
 
-    def rows(self, within: Within) -> Array: ...
+    def rows(self, within: Within) -> Array | Elsewhere: ...
+
+
+class Taking(Protocol):
+    """How rows of this process get to a worker (``ways``)."""
+
+    def take(self, array: Array) -> Part: ...
+
+    def bring(self, future: Future) -> Part: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,16 @@ class FromSlot:
     def rows(self, within: Within) -> Array:
         assert within.memory is not None  # the client asked for it before
         return self.place.array(within.memory)
+
+
+@dataclass(frozen=True)
+class FromClient:
+    """Rows that stay in the client's memory until they are computed."""
+
+    borrowed: Borrowed
+
+    def rows(self, within: Within) -> Elsewhere:
+        return self.borrowed
 
 
 @dataclass(frozen=True)
@@ -97,9 +118,14 @@ class FromGraph:
         return within.computed[id(self.graph)][self.key]
 
     def _computed(self, within: Within) -> dict[Hashable, Array]:
-        given, keys = {key: part.rows(within) for key, part in self.leaves.items()}, list(self.keys or (self.key,))
+        given, keys = {key: _here(part.rows(within)) for key, part in self.leaves.items()}, list(self.keys or (self.key,))
         found = dask.get({**self.graph, **given}, keys)  # Dask's own scheduler, without threads
         return dict(zip(keys, found, strict=True))
+
+
+def _here(rows: Array | Elsewhere) -> Array:
+    """Rows as a graph takes them: what Dask brought as it is, which may be masked, or no array at all."""
+    return np.asarray(rows) if isinstance(rows, Elsewhere) else rows
 
 
 @dataclass(frozen=True)
@@ -113,11 +139,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Task:
-    """Chunks for one worker; ``arena`` and ``note_offset`` say where the receipts go. None: they come back."""
+    """Chunks for one worker; ``arena`` and ``note_offset`` say where the receipts go. None: they come back.
+
+    ``alone``: nothing else of its call is in flight on that device.
+    """
 
     pieces: tuple[Piece, ...]
     arena: ArenaRef | None = None
     note_offset: int = 0
+    alone: bool = False
 
     def sealed(self) -> bytes:
         """As it travels: Dask keeps the last 1,000 messages; 64 chunks are 110 KB as objects and 3 KB so (measured)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +30,15 @@ logger = logging.getLogger(__name__)
 class Placement:
     """The devices of a call in the plan's order, and how to make Dask run a task on each.
 
-    ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty. ``automatic``: nobody asked
-    for workers, and there are CPUs only, so this process may compute as well.
+    ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty. ``nannies`` are the
+    addresses of those that bring a worker back, empty where there is none, and None for workers of a cluster of ours.
+    ``automatic``: nobody asked for workers, and there are CPUs only, so this process may compute as well.
     """
 
     devices: tuple[Device, ...]
     client: Client | None = None
     addresses: tuple[str, ...] = ()
+    nannies: tuple[str | None, ...] = ()
     automatic: bool = False
 
     @property
@@ -54,14 +56,9 @@ class Placement:
 
         Our own workers have a resource each, which comes back when one is restarted; others are known by address only.
         """
-        if self.addresses and not self._is_ours(device):
+        if self.addresses and self.nannies[device] is not None:
             return {"workers": [self.addresses[device]]}
         return {"resources": {resource(self.devices[device].name): 1}}
-
-    def _is_ours(self, device: int) -> bool:
-        assert self.client is not None
-        info = workers_of(self.client).get(self.addresses[device], {})
-        return resource(self.devices[device].name) in info.get("resources", {})
 
 
 def workers_of(client: Client) -> dict[str, dict[str, Any]]:
@@ -117,7 +114,14 @@ def _of_client(client: Client) -> Placement:
             "with client.wait_for_workers(1)."
         )
     ordered = sorted(found.items(), key=lambda pair: (pair[1].kind != "cuda", pair[1].name))
-    return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered))
+    there = workers_of(client)
+    nannies = tuple(_nanny(there.get(address, {}), device) for address, device in ordered)
+    return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered), nannies)
+
+
+def _nanny(info: Mapping[str, Any], device: Device) -> str | None:
+    ours = resource(device.name) in info.get("resources", {})
+    return None if ours else info.get("nanny") or ""
 
 
 def _current_client() -> Client | None:

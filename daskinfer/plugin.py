@@ -18,7 +18,7 @@ import weakref
 from distributed import Client, Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 
-from daskinfer import allocator, device_thread, transport
+from daskinfer import allocator, device_thread, replacing, transport
 from daskinfer.cache import models
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _users: dict[str, set[str]] = {}  # clients by worker; in the worker's process
 def dask_setup(worker: Worker) -> None:
     """What Dask calls in a worker that preloads this module: those of our own clusters."""
     allocator.keep_freed_memory()
+    replacing.note_process()
 
 
 class WorkerSetup(WorkerPlugin):  # type: ignore[misc]  # distributed ships no annotations

@@ -6,6 +6,7 @@ which worker shares memory with the client, and which has loaded the network alr
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pkgutil
 import platform
@@ -19,9 +20,11 @@ import torch
 from distributed import Client
 
 from daskinfer import variables
+from daskinfer.borrowed import MemoryRef, own_memory, readable
 from daskinfer.cache import models
-from daskinfer.errors import ClusterError, DaskInferError, DeviceError, PlanError
+from daskinfer.errors import ClusterError, DaskInferError, DeviceError, ModelError, PlanError
 from daskinfer.model import FactoryCall, Recipe, WeightsFile
+from daskinfer.model_file import ModelFile
 from daskinfer.transport import ArenaRef, reaches
 from daskinfer.worker import seat_of
 
@@ -31,7 +34,8 @@ class Question:
     """What a call needs of a worker.
 
     ``reads`` and ``writes`` are paths of inputs and of outputs that are being written; ``factory`` is "pkg.mod:make" or
-    empty; ``arena`` is None where no rows go through shared memory.
+    empty; ``arena`` is None where no rows go through shared memory, ``memory`` is the client's own. ``file`` is the
+    network's, None where it has none.
     """
 
     key: str
@@ -39,6 +43,8 @@ class Question:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     arena: ArenaRef | None = None
+    memory: MemoryRef | None = None
+    file: ModelFile | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Answer:
     scratch: str
     shares_memory: bool
     lacks: tuple[str, ...]
+    reads_memory: bool = False
 
 
 def ask(client: Client, question: Question) -> dict[str, Answer]:
@@ -75,8 +82,8 @@ def question_of(recipe: Recipe, reads: Sequence[str], writes: Sequence[str], are
     """The question for a network and its files."""
     made = recipe.factory if isinstance(recipe, WeightsFile) else recipe
     factory = made.factory if isinstance(made, FactoryCall) and isinstance(made.factory, str) else ""
-    path = getattr(recipe, "path", None)
-    return Question(recipe.key, factory, (*reads, *([path] if path else [])), tuple(writes), arena)
+    file = getattr(recipe, "file", None)
+    return Question(recipe.key, factory, tuple(reads), tuple(writes), arena, own_memory(), file)
 
 
 def versions() -> dict[str, str]:
@@ -118,17 +125,22 @@ def _doubled(uuid: str, addresses: Sequence[str]) -> DeviceError:
     )
 
 
-def _answer(question: Question, dask_worker: Any) -> Answer:
-    """In the worker."""
+async def _answer(question: Question, dask_worker: Any) -> Answer:
+    """In the worker, on its event loop: a large file is read beside it."""
     here = seat_of(dask_worker)
+    loaded = (question.key, str(here.torch_device)) in models
+    lacks = _lacks(question)
+    if question.file is not None and not loaded:
+        lacks += await asyncio.to_thread(_other_file, question.file)
     return Answer(
         device=here.device,
         uuid=_uuid(here.torch_device),
         versions=versions(),
-        loaded=(question.key, str(here.torch_device)) in models,
+        loaded=loaded,
         scratch=os.environ.get(variables.SCRATCH, ""),
         shares_memory=question.arena is not None and reaches(question.arena),
-        lacks=tuple(_lacks(question)),
+        lacks=tuple(lacks),
+        reads_memory=question.memory is not None and readable(question.memory),
     )
 
 
@@ -150,9 +162,20 @@ def _lacks(question: Question) -> list[str]:
                 "Install its package there, or put its folder on the workers' PYTHONPATH."
             )
     for paths, mode, verb in ((question.reads, os.R_OK, "read"), (question.writes, os.W_OK, "write")):
-        found += [
-            f"cannot {verb} {path!r}; every worker has to. Use a folder that all hosts share, and check its rights."
-            for path in paths
-            if not os.access(path, mode)
-        ]
+        found += [_cannot(verb, path) for path in paths if not os.access(path, mode)]
     return found
+
+
+def _other_file(file: ModelFile) -> list[str]:
+    """What is wrong with the network's file here."""
+    try:
+        file.check()
+    except ModelError as error:
+        return [f"sees another file: {error}"]
+    except OSError:
+        return [_cannot("read", file.path)]
+    return []
+
+
+def _cannot(verb: str, path: str) -> str:
+    return f"cannot {verb} {path!r}; every worker has to. Use a folder that all hosts share, and check its rights."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from daskinfer.tables import html_table, text_table
@@ -50,6 +50,25 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A part of a stored output that a worker wrote: its name within the output, its bytes, and their checksum."""
+
+    name: str
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Rows ``start:stop`` without an answer, the device that tried last, and what it said."""
+
+    start: int
+    stop: int
+    device: str
+    exception: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceReport:
     """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network.
 
@@ -91,7 +110,11 @@ class RunReport:
     devices
         One record per device, in the plan's order.
     failed_rows
-        Global indices of rows without an answer; empty when all is well.
+        Global indices of rows without an answer, in order; empty when all is well.
+    failures
+        Which rows failed together, on which device, and why; in the order in which they did.
+    rows_before
+        Rows of a stored output that an earlier call had done, beside ``rows``.
 
     Examples
     --------
@@ -106,6 +129,8 @@ class RunReport:
     batch_size: int
     devices: tuple[DeviceReport, ...]
     failed_rows: tuple[int, ...] = ()
+    rows_before: int = 0
+    failures: tuple[Failure, ...] = ()
 
     def _cells(self) -> list[list[str]]:
         return [
@@ -131,8 +156,12 @@ class RunReport:
         return f"{html_table(_REPORT_HEADERS, self._cells())}<p>{html.escape(self._summary())}</p>"
 
     def _summary(self) -> str:
+        if self.rows_before and not any(device.n_chunks for device in self.devices):
+            return f"nothing to do: all {self.rows_before:,} rows were done before"
         per_second = self.rows / self.seconds if self.seconds else 0.0
         said = f"{self.rows:,} rows in {self.seconds:.2f} s ({per_second:,.0f} rows/s), micro-batch {self.batch_size:,}"
+        said += f"; {self.rows_before:,} rows were done before" if self.rows_before else ""
+        said += f"; {len(self.failed_rows):,} rows have no answer" if self.failed_rows else ""
         return f"{said}; {self.verdict}" if self.verdict else said
 
     @property
@@ -174,18 +203,28 @@ class Tally:
 
     def __init__(self, asked: Mapping[str, float]) -> None:
         self._asked = asked
+        self._failures: list[Failure] = []
         self._devices = {device: _Sums() for device in asked}
 
-    def add(self, receipt: Receipt) -> None:
-        """Count a chunk that is done."""
-        self._devices.setdefault(receipt.device, _Sums()).add(receipt)
+    def add(self, receipt: Receipt, failures: Sequence[Failure] = ()) -> None:
+        """Count a chunk that is done, but for rows that failed."""
+        self._devices.setdefault(receipt.device, _Sums()).add(receipt, sum(f.stop - f.start for f in failures))
+        self._failures += failures
 
     def report(self, *, seconds: float, batch_size: int) -> RunReport:
         """The sum so far; ``seconds`` of wall time, ``batch_size`` as planned."""
         rows = sum(sums.n_rows for sums in self._devices.values())
         speed = sum(sums.rows_per_second for sums in self._devices.values())
         devices = tuple(sums.report(name, self._asked.get(name, 0.0), rows, speed) for name, sums in self._devices.items())
-        return RunReport(rows=rows, seconds=seconds, batch_size=batch_size, devices=devices)
+        failed = sorted(row for failure in self._failures for row in range(failure.start, failure.stop))
+        return RunReport(
+            rows=rows,
+            seconds=seconds,
+            batch_size=batch_size,
+            devices=devices,
+            failed_rows=tuple(failed),
+            failures=tuple(self._failures),
+        )
 
 
 @dataclass
@@ -198,10 +237,10 @@ class _Sums:
     write_seconds: float = 0.0
     waited_seconds: float = 0.0
 
-    def add(self, receipt: Receipt) -> None:
-        self.device_name = receipt.device_name
+    def add(self, receipt: Receipt, n_failed: int) -> None:
+        self.device_name = receipt.device_name or self.device_name
         self.n_chunks += 1
-        self.n_rows += receipt.stop - receipt.start
+        self.n_rows += receipt.stop - receipt.start - n_failed
         self.seconds += receipt.seconds
         self.read_seconds += receipt.read_seconds
         self.write_seconds += receipt.write_seconds

@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskinfer.arrays import NUMBERS, Array, to_numpy
-from daskinfer.errors import ChunkError, ModelError, OptionError
+from daskinfer import bad_rows
+from daskinfer.arrays import NUMBERS, Array, Elsewhere, UnreadableError, copy_rows, to_numpy
+from daskinfer.chunk_errors import AtFaultError, is_out_of_memory, is_sticky, said_of_rows
+from daskinfer.errors import ModelError, OptionError
 from daskinfer.loaded import LoadedModel
 from daskinfer.options import Options
 from daskinfer.structure import Ports, Structure, call, flatten
@@ -35,8 +37,6 @@ from daskinfer.structure import Ports, Structure, call, flatten
 logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Job:
 
     ``batch_size`` is the rows of a micro-batch; ``by_kind`` holds those of kinds of device ("cuda", "cpu") that take
     another, each a divisor of it. ``outputs`` holds one empty array (0, *shape) per output; None while that is being found
-    out.
+    out. ``alone``: nothing else is on its way on the device, so that memory that is short is a row's own fault.
     """
 
     ports: Ports
@@ -53,6 +53,7 @@ class Job:
     options: Options = field(default_factory=Options)
     outputs: tuple[Array, ...] | None = None
     by_kind: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = True
 
     def size_on(self, kind: str) -> int:
         """Rows of a micro-batch on a kind of device."""
@@ -61,15 +62,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """A chunk's outputs, each (n, *shape), in the order of ``structure``, and the smallest micro-batch that was used."""
+    """A chunk's outputs, each (n, *shape), in the order of ``structure``, and the smallest micro-batch that was used.
+
+    ``failed`` are rows of the chunk that have the fill value instead of an answer, and why.
+    """
 
     arrays: list[Array]
     structure: Structure
     batch_size: int
     seconds: float
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
-def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job, out: Sequence[Array] | None = None) -> Answer:
+def run_chunk(
+    model: LoadedModel, rows: Sequence[Array | Elsewhere], start: int, job: Job, out: Sequence[Array] | None = None
+) -> Answer:
     """Run the network over one chunk.
 
     Parameters
@@ -92,20 +99,21 @@ def run_chunk(model: LoadedModel, rows: Sequence[Array], start: int, job: Job, o
     OptionError
         Where the network cannot be given the dtype that was asked for.
     ChunkError
-        Where the network fails, or a single row does not fit into memory.
+        Where the network fails, or a single row does not fit into memory, and failing rows are not to be skipped.
     """
-    with model.lock, _said_of_rows(model, start, start + len(rows[0])):
-        rows = [to_numpy(port) for port in rows]
+    with model.lock, said_of_rows(model.device, start, start + len(rows[0])):
+        rows = [port if isinstance(port, Elsewhere) else to_numpy(port) for port in rows]
         began = time.perf_counter()
         shapes = tuple(port.shape[1:] for port in rows)
         planned = job.size_on(model.device.type)
         batch_size = min(planned, model.max_batch_sizes.get(shapes, planned))
         while True:
             try:
-                arrays, structure = _Pass(model, rows, start, batch_size, job, out).run()
-                return Answer(arrays, structure, batch_size, time.perf_counter() - began)
+                attempt = _Pass(model, rows, start, batch_size, job, out)
+                arrays, structure = attempt.run()
+                return Answer(arrays, structure, batch_size, time.perf_counter() - began, attempt.failed)
             except Exception as error:
-                if not _is_out_of_memory(error) or batch_size == 1:
+                if not is_out_of_memory(error) or batch_size == 1:
                     raise
             # Out of the except block: while it runs, the traceback keeps the failed attempt's tensors alive.
             batch_size = model.max_batch_sizes[shapes] = _shrink(model, batch_size)
@@ -124,21 +132,57 @@ class _Pass:
     """One attempt at a chunk with one micro-batch size."""
 
     def __init__(
-        self, model: LoadedModel, rows: Sequence[Array], start: int, batch_size: int, job: Job, out: Sequence[Array] | None
+        self,
+        model: LoadedModel,
+        rows: Sequence[Array | Elsewhere],
+        start: int,
+        batch_size: int,
+        job: Job,
+        out: Sequence[Array] | None,
     ) -> None:
         self.model, self.rows, self.start, self.batch_size, self.job = model, rows, start, batch_size, job
         self.out = out
         self.n_rows = len(rows[0])
         self.results: list[Array] = []
         self.structure: Structure | None = None
+        self.failed: dict[int, str] = {}
         self._buffers: dict[int, Array] = {}
+        self._cast: dict[str, tuple[np.dtype[Any] | None, torch.dtype | None]] = {}  # by the port's name
 
     def run(self) -> tuple[list[Array], Structure]:
         for begin, end in self._cells():
-            arrays, structure = self._micro_batch(begin, end)
-            self._place(self._as_promised(arrays), structure, begin, end)
-        assert self.structure is not None  # a chunk has rows
-        return self.results, self.structure
+            try:
+                self._attempt(begin, end)
+            except Exception as error:
+                if self._is_fatal(error):
+                    raise
+                self._failed(begin, end, error)
+        if self.structure is None:  # not one row has an answer
+            self._prepare(self.job.outputs or ())
+        if self.failed:
+            bad_rows.fill(self.results, list(self.failed), self.job.options.fill_value)
+        return self.results, self.structure or Structure("none")
+
+    def _attempt(self, begin: int, end: int) -> None:
+        arrays, structure = self._micro_batch(begin, end)
+        arrays = self._as_promised(arrays)
+        bad = bad_rows.with_nan(arrays) if self.job.options.nan_is_failure else []
+        if bad and self.job.options.on_error == "raise":
+            raise ValueError("the answer holds a NaN")
+        self._place(arrays, structure, begin, end)
+        self.failed |= {begin + row: "the answer holds a NaN" for row in bad}
+
+    def _failed(self, begin: int, end: int, error: Exception) -> None:
+        """Say which rows are at fault, or go on without them."""
+        options = self.job.options
+        if options.on_error == "raise":
+            raise AtFaultError(*bad_rows.first_at_fault(self._attempt, begin, end, self._is_fatal)) from error
+        self.failed |= bad_rows.skip(self._attempt, begin, end, error, options.retries, self._is_fatal)
+
+    def _is_fatal(self, error: Exception) -> bool:
+        """Whether no row is at fault: the answer is none, memory is short, or the device is broken."""
+        out_of_memory = is_out_of_memory(error) and (self.batch_size > 1 or not self.job.alone)
+        return out_of_memory or isinstance(error, ModelError | OptionError | UnreadableError) or is_sticky(error)
 
     def _cells(self) -> Iterator[tuple[int, int]]:
         """Rows of the chunk, begin to end, that fall into one cell of the global grid."""
@@ -151,21 +195,21 @@ class _Pass:
     def _micro_batch(self, begin: int, end: int) -> tuple[list[Array], Structure]:
         job, n_rows = self.job, end - begin
         ports, arrays = self._preprocessed([port[begin:end] for port in self.rows])
-        _check_rows(dict(zip(ports.names, arrays, strict=True)), n_rows, "preprocess")
+        _check_rows(ports.names, arrays, n_rows, "preprocess")
         offset = (self.start + begin) % self.batch_size if job.options.pad else 0
         batch = [
             self._batched(i, name, array, offset) for i, (name, array) in enumerate(zip(ports.names, arrays, strict=True))
         ]
         answer, structure = self._call(ports.join(batch))
-        _check_rows(dict(zip(structure.names, answer, strict=True)), len(batch[0]), "the model")
+        _check_rows(structure, answer, len(batch[0]), "the model")
         trimmed = [to_numpy(array[offset : offset + n_rows]) for array in answer]
         if job.options.postprocess is None:
             return trimmed, structure
         answer, structure = _flat(job.options.postprocess(structure.rebuild(trimmed)), "postprocess")
-        _check_rows(dict(zip(structure.names, answer, strict=True)), n_rows, "postprocess")
+        _check_rows(structure, answer, n_rows, "postprocess")
         return [to_numpy(array) for array in answer], structure
 
-    def _preprocessed(self, rows: list[Array]) -> tuple[Ports, list[Array]]:
+    def _preprocessed(self, rows: list[Array | Elsewhere]) -> tuple[Ports, Sequence[Array | Elsewhere]]:
         ports = self.job.ports
         if self.job.options.preprocess is None:
             return ports, rows
@@ -176,9 +220,11 @@ class _Pass:
             raise ModelError("preprocess returned no array; one with an entry per row is needed. Return what the net takes.")
         return ports, [to_numpy(array) for array in ports.split(value)]
 
-    def _batched(self, i: int, name: str, array: Array, offset: int) -> Any:
+    def _batched(self, i: int, name: str, array: Array | Elsewhere, offset: int) -> Any:
         """Copy rows to their place in a buffer of the runner's own, and from there onto the device."""
-        by_numpy, by_torch = _casts(name, self.job.options.cast(name), for_torch=self.model.takes_tensors)
+        if name not in self._cast:
+            self._cast[name] = _casts(name, self.job.options.cast(name), for_torch=self.model.takes_tensors)
+        by_numpy, by_torch = self._cast[name]
         size = self.batch_size if self.job.options.pad else len(array)
         # torch takes this machine's byte order only.
         shape, dtype = (size, *array.shape[1:]), by_numpy or array.dtype.newbyteorder("=")
@@ -188,7 +234,7 @@ class _Pass:
         # Zeroed each time: the network may have written there.
         buffer[:offset] = 0
         buffer[offset + len(array) :] = 0
-        buffer[offset : offset + len(array)] = array
+        copy_rows(array, buffer[offset : offset + len(array)])
         if not self.model.takes_tensors:
             return buffer
         tensor = torch.from_numpy(buffer).to(self.model.device)
@@ -216,8 +262,8 @@ class _Pass:
             self.structure = structure
             looks = [np.empty((0, *array.shape[1:]), array.dtype) for array in arrays]
             self._check_promise(looks)
-            self.results = list(self.out or (np.empty((self.n_rows, *look.shape[1:]), look.dtype) for look in looks))
-        if structure != self.structure or _looks(arrays) != _looks(self.results):
+            self._prepare(looks)
+        if structure != self.structure or any(map(_differ, arrays, self.results)):
             raise ModelError(
                 f"rows {self.start + begin}:{self.start + end} gave {_shapes(arrays)} ({', '.join(structure.names)}) and "
                 f"earlier rows {_shapes(self.results)} ({', '.join(self.structure.names)}); every row's answer has to look "
@@ -225,6 +271,9 @@ class _Pass:
             )
         for result, array in zip(self.results, arrays, strict=True):
             result[begin:end] = array
+
+    def _prepare(self, looks: Sequence[Array]) -> None:
+        self.results = list(self.out or (np.empty((self.n_rows, *look.shape[1:]), look.dtype) for look in looks))
 
     def _check_promise(self, looks: Sequence[Array]) -> None:
         """Compare the first answer with the one that the plan was made with."""
@@ -261,11 +310,13 @@ def _flat(answer: Any, who: str) -> tuple[list[Any], Structure]:
     return arrays, structure
 
 
-def _check_rows(arrays: dict[str, Any], n_rows: int, who: str) -> None:
-    for name, array in arrays.items():
-        if len(array.shape) == 0 or array.shape[0] != n_rows:
+def _check_rows(named: Sequence[str] | Structure, arrays: Sequence[Any], n_rows: int, who: str) -> None:
+    for i, array in enumerate(arrays):
+        shape = array.shape
+        if len(shape) == 0 or shape[0] != n_rows:
+            name = (named.names if isinstance(named, Structure) else named)[i]  # made only where it is needed
             raise ModelError(
-                f"{who} returned {name} of shape {tuple(array.shape)} for {n_rows} rows; its first axis has to be the "
+                f"{who} returned {name} of shape {tuple(shape)} for {n_rows} rows; its first axis has to be the "
                 f"rows', {n_rows} long. Return one entry per row."
             )
 
@@ -295,32 +346,13 @@ def _numpy_dtype(name: str) -> np.dtype[Any] | None:
     return dtype if dtype.kind in NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
 
 
+def _differ(one: Array, other: Array) -> bool:
+    return one.shape[1:] != other.shape[1:] or one.dtype != other.dtype
+
+
 def _looks(arrays: Sequence[Array]) -> list[tuple[Any, ...]]:
     return [(array.shape[1:], array.dtype) for array in arrays]
 
 
 def _shapes(arrays: Sequence[Array]) -> str:
     return ", ".join(f"{tuple(a.shape[1:])} {a.dtype}" for a in arrays)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-@contextlib.contextmanager
-def _said_of_rows(model: LoadedModel, start: int, stop: int) -> Iterator[None]:
-    """Say which rows, on which device, whatever goes wrong meanwhile."""
-    where = f"rows {start}:{stop} on {model.device}"
-    try:
-        yield
-    except (ModelError, OptionError) as error:
-        raise type(error)(f"{where}: {error}") from error
-    except Exception as error:
-        advice = (
-            "A single row does not fit into memory: use a device with more of it."
-            if _is_out_of_memory(error)
-            else "Run these rows with devices='inline' to see the whole traceback."
-        )
-        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from error

@@ -18,6 +18,7 @@ from distributed import Client
 
 from daskinfer.cache import MAX_MODELS
 from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
+from daskinfer.model_file import check_private
 from daskinfer.placement import workers_of
 
 MAX_SHIPPED = MAX_MODELS  # what a worker keeps loaded
@@ -76,6 +77,7 @@ def _receive(folder: str | None, name: str, content: bytes) -> None:
     """Write a shipped file: into the folder of our own cluster where the client can, else where a worker looks for it."""
     path = shipped_path(name) if folder is None else os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    check_private(path)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "wb") as file:
         file.write(content)

@@ -10,34 +10,41 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 
 from daskinfer import device_thread
-from daskinfer.arrays import Array, to_numpy
+from daskinfer.arrays import Array, Elsewhere
 from daskinfer.cache import models
-from daskinfer.errors import ChunkError
+from daskinfer.errors import ChunkError, StorageError
 from daskinfer.io import Target
 from daskinfer.ladder import best_size
 from daskinfer.loaded import LoadedModel
 from daskinfer.model import Recipe
 from daskinfer.packed import ByValue
 from daskinfer.parts import Piece, Task, Within
-from daskinfer.records import Receipt
+from daskinfer.records import Chunk, Failure, Receipt, Written
 from daskinfer.runner import Answer, Job, run_chunk
 from daskinfer.transport import mapped, write_note
 from daskinfer.worker import Seat, seat
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Block:
-    """A chunk's outputs, each (n, *shape); ``receipt`` is None for a chunk without rows."""
+    """A chunk's outputs, each (n, *shape); ``receipt`` is None for a chunk without rows.
+
+    ``written`` is what was written of each target, ``failures`` the rows without an answer, in order.
+    """
 
     arrays: list[Array]
     receipt: Receipt | None
+    written: tuple[tuple[Written, ...], ...] = ()
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,13 @@ def run_task(sealed: bytes, task: Task | bytes, brought: Sequence[Any] = ()) -> 
         Results of other Dask tasks that parts ask for by position.
     """
     order, task = _opened(sealed), Task.opened(task) if isinstance(task, bytes) else task
+    order = replace(order, job=replace(order.job, alone=task.alone))
     memory = mapped(task.arena) if task.arena else None
     blocks = [_run_piece(piece, order, Within(memory, brought)) for piece in task.pieces]
     if memory is None:
         return blocks
-    write_note(memory, task.note_offset, [block.receipt for block in blocks])
-    return blocks if any(block.arrays for block in blocks) else None
+    fits = write_note(memory, task.note_offset, [replace(block, arrays=[]) for block in blocks])
+    return None if fits and not any(block.arrays for block in blocks) else blocks
 
 
 def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int) -> tuple[int, float]:
@@ -93,10 +101,10 @@ def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Seque
 
 
 def measure(
-    rows: Sequence[Array], recipe: Recipe, job: Job, here: Seat, tried: Sequence[int], n_rows: int
+    rows: Sequence[Array | Elsewhere], recipe: Recipe, job: Job, here: Seat, tried: Sequence[int], n_rows: int
 ) -> tuple[int, float]:
     """Which micro-batch pays, in this thread, of those that there are rows for; ``rows`` begin with the input's first."""
-    model, rows = _model(recipe, here), [to_numpy(port) for port in rows]
+    model = _model(recipe, here)
 
     def run_one(size: int) -> tuple[int, float]:
         answer = run_chunk(model, [port[:size] for port in rows], 0, replace(job, batch_size=size, by_kind={}))
@@ -114,7 +122,7 @@ def _opened(sealed: bytes) -> Order:
 
 def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
     there_since, chunk = time.perf_counter(), piece.chunk
-    rows = [part.rows(within) for part in piece.parts]
+    rows = read(lambda: [part.rows(within) for part in piece.parts], chunk)
     read_seconds = time.perf_counter() - there_since
     out = None
     if piece.places is not None and within.memory is not None:
@@ -123,22 +131,41 @@ def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
     block, waited_seconds = device_thread.of_worker(here.worker).run(
         lambda: compute(rows, chunk.start, chunk.stop, order.recipe, order.job, here, out), there_since
     )
-    write_seconds = _written(block, chunk.start, order.targets)
+    block, write_seconds = store(block, chunk, order.targets)
     receipt = block.receipt and block.receipt.timed(read_seconds, write_seconds, waited_seconds)
-    return Block([] if out is not None or order.targets else block.arrays, receipt)
+    return replace(block, arrays=[] if out is not None else block.arrays, receipt=receipt)
 
 
-def _written(block: Block, start: int, targets: Sequence[Target]) -> float:
-    """Write each output to its target; how many seconds that took."""
+def read(rows: Callable[[], T], chunk: Chunk) -> T:
+    """The rows of a chunk; what goes wrong with them is said of the chunk."""
+    try:
+        return rows()
+    except Exception as error:
+        raise StorageError(
+            f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be read: {type(error).__name__}: {error}. Look "
+            "at the input there; on_error='skip' goes on without these rows.",
+            getattr(error, "errno", None) or 0,
+        ) from error
+
+
+def store(block: Block, chunk: Chunk, targets: Sequence[Target]) -> tuple[Block, float]:
+    """Write each output to its target: the block with what was written instead of its arrays, and the seconds it took."""
+    if not targets:
+        return block, 0.0
     began = time.perf_counter()
-    for target, rows in zip(targets, block.arrays, strict=False):  # no targets: nothing is written
-        if len(rows):
-            target.write(start, rows)
-    return time.perf_counter() - began
+    try:
+        written = tuple(target.write(chunk.start, rows) for target, rows in zip(targets, block.arrays, strict=True))
+    except Exception as error:
+        raise StorageError(
+            f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be written: {type(error).__name__}: {error}. "
+            "Look at the output's disk.",
+            getattr(error, "errno", None) or 0,
+        ) from error
+    return replace(block, arrays=[], written=written), time.perf_counter() - began
 
 
 def compute(
-    rows: Sequence[Array],
+    rows: Sequence[Array | Elsewhere],
     start: int,
     stop: int,
     recipe: Recipe,
@@ -167,7 +194,11 @@ def compute(
     _check_rows(job, rows, start, stop)
     with here.threads():
         answer = run_chunk(_model(recipe, here), rows, start, job, out)
-    return Block(answer.arrays, _receipt(start, stop, here, answer))
+    return Block(answer.arrays, _receipt(start, stop, here, answer), failures=_failures(start, here, answer))
+
+
+def _failures(start: int, here: Seat, answer: Answer) -> tuple[Failure, ...]:
+    return tuple(Failure(start + row, start + row + 1, here.device, why) for row, why in sorted(answer.failed.items()))
 
 
 def _model(recipe: Recipe, here: Seat) -> LoadedModel:
@@ -178,7 +209,7 @@ def _receipt(start: int, stop: int, here: Seat, answer: Answer) -> Receipt:
     return Receipt(start, stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker)
 
 
-def _check_rows(job: Job, rows: Sequence[Array], start: int, stop: int) -> None:
+def _check_rows(job: Job, rows: Sequence[Array | Elsewhere], start: int, stop: int) -> None:
     for name, port in zip(job.ports.names, rows, strict=True):
         if len(port) != stop - start:
             raise ChunkError(

@@ -6,29 +6,41 @@ A measurement is a task like any other, on the first rows of the input; what was
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Future
+from distributed.scheduler import KilledWorker
 
-from daskinfer.arrays import Array
+from daskinfer.arrays import Array, Elsewhere
 from daskinfer.call import Call
+from daskinfer.errors import ChunkError
 from daskinfer.ladder import WORTH_SECONDS
 from daskinfer.lane import Feed, Lane
 from daskinfer.pace import memory
+from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
 from daskinfer.task import measure, measure_task
+from daskinfer.ways import UnsentError
 from daskinfer.worker import Seat
 
-Rows = Callable[[Chunk], Sequence[Array]]
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between looks whether a worker that measures is still there; arbitrary
+
+Rows = Callable[[Chunk], Sequence[Array | Elsewhere]]
 
 
 def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed) -> Call:
     """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
 
-    As it is where the micro-batch was given, or where there is not enough to do.
+    As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
+    worker that ends or rows that fail is the window's to say.
     """
     tried, known = call.tried_sizes, memory.of(call.key).batch_sizes
     by_kind = {lane.kind: lane for lane in reversed(lanes)}
@@ -36,7 +48,11 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     if not call.tunable or len(tried) < 2 or (asked and _is_short(call)):
         return call
     n_rows = call.layout.n_rows // len(lanes)
-    found = measured(call, client, order, asked, feed, tried)
+    try:
+        found = measured(call, client, order, asked, feed, tried)
+    except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:
+        logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
+        return call
     for lane in asked:
         size, speed = found[lane.device]
         if size == tried[0] and n_rows / speed < WORTH_SECONDS:
@@ -68,16 +84,17 @@ def measured(
     """By device, which of these micro-batches pays there and its rows/s; on all lanes at once."""
     n_rows = call.layout.n_rows // max(1, len(lanes))
     chunk, slots, futures = _first(call, tried[-1]), [], {}
+    until = time.monotonic() + (call.job.options.chunk_timeout or inf) * len(tried)
     for lane in lanes:
-        slot = lane.arena.free.pop() if lane.arena is not None else None
-        task, brought = feed([chunk], slot, lane.workers)
+        slot = lane.arena.free.pop() if lane.arena is not None and lane.arena.free else None
+        task, brought = feed([chunk], slot, lane.workers, reads=lane.reads)
         key = f"measure-{lane.kind}-{uuid.uuid4().hex}"
         futures[lane.device] = client.submit(
             measure_task, order, task, brought, tried, n_rows, key=key, pure=False, **lane.restriction
         )
         slots.append(slot)
     try:
-        found = {device: future.result() for device, future in futures.items()}
+        found = {lane.device: _result(futures[lane.device], lane, client, until) for lane in lanes}
     except BaseException:
         client.cancel(list(futures.values()), force=True)
         raise
@@ -85,6 +102,22 @@ def measured(
         if slot is not None:
             slot.free()
     return found
+
+
+def _result(future: Future, lane: Lane, client: Client, until: float) -> tuple[int, float]:
+    while True:
+        try:
+            found: tuple[int, float] = future.result(timeout=LOOK_SECONDS)
+            return found
+        except TimeoutError:
+            if future.status == "error":  # the network's own
+                raise
+            if lane.worker_of(workers_of(client)) is None or time.monotonic() > until:
+                raise _UnmeasuredError(f"{lane.name} gives no answer") from None
+
+
+class _UnmeasuredError(Exception):
+    """A device did not say how fast it is."""
 
 
 def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int) -> tuple[int, float]:

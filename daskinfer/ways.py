@@ -16,6 +16,10 @@ from daskinfer.transport import Slot
 SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
 
 
+class UnsentError(Exception):
+    """Rows have no way to their worker: it has just ended."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How rows of this process reach one worker. First match wins:
@@ -43,7 +47,10 @@ class Way:
         array = np.asarray(array, order="C")  # np.ascontiguousarray would make a number 1-d
         if self.client is None or array.nbytes <= SENT_NBYTES:
             return Sent(array)
-        return self.bring(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
+        try:
+            return self.bring(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
+        except (KeyError, OSError, TimeoutError) as error:  # the scheduler does not know it any more, or it knows it still
+            raise UnsentError(self.workers) from error
 
     def bring(self, future: Future) -> Part:
         """What Dask brings, once for all who ask for it."""

@@ -85,6 +85,12 @@ def cluster_client() -> Iterator[object]:
         yield client
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker reads this process's memory: its rows go through slots, or by Dask's comms."""
+    monkeypatch.setattr("daskinfer.preflight.own_memory", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[list[str]]:
     """The cluster that ``predict`` keeps, warm, of ``devices=["cpu", "cpu"]``; ended with the test file."""

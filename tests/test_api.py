@@ -268,14 +268,14 @@ def test_changed_weights_are_another_model(cluster_client: Client) -> None:
 
 @pytest.mark.parametrize(("source", "target"), [(".npy", ".zarr"), (".zarr", ".npy")])
 def test_run_from_storage_to_storage(two_cpus: list[str], tmp_path: Path, source: str, target: str) -> None:
-    """run reads and writes in the workers, and only the finished output is left."""
+    """run reads and writes in the workers, and only the finished output and its manifest are left."""
     net, x, read, write = mlp(5), rows(500), tmp_path / f"x{source}", tmp_path / f"y{target}"
     np.save(read, x) if source == ".npy" else zarr.save_array(read, x)
     report = di.run(net, read, write, devices=two_cpus, device_weights=[1, 3])
     y = np.load(write) if target == ".npy" else zarr.open_array(write, mode="r")[:]
     np.testing.assert_allclose(y, plain(net, x), rtol=1e-5, atol=1e-6)
     assert report.rows == 500
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([read.name, write.name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([read.name, write.name, f"{write.name}.daskinfer"])
 
 
 def test_run_of_a_dask_array_writes_whole_chunks_of_the_store(two_cpus: list[str], tmp_path: Path) -> None:
@@ -302,8 +302,8 @@ def low_and_high(x: np.ndarray[Any, Any]) -> dict[str, Any]:
     return {"low": -x, "high": x}
 
 
-def test_run_that_fails_leaves_nothing(two_cpus: list[str], tmp_path: Path) -> None:
-    """Where a chunk fails, its rows and device are named and no output is left."""
+def test_run_that_fails(two_cpus: list[str], tmp_path: Path) -> None:
+    """Where a chunk fails, its rows and device are named, and nothing has the output's name."""
     x = rows(100)
     x[70] = np.inf
     np.save(tmp_path / "x.npy", x)
@@ -315,7 +315,7 @@ def test_run_that_fails_leaves_nothing(two_cpus: list[str], tmp_path: Path) -> N
 
     with pytest.raises(di.DaskInferError, match=r"rows \d+:\d+ on cpu failed: ArithmeticError: infinite"):
         di.run(picky, tmp_path / "x.npy", tmp_path / "y.zarr", devices=two_cpus)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", "y.zarr.daskinfer", "y.zarr.partial"]
 
 
 def test_a_worker_that_dies_in_a_chunk_is_named(own_client: Client) -> None:

@@ -77,6 +77,19 @@ def test_run_writes_and_reports(folder: Path) -> None:
     assert zarr.open_array("y.zarr", mode="r").shape == (100, 2)
 
 
+def test_run_again_has_nothing_to_do(folder: Path) -> None:
+    """The same command again prints so and ends with 0; --fresh computes again, --shard a part."""
+    how = ("run", "cli_nets:linear", "x.npy", "y.zarr", "--devices", "inline", "--batch-size", "10")
+    assert invoke(*how).exit_code == 0
+    again = invoke(*how)
+    assert (again.exit_code, "nothing to do: all 100 rows were done before" in again.stdout) == (0, True)
+    fresh = invoke(*how, "--fresh")
+    assert (fresh.exit_code, "100 rows in" in fresh.stdout) == (0, True)
+    part = invoke(*how[:3], "z.npy", *how[4:], "--shard", "1/2", "--json")
+    assert json.loads(part.stdout)["rows"] == 50
+    assert invoke("verify", "y.zarr").exit_code == 0
+
+
 def test_run_prints_one_line_of_json(folder: Path) -> None:
     """--json prints the report as one line for scripts."""
     done = invoke("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--json")
@@ -142,6 +155,9 @@ def test_devices_is_a_table_or_json() -> None:
         (["plan", "cli_nets:linear", "x.npy", "--dtype", "x=float99"], 2, "float99"),
         (["plan", "cli_nets:linear", "x.npy", "--scheduler", "nonsense"], 1, "cannot be reached"),
         (["run", "cli_nets:fails", "big.npy", "y.npy", "--devices", "inline"], 1, "ArithmeticError: too large"),
+        (["run", "cli_nets:linear", "x.npy", "y.npy", "--shard", "three"], 2, "'three' is no part such as 3/64"),
+        (["run", "cli_nets:linear", "x.npy", "y.npy", "--shard", "0/3"], 2, "counted from 1"),
+        (["verify", "x.npy"], 2, "has no manifest"),
         (["demo", "--folder", "."], 2, "a new folder is needed"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from distributed import Client, Future
 
 import daskinfer as di
-from daskinfer import driver
+from daskinfer import driver, feeder
 from daskinfer.assembly import assemble
 from daskinfer.pace import memory
 from tests.conftest import wait_until
@@ -97,7 +97,7 @@ def test_given_weights_are_honoured_to_the_row(two_cpus: list[str], weights: Any
 
 def test_a_large_order_goes_to_the_cluster_once(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a preprocess carries along travels once, not with each task."""
-    table = np.arange(driver.MAX_ORDER_NBYTES // 8 + 1, dtype=float)
+    table = np.arange(feeder.MAX_ORDER_NBYTES // 8 + 1, dtype=float)
     n_sent: list[int] = []
     orders: list[Any] = []
     scatter, submit = Client.scatter, Client.submit

@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 
 import pytest
+from tblib.pickling_support import install
 
 import daskinfer
 from daskinfer import errors
@@ -44,10 +45,14 @@ def test_is_the_builtin_that_a_caller_would_catch(name: str, builtin: str) -> No
     assert issubclass(error, DaskInferError) and issubclass(error, getattr(builtins, builtin))
 
 
+@pytest.mark.parametrize("by_dask", [False, True])
 @pytest.mark.parametrize("name", tree())
-def test_survives_pickling(name: str) -> None:
-    """An error that comes from a worker says there what it said here."""
+def test_survives_pickling(name: str, by_dask: bool) -> None:
+    """An error that comes from a worker says there what it said here, by whichever way Dask pickles it."""
     error = getattr(errors, name)("cuda:1 holds 'x'; 2 is allowed. Use 1.")
+    if by_dask:
+        error.__cause__ = ValueError("what was wrong")
+        install(error, error.__cause__)
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.args) == (type(error), str(error), error.args)
     assert str(error) == "cuda:1 holds 'x'; 2 is allowed. Use 1."

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from daskinfer.in_order import InOrder
 from daskinfer.records import Chunk, Receipt
-from daskinfer.window import Finished
+from daskinfer.fetching import Finished
 
 
 def finished(start: int, stop: int) -> Finished:

@@ -12,9 +12,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskinfer.errors import InputError, OutputExists, SourceMissing
-from daskinfer.io import Draft, check_free, open_source
+from daskinfer import staging
+from daskinfer.durable import named
+from daskinfer.errors import InputError, SourceMissing
+from daskinfer.io import Target, check_path, is_array, open_source, state, target
 from daskinfer.io import npy as npy_format
+from daskinfer.stored import is_stored
 
 X = np.arange(24, dtype="float32").reshape(6, 4)
 FORMATS = (".npy", ".zarr")
@@ -35,6 +38,14 @@ def write(path: Path, array: np.ndarray) -> Path:
         chunks = tuple(max(1, size // 2) for size in array.shape)
         zarr.create_array(path, shape=array.shape, dtype=array.dtype, chunks=chunks)[...] = array
     return path
+
+
+def created(path: Path, shape: tuple[int, ...], dtype: Any, unit_rows: int) -> Target:
+    """An empty output at ``path``, and a run beside it that may write it."""
+    run = staging.begin(path.with_name("staging"), "run")
+    made = target(str(path), str(path), str(run), shape, np.dtype(dtype), unit_rows)
+    made.create(str(path))
+    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,13 +174,13 @@ def test_npy_without_numbers(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """A ``.npy`` file of no rows, or of rows of nothing, is read and written."""
     source = open_source(write(tmp_path / "x.npy", np.ones(shape)))
     assert (source[:].shape, source[:2].shape) == (shape, (min(2, shape[0]), *shape[1:]))
-    npy_format.Target.create(str(tmp_path / "y.npy"), shape, X.dtype, 1).write(0, np.ones(shape, X.dtype))
+    assert created(tmp_path / "y.npy", shape, X.dtype, 1).write(0, np.ones(shape, X.dtype)) == ()
 
 
 def test_npy_in_many_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more bytes than the system moves in one call are read and written in several, to the last byte."""
     monkeypatch.setattr(npy_format, "_PART_NBYTES", 7)
-    target = npy_format.Target.create(str(tmp_path / "y.npy"), X.shape, X.dtype, 1)
+    target = created(tmp_path / "y.npy", X.shape, X.dtype, 1)
     target.write(2, X[2:])
     target.write(0, np.asfortranarray(X[:2]))
     np.testing.assert_array_equal(open_source(tmp_path / "y.npy")[1:], X[1:])
@@ -223,127 +234,148 @@ def test_zarr_empty_folder(tmp_path: Path) -> None:
 
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=3), unit=st.integers(1, 7), suffix=st.sampled_from(FORMATS))
 @settings(max_examples=40, deadline=None)
-def test_draft_round_trip(tmp_path_factory: pytest.TempPathFactory, shape: list[int], unit: int, suffix: str) -> None:
-    """What is written by regions, in any order, is read back, for axes of no length too."""
-    path, array = tmp_path_factory.mktemp("draft") / f"y{suffix}", np.random.default_rng(0).normal(size=shape)
-    with Draft(str(path), tuple(shape), array.dtype, unit) as target:
-        for start in reversed(range(0, shape[0], unit)):
-            pickle.loads(pickle.dumps(target)).write(start, array[start : start + unit])
+def test_target_round_trip(tmp_path_factory: pytest.TempPathFactory, shape: list[int], unit: int, suffix: str) -> None:
+    """What is written by regions, in any order, and published is read back, and each part is what its receipt says."""
+    path, array = tmp_path_factory.mktemp("target") / f"y{suffix}", np.random.default_rng(0).normal(size=shape)
+    made, parts = created(path, tuple(shape), array.dtype, unit), []
+    for start in reversed(range(0, shape[0], made.unit_rows)):
+        rows = array[start : start + made.unit_rows]
+        parts += made.publish(pickle.loads(pickle.dumps(made)).write(start, rows))
     np.testing.assert_array_equal(open_source(path)[:], array)
+    assert len(parts) == (-(-shape[0] // made.unit_rows) if array.size else 0)
+    assert all(is_stored(path, part) for part in parts)
+    assert all(os.path.exists(file) for file in made.files(parts))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_draft_keeps_signs_of_zero(tmp_path: Path, suffix: str) -> None:
-    """Minus zero is written as it is, though it equals what an unwritten row holds."""
-    with Draft(str(tmp_path / f"y{suffix}"), (3,), np.dtype("f4"), 1) as target:
-        target.write(0, np.full(3, -0.0, "f4"))
-    assert np.signbit(open_source(tmp_path / f"y{suffix}")[:]).all()
+def test_target_writes_several_units_at_once(tmp_path: Path, suffix: str) -> None:
+    """A chunk of several write-units is as many parts, the last of the output shorter."""
+    made = created(tmp_path / f"y{suffix}", X.shape, X.dtype, 4)
+    parts = made.publish(made.write(0, X))
+    assert [part.name for part in parts] == (["128:192", "192:224"] if suffix == ".npy" else ["c.0.0", "c.1.0"])
+    np.testing.assert_array_equal(open_source(tmp_path / f"y{suffix}")[:], X)
 
 
-def test_draft_units_are_zarr_chunks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_target_writes_what_an_empty_output_holds(tmp_path: Path, suffix: str) -> None:
+    """Zeros are written as they are, minus zeros too: a chunk that is missing is not one of zeros."""
+    made = created(tmp_path / f"y{suffix}", (6,), "f4", 3)
+    parts = made.publish([*made.write(0, np.zeros(3, "f4")), *made.write(3, np.full(3, -0.0, "f4"))])
+    assert np.signbit(open_source(tmp_path / f"y{suffix}")[:]).tolist() == [False] * 3 + [True] * 3
+    assert all(is_stored(tmp_path / f"y{suffix}", part) for part in parts)
+
+
+def test_target_publishes_whole_chunks(tmp_path: Path) -> None:
+    """What a worker wrote of a store is not part of it until it is published, and two attempts at a chunk are no trouble."""
+    made = created(tmp_path / "y.zarr", X.shape, X.dtype, 6)
+    first, second = made.write(0, X), made.write(0, X)
+    assert [path.name for path in (tmp_path / "y.zarr").iterdir()] == ["zarr.json"]
+    assert made.publish(second) == made.publish(first)
+    assert [path.name for path in Path(made.path).iterdir()] == [staging.FENCE]
+
+
+def test_target_units_are_zarr_chunks(tmp_path: Path) -> None:
     """A store's chunks are the plan's write-units, whole rows each."""
-    with Draft(str(tmp_path / "y.zarr"), (10, 3), np.dtype("f4"), 4):
-        pass
+    created(tmp_path / "y.zarr", (10, 3), "f4", 4)
     assert zarr.open_array(tmp_path / "y.zarr", mode="r").chunks == (4, 3)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_draft_publishes_at_the_end(tmp_path: Path, suffix: str) -> None:
-    """An output appears under its name when it is complete, and leaves nothing else."""
-    path = tmp_path / f"y{suffix}"
-    with Draft(str(path), (2,), np.dtype("f4"), 1):
-        assert not path.exists()
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_target_metadata(tmp_path: Path, suffix: str, dtype: str) -> None:
+    """The parts of an output that hold no rows are named: together with the rows they are all of it."""
+    made = created(tmp_path / f"y{suffix}", X.shape, np.dtype(dtype), 4)
+    parts = made.publish(made.write(0, X.astype(dtype)))
+    if suffix == ".npy":
+        ends = [part.name.split(":") for part in parts]
+        assert int(ends[-1][1]) == (tmp_path / "y.npy").stat().st_size
+        assert made.metadata[0] == f"0:{ends[0][0]}"
+    else:
+        assert {p.name for p in (tmp_path / "y.zarr").iterdir()} == {*made.metadata, *(part.name for part in parts)}
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_draft_error(tmp_path: Path, suffix: str, kind: type[BaseException]) -> None:
-    """After an error nothing is left of an output."""
-    with pytest.raises(kind, match="broken"), Draft(str(tmp_path / f"y{suffix}"), (2,), np.dtype("f4"), 1):
-        raise kind("broken")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_draft_removed_meanwhile(tmp_path: Path, suffix: str) -> None:
-    """Where somebody removed the unfinished output, nothing hides the error that ends it."""
-    draft = Draft(str(tmp_path / f"y{suffix}"), (2,), np.dtype("f4"), 1)
-    draft.__enter__()
-    next(tmp_path.iterdir()).rename(tmp_path / "elsewhere")
-    assert not draft.__exit__(ValueError)
-
-
-def test_draft_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The space of a ``.npy`` output is taken at once; where the disk is full the error says so and nothing is left."""
+def test_target_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space of a ``.npy`` output is taken at once; where the disk is full the error says so."""
 
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="528 bytes for the output cannot be reserved"):
-        Draft(str(tmp_path / "y.npy"), (100,), np.dtype("f4"), 1).__enter__()
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"528 bytes for the output cannot be reserved \(No space left on device\): .*y\.npy"):
+        created(tmp_path / "y.npy", (100,), "f4", 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
-def test_draft_takes_space(tmp_path: Path) -> None:
+def test_target_takes_space(tmp_path: Path) -> None:
     """A ``.npy`` output has its blocks on the disk before a row is written, so that it cannot be full later."""
-    with Draft(str(tmp_path / "y.npy"), (1 << 20,), np.dtype("u1"), 1):
-        assert next(tmp_path.iterdir()).stat().st_blocks * 512 >= 1 << 20
+    created(tmp_path / "y.npy", (1 << 20,), "u1", 1)
+    assert (tmp_path / "y.npy").stat().st_blocks * 512 >= 1 << 20
 
 
 def test_npy_without_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that cannot reserve space still writes."""
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    npy_format.Target.create(str(tmp_path / "y.npy"), (3,), np.dtype("f4"), 1).write(1, np.ones(2, "f4"))
+    created(tmp_path / "y.npy", (3,), "f4", 1).write(1, np.ones(2, "f4"))
     assert np.load(tmp_path / "y.npy").tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_draft_never_overwrites(tmp_path: Path, suffix: str) -> None:
-    """What appears at the output's path meanwhile stays, and so does the answer, under the name that the error tells."""
-    path, draft = tmp_path / f"y{suffix}", Draft(str(tmp_path / f"y{suffix}"), (2,), X.dtype, 1)
-    draft.__enter__()
-    path.write_text("precious")
-    with pytest.raises(OutputExists, match=r"The whole answer lies at .*partial"):
-        draft.__exit__(None)
-    assert path.read_text() == "precious"
-    assert [p.suffix for p in tmp_path.iterdir() if p != path] == [".partial"]
+def test_npy_header_is_numpys(tmp_path: Path) -> None:
+    """A ``.npy`` output is byte for byte what numpy.save writes."""
+    made = created(tmp_path / "y.npy", X.shape, X.dtype, 4)
+    made.write(0, X)
+    np.save(tmp_path / "x.npy", X)
+    assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "x.npy").read_bytes()
+
+
+def test_write_errors_name_the_file(tmp_path: Path) -> None:
+    """What the system says on writing, without a name, is said of the file."""
+    with pytest.raises(OSError, match=r"No space left on device: 'y'"), named("y"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_drafts_side_by_side(tmp_path: Path, suffix: str) -> None:
-    """Two runs in one process that write the same output do not write into one another's draft."""
-    path = str(tmp_path / f"y{suffix}")
-    slow, quick = Draft(path, (1,), X.dtype, 1), Draft(path, (1,), X.dtype, 1)
-    for number, target in enumerate([slow.__enter__(), quick.__enter__()]):
-        target.write(0, np.full(1, number, "f4"))
-    quick.__exit__(None)
-    with pytest.raises(OutputExists, match="appeared"):
-        slow.__exit__(None)
-    assert open_source(path)[:].tolist() == [1]
+def test_state(tmp_path: Path, suffix: str) -> None:
+    """An array's state is the same until it is written to."""
+    path = write(tmp_path / f"x{suffix}", X)
+    before = state(str(path))
+    assert state(str(path)) == before
+    if suffix == ".npy":
+        os.utime(path, ns=(0, before["mtime_ns"] + 1))
+    else:
+        zarr.open_array(path, mode="r+")[:1] = 7
+    assert state(str(path)) != before
 
 
-def test_check_free(tmp_path: Path) -> None:
-    """A free path comes back absolute."""
-    assert check_free(os.path.relpath(tmp_path / "y.npy")) == str(tmp_path / "y.npy")
+def test_state_of_zarr_2(tmp_path: Path) -> None:
+    """The metadata of either of Zarr's formats counts."""
+    zarr.create_array(tmp_path / "x.zarr", shape=(3,), dtype="f4", zarr_format=2)
+    before = state(str(tmp_path / "x.zarr"))
+    text = (tmp_path / "x.zarr" / ".zarray").read_text()
+    (tmp_path / "x.zarr" / ".zarray").write_text(f"{text} ")
+    assert state(str(tmp_path / "x.zarr"))["metadata"] != before["metadata"]
 
 
-def test_check_free_taken(tmp_path: Path) -> None:
-    """An output that exists is refused, a dangling link too."""
-    (tmp_path / "y.npy").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OutputExists, match="nothing is ever overwritten"):
-        check_free(tmp_path / "y.npy")
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_is_array(tmp_path: Path, suffix: str) -> None:
+    """What is no array of its suffix's format is none."""
+    assert is_array(str(write(tmp_path / f"x{suffix}", X)))
+    (tmp_path / f"y{suffix}").write_text("precious")
+    assert not is_array(str(tmp_path / f"y{suffix}"))
 
 
-def test_check_free_no_folder(tmp_path: Path) -> None:
+def test_check_path(tmp_path: Path) -> None:
+    """A path comes back absolute, whatever lies there."""
+    (tmp_path / "y.npy").touch()
+    assert check_path(os.path.relpath(tmp_path / "y.npy")) == str(tmp_path / "y.npy")
+
+
+def test_check_path_no_folder(tmp_path: Path) -> None:
     """An output in a folder that is missing is refused."""
     with pytest.raises(SourceMissing, match=r"the output's folder .* does not exist"):
-        check_free(tmp_path / "no" / "y.npy")
+        check_path(tmp_path / "no" / "y.npy")
 
 
-def test_check_free_suffix() -> None:
+def test_check_path_suffix() -> None:
     """An output with an unknown suffix is refused."""
     with pytest.raises(InputError, match=r"the output .* ends in ''"):
-        check_free("y")
+        check_path("y")

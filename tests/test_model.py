@@ -190,11 +190,12 @@ def test_shipped_path_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None
         (nn.Linear, "the model is a class Linear, which cannot"),
         (Model("a:b"), "the model is a Model, which cannot"),
         (threading.Lock().acquire, "the model .* cannot be sent to workers"),
-        ("", "the model '' is neither a file ending in .safetensors, .pt, .pth, .pt2 nor a factory"),
+        ("", "the model '' is neither a file ending in .safetensors, .pt2, .ts, .pt, .pth nor a factory"),
         ("resnet18", "the model 'resnet18' is neither"),
         ("net.onnx", "the model 'net.onnx' is neither"),
-        ("net.pt", "net.pt holds weights only; a factory has to make the network"),
-        (Path("net.PTH"), "net.PTH holds weights only"),
+        ("net.safetensors", "net.safetensors holds weights only; a factory has to make the network"),
+        ("net.pt", "the model file 'net.pt' does not exist"),
+        (Path("net.PTH"), "the model file 'net.PTH' does not exist"),
         ("gone.pt2", "the model file 'gone.pt2' does not exist"),
     ],
 )
@@ -218,6 +219,10 @@ def test_a_program_in_memory() -> None:
         (linear(), {"factory": "torch.nn:Linear"}, "the model Linear was given factory=;"),
         ("torch.nn:Linear", {"factory": "torch.nn:Linear"}, "the model torch.nn:Linear was given factory=;"),
         ("net.pt2", {"kwargs": LINEAR}, "the model net.pt2 was given kwargs=;.* Leave kwargs= out"),
+        ("net.ts", {"factory": "torch.nn:Linear"}, "the model net.ts was given factory=;"),
+        ("torch.nn:Linear", {"sha256": "0" * 64}, "torch.nn:Linear was given sha256=;.*, sha256= with a file"),
+        (linear(), {"sha256": "0" * 64}, "the model Linear was given sha256=;"),
+        (linear(), {"trust": "yes"}, "trust is 'yes'; it may be True or False"),
     ],
 )
 def test_what_a_source_has_no_use_for(source: Any, given: dict[str, Any], message: str) -> None:
@@ -327,14 +332,14 @@ def test_keywords_are_not_shared() -> None:
         ({**nn.Linear(3, 2).state_dict(), "extra": X}, "Unexpected key.*extra"),
         (nn.Linear(4, 2).state_dict(), "size mismatch for weight"),
         ([1, 2], "w.pt cannot be loaded: TypeError"),
-        (nn.Linear(3, 2), "w.pt cannot be loaded: UnpicklingError: Weights only load failed"),
+        (nn.Linear(3, 2), r"holds more than tensors \(torch.nn.modules.linear.Linear\), which can run code"),
     ],
     ids=["missing", "extra", "shape", "list", "whole module"],
 )
 def test_weights_that_do_not_fit(tmp_path: Path, state: Any, message: str) -> None:
     """Weights fit to the letter, or the message says which do not."""
     torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=f"(?s)the network of the factory torch.nn:Linear.*{message}"):
+    with pytest.raises(ModelError, match=f"(?s)the (network of the factory torch.nn:Linear|weights file).*{message}"):
         load(tmp_path / "w.pt", factory="torch.nn:Linear", kwargs=LINEAR)
 
 
@@ -343,7 +348,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, state: Any, message: str) -> No
 def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:
     """A file that cannot be read is named, and so is what is wrong with it."""
     (tmp_path / name).write_bytes(content)
-    given = {} if name.endswith("2") else {"factory": "torch.nn:Linear", "kwargs": LINEAR}
+    given = {"trust": True} if name.endswith("2") else {"factory": "torch.nn:Linear", "kwargs": LINEAR}
     with pytest.raises(ModelError, match=f"(?s){name} cannot be loaded: .*: .*Correct the file"):
         load(tmp_path / name, **given)
 
@@ -440,7 +445,7 @@ def test_a_factory_function_that_cannot_travel(tmp_path: Path) -> None:
 def test_a_program(program: tuple[Path, nn.Module]) -> None:
     """An exported program gives the same answers as its network, for any number of rows."""
     path, net = program
-    model = load(path)
+    model = load(path, trust=True)
     assert model.takes_tensors and not any(p.requires_grad for p in model.run.parameters())
     for n in (1, 2, 7):
         torch.testing.assert_close(model.run(torch.ones(n, 3)), net(torch.ones(n, 3)))
@@ -448,8 +453,8 @@ def test_a_program(program: tuple[Path, nn.Module]) -> None:
 
 def test_a_program_is_known_by_its_file(program: tuple[Path, nn.Module]) -> None:
     """The same file is the same key, and its size is known without loading."""
-    made = recipe(program[0])
-    assert made.key == recipe(str(program[0])).key
+    made = recipe(program[0], trust=True)
+    assert made.key == recipe(str(program[0]), trust=True).key
     assert made.nbytes == program[0].stat().st_size
 
 
@@ -459,7 +464,8 @@ def test_fingerprint_of_a_program(program: tuple[Path, nn.Module], tmp_path: Pat
     torch.export.save(loaded, tmp_path / "again.pt2")
     loaded.state_dict["0.weight"].data[0, 0] += 1
     torch.export.save(loaded, tmp_path / "other.pt2")
-    same, again, other = (recipe(p).fingerprint() for p in (program[0], tmp_path / "again.pt2", tmp_path / "other.pt2"))
+    paths = (program[0], tmp_path / "again.pt2", tmp_path / "other.pt2")
+    same, again, other = (recipe(path, trust=True).fingerprint() for path in paths)
     assert same == again != other
 
 
@@ -517,7 +523,8 @@ def test_fingerprint_in_another_process(tmp_path: Path) -> None:
     [
         Model("pkg.mod:make"),
         Model("w.pt", factory="pkg.mod:make"),
-        Model("w.safetensors", factory="pkg.mod:make", kwargs={"depth": 18, "act": "relu"}, version="2"),
+        Model("w.safetensors", factory="pkg.mod:make", kwargs={"depth": 18, "act": "relu"}, version="2", sha256="ab" * 32),
+        Model("net.pt2", trust=True),
     ],
 )
 def test_repr_is_the_call(model: Model) -> None:
@@ -544,3 +551,4 @@ def test_as_model() -> None:
     model = Model(abs)
     assert as_model(model) is model
     assert as_model(abs) == model
+    assert as_model(model, trust=True) == as_model(Model(abs, trust=True)) == Model(abs, trust=True)

@@ -9,11 +9,12 @@ import dask.array as da
 import numpy as np
 import pytest
 
+from daskinfer.borrowed import Borrowed
 from daskinfer.io import open_source
-from daskinfer.parts import Brought, FromFile, FromGraph, FromSlot, Part, Piece, Sent, Task, Within
+from daskinfer.parts import Brought, FromClient, FromFile, FromGraph, FromSlot, Part, Piece, Sent, Task, Within
 from daskinfer.records import Chunk
 from daskinfer.transport import Arena, mapped, slot_nbytes, unmap_all
-from daskinfer.upstream import placed
+from daskinfer.ways import Way
 
 X = np.arange(24, dtype="float32").reshape(6, 4)
 
@@ -57,7 +58,7 @@ def travelled(part: Part) -> Part:
 def test_rows_arrive(form: str, shared: bool, arena: Arena) -> None:
     """Rows of every order and dtype arrive with their shape, dtype and numbers, in shared memory as in the task."""
     array = FORMS[form]
-    part = travelled(placed(array, arena.free[0] if shared else None))
+    part = travelled(Way(slot=arena.free[0] if shared else None).take(array))
     assert isinstance(part, FromSlot if shared else Sent)
     rows = part.rows(Within(mapped(arena.ref)))
     np.testing.assert_array_equal(rows, array, strict=True)
@@ -66,11 +67,12 @@ def test_rows_arrive(form: str, shared: bool, arena: Arena) -> None:
 def test_rows_in_a_slot_are_not_copied(arena: Arena) -> None:
     """A worker's rows are the shared memory itself, and none of them is in the task."""
     array = np.ones(900, "u1")
-    part = placed(array, arena.free[0])
+    way = Way(slot=arena.free[0])
+    part = way.take(array)
     rows = part.rows(Within(arena.memory))
     array[:] = 2
     assert (int(rows.sum()), len(pickle.dumps(part)) < 500) == (900, True)
-    placed(array, arena.free[0])
+    way.take(array)
     assert isinstance(part, FromSlot)
     part.place.array(arena.memory)[0] = 9
     assert rows[0] == 9
@@ -78,8 +80,8 @@ def test_rows_in_a_slot_are_not_copied(arena: Arena) -> None:
 
 def test_rows_that_do_not_fit_are_sent(arena: Arena) -> None:
     """Where the slot is full the rows travel in the task, and those that fit afterwards do not."""
-    slot = arena.free[0]
-    kinds = [type(placed(np.zeros(n, "u1"), slot)) for n in (900, 5000, 100)]
+    way = Way(slot=arena.free[0])
+    kinds = [type(way.take(np.zeros(n, "u1"))) for n in (900, 5000, 100)]
     assert kinds == [FromSlot, Sent, FromSlot]
 
 
@@ -102,10 +104,22 @@ def test_rows_that_dask_brought() -> None:
 
 def test_rows_of_a_graph(arena: Arena) -> None:
     """The tasks that lead to a block are computed from the rows at its leaves, wherever these are."""
-    leaves: dict[Any, Part] = {"a": placed(X, arena.free[0]), "b": Sent(X), "c": Brought(0)}
-    graph = {"ab": (np.add, "a", "b"), "abc": (np.subtract, "ab", "c")}
-    part = travelled(FromGraph(graph, "abc", leaves))
-    np.testing.assert_array_equal(part.rows(Within(arena.memory, [3 * X])), -X)
+    slot, borrowed = Way(slot=arena.free[0]).take(X), FromClient(Borrowed.of(X))
+    leaves: dict[Any, Part] = {"a": slot, "b": Sent(X), "c": Brought(0), "d": borrowed}
+    graph = {"ab": (np.add, "a", "b"), "abc": (np.subtract, "ab", "c"), "abcd": (np.add, "abc", "d")}
+    part = travelled(FromGraph(graph, "abcd", leaves))
+    np.testing.assert_array_equal(part.rows(Within(arena.memory, [4 * X])), -X)
+
+
+@pytest.mark.parametrize(
+    ("task", "value"), [((np.ma.filled, "x", 9), np.ma.masked_greater(X, 7)), ((np.array, (list, "x")), {5: "not an array"})]
+)
+def test_what_dask_brought_for_a_graph_is_left_as_it_is(task: Any, value: Any) -> None:
+    """A masked array keeps its mask, and what is no array stays what it is."""
+    found = FromGraph({"y": task}, "y", {"x": Brought(0)}).rows(Within(brought=[value]))
+    np.testing.assert_array_equal(
+        found, task[0](*(value if word == "x" else word for word in task[1:])) if task[2:] else [5]
+    )
 
 
 def test_a_graph_without_leaves() -> None:
@@ -115,7 +129,7 @@ def test_a_graph_without_leaves() -> None:
 
 def test_a_task_travels(arena: Arena) -> None:
     """A task is the same after it travelled, and small where its rows are elsewhere."""
-    piece = Piece(Chunk(0, 0, 6, 0), (placed(X, arena.free[0]), Brought(0)), None)
+    piece = Piece(Chunk(0, 0, 6, 0), (Way(slot=arena.free[0]).take(X), Brought(0)), None)
     task = Task((piece, piece), arena.ref, arena.free[0].note_offset)
     assert pickle.loads(pickle.dumps(task)) == task
     assert len(pickle.dumps(task)) < 1500

@@ -13,8 +13,10 @@ from distributed import Client
 
 import daskinfer as di
 from daskinfer import preflight, transport
+from daskinfer.borrowed import own_memory
 from daskinfer.errors import ClusterError, DeviceError, PlanError
 from daskinfer.model import Model
+from daskinfer.model_file import ModelFile
 from daskinfer.preflight import Answer, Question, ask, question_of, refusals, versions
 
 OURS = {"Python": "3.11", "torch": "2.13", "daskinfer": "0.1"}
@@ -74,6 +76,14 @@ def test_memory_of_another_is_not_shared(cluster_client: Client) -> None:
     arena.close()
     gone = ask(cluster_client, Question("unknown", arena=arena.ref))
     assert not any(answer.shares_memory for answer in (*answers.values(), *gone.values()))
+
+
+def test_workers_say_whether_they_read_memory(cluster_client: Client) -> None:
+    """Workers of this host read the client's memory; with another token it is another's, and unasked they say no."""
+    own = own_memory()
+    for memory, reads in ((own, True), (replace(own, token=b"0" * len(own.token)), False), (None, False)):
+        answers = ask(cluster_client, Question("unknown", memory=memory))
+        assert [answer.reads_memory for answer in answers.values()] == [reads] * 2
 
 
 def test_workers_know_what_they_have_loaded(cluster_client: Client) -> None:
@@ -138,13 +148,15 @@ def test_an_input_that_only_the_client_sees_ends_the_call(
 def test_the_question_of_a_network_in_memory() -> None:
     """A network in memory is shipped: nothing of it has to be there."""
     recipe = Model(torch.nn.Linear(1, 1)).recipe()
-    assert question_of(recipe, ["x.npy"], ["y.npy"], None) == Question(recipe.key, "", ("x.npy",), ("y.npy",))
+    assert question_of(recipe, ["x.npy"], ["y.npy"], None) == Question(
+        recipe.key, "", ("x.npy",), ("y.npy",), None, own_memory()
+    )
 
 
 def test_the_question_of_a_factory() -> None:
     """A factory by its name has to be imported, a function that is one travels."""
     by_name = Model("torch.nn:Linear", kwargs={"in_features": 1, "out_features": 1}).recipe()
-    assert question_of(by_name, (), (), None) == Question(by_name.key, "torch.nn:Linear")
+    assert question_of(by_name, (), (), None) == Question(by_name.key, "torch.nn:Linear", memory=own_memory())
 
 
 def test_the_question_of_a_weights_file(tmp_path: Path) -> None:
@@ -153,17 +165,19 @@ def test_the_question_of_a_weights_file(tmp_path: Path) -> None:
     safetensors.torch.save_file(torch.nn.Linear(1, 1).state_dict(), path)
     kwargs = {"in_features": 1, "out_features": 1}
     by_name = Model(path, factory="torch.nn:Linear", kwargs=kwargs).recipe()
-    assert question_of(by_name, ("x.zarr",), (), None) == Question(by_name.key, "torch.nn:Linear", ("x.zarr", str(path)))
+    file = ModelFile.find(str(path))
+    expected = Question(by_name.key, "torch.nn:Linear", ("x.zarr",), memory=own_memory(), file=file)
+    assert question_of(by_name, ("x.zarr",), (), None) == expected
     by_value = Model(path, factory=lambda: torch.nn.Linear(1, 1)).recipe()
-    assert question_of(by_value, (), (), None) == Question(by_value.key, "", (str(path),))
+    assert question_of(by_value, (), (), None) == Question(by_value.key, memory=own_memory(), file=file)
 
 
 def test_the_question_of_a_program(tmp_path: Path) -> None:
     """A program has to be read."""
     path = tmp_path / "net.pt2"
     torch.export.save(torch.export.export(torch.nn.Linear(1, 1), (torch.ones(2, 1),)), path)
-    recipe = Model(path).recipe()
-    assert question_of(recipe, (), (), None) == Question(recipe.key, "", (str(path),))
+    recipe = Model(path, trust=True).recipe()
+    assert question_of(recipe, (), (), None) == Question(recipe.key, memory=own_memory(), file=ModelFile.find(str(path)))
 
 
 def test_factories_and_paths_that_are_there(tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_dtype_per_port() -> None:
     assert [y.dtype for y in mirrored] == ["float32", "float16"]
 
 
+def test_dtype_by_name_whatever_the_order() -> None:
+    """A preprocess may name its ports in another order each time; each is cast as its own name says."""
+    ports = iter((("a", "b"), ("b", "a"), ("a", "b")))
+    net = Do(lambda a, b: (a, b))
+    first, second = result(net, X, preprocess=lambda x: dict.fromkeys(next(ports), x), dtype={"b": "float64"})
+    assert (first.dtype, second.dtype) == ("float32", "float64")
+
+
 @pytest.mark.parametrize("dtype", ["flot32", "longdouble", "nn", "S3"])
 def test_dtype_unknown_to_torch(dtype: str) -> None:
     """A dtype that torch has not is refused by name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +18,21 @@ from distributed import Client
 
 import daskinfer as di
 from daskinfer import device_thread, ladder, task
+from daskinfer.borrowed import Borrowed
 from daskinfer.cache import models
-from daskinfer.errors import ChunkError
-from daskinfer.io import Draft, open_source
+from daskinfer.errors import ChunkError, StorageError
+from daskinfer.io import open_source
 from daskinfer.lane import Lane
 from daskinfer.model import Model
 from daskinfer.options import Options
-from daskinfer.parts import Brought, FromFile, FromSlot, Piece, Sent, Task
+from daskinfer.parts import Brought, FromClient, FromFile, FromSlot, Piece, Sent, Task
 from daskinfer.records import Chunk
 from daskinfer.runner import Job
+from daskinfer.stored import is_stored
 from daskinfer.structure import Ports
 from daskinfer.transport import NOTE_NBYTES, Arena
 from daskinfer.worker import seat
+from tests.test_io import created
 
 X = np.arange(20.0)
 PORTS = Ports.of(X)
@@ -80,7 +85,20 @@ def test_answers_stay_in_shared_memory(arena: Arena) -> None:
     work = Task((piece(FromSlot(given), places=(answer,)),), arena.ref, slot.note_offset)
     assert task.run_task(order().sealed(), work) is None
     np.testing.assert_array_equal(answer.array(arena.memory), -X)
-    assert [(receipt.start, receipt.stop) for receipt in slot.note()] == [(0, 20)]
+    assert [(block.receipt.start, block.receipt.stop) for block in slot.note()] == [(0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("f8", {}), (">f8", {}), ("f4", {"dtype": "float64"}), ("f8", {"preprocess": lambda x: x + 0}), ("f8", {"pad": False})],
+)
+def test_rows_that_stay_with_the_client(dtype: str, options: dict[str, Any]) -> None:
+    """Rows of the client's memory are copied out where the network needs them, micro-batch by micro-batch."""
+    x = X.astype(dtype)
+    part = pickle.loads(pickle.dumps(FromClient(Borrowed.of(x[5:]))))
+    blocks = task.run_task(order(**options).sealed(), Task((piece(part, 5),)))
+    assert blocks is not None
+    np.testing.assert_array_equal(blocks[0].arrays[0], -X[5:])
 
 
 def test_answers_without_a_place_come_back(arena: Arena) -> None:
@@ -89,20 +107,33 @@ def test_answers_without_a_place_come_back(arena: Arena) -> None:
     blocks = task.run_task(order().sealed(), Task((piece(Sent(X)),), arena.ref, slot.note_offset))
     assert blocks is not None
     np.testing.assert_array_equal(blocks[0].arrays[0], -X)
-    assert slot.note() == [blocks[0].receipt]
+    assert [block.receipt for block in slot.note()] == [blocks[0].receipt]
 
 
 def test_files_are_read_and_written(tmp_path: Path) -> None:
     """From file to file nothing comes back but the receipts, with the seconds of reading and writing."""
     np.save(tmp_path / "x.npy", X)
-    with Draft(str(tmp_path / "y.npy"), X.shape, X.dtype, 1) as target:
-        parts = [FromFile(open_source(tmp_path / "x.npy"), start, start + 10) for start in (0, 10)]
-        work = Task((piece(parts[0], 0, 10), piece(parts[1], 10)))
-        blocks = task.run_task(order(targets=[target]).sealed(), work)
+    y = created(tmp_path / "y.npy", X.shape, X.dtype, 5)
+    parts = [FromFile(open_source(tmp_path / "x.npy"), start, start + 10) for start in (0, 10)]
+    work = Task((piece(parts[0], 0, 10), piece(parts[1], 10)))
+    blocks = task.run_task(order(targets=[y]).sealed(), work)
     assert blocks is not None
     assert [block.arrays for block in blocks] == [[], []]
+    assert [len(written) for block in blocks for written in block.written] == [2, 2]
+    assert all(is_stored(tmp_path / "y.npy", part) for block in blocks for part in block.written[0])
     assert all(block.receipt and block.receipt.write_seconds > 0 and block.receipt.read_seconds > 0 for block in blocks)
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), -X)
+
+
+def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
+    """Where an output cannot be written, its rows and the system's number of the error are named."""
+    y = created(tmp_path / "y.npy", X.shape, X.dtype, 5)
+    (tmp_path / "y.npy").unlink()
+    with pytest.raises(
+        StorageError, match=r"chunk 0 \(rows 0:20\) cannot be written: FileNotFoundError: .*y\.npy"
+    ) as caught:
+        task.run_task(order(targets=[y]).sealed(), Task((piece(Sent(X)),)))
+    assert caught.value.number == errno.ENOENT
 
 
 def test_results_of_other_tasks_are_rows() -> None:
@@ -192,13 +223,14 @@ def test_measuring_tries_what_there_are_rows_for(monkeypatch: pytest.MonkeyPatch
 
 
 def test_measuring_is_a_task_like_any_other(arena: Arena) -> None:
-    """On a worker the first chunk's rows are measured in the device thread, from shared memory or sent along."""
+    """On a worker the first chunk's rows are measured in the device thread, from wherever they are."""
     slot = arena.free.pop()
     given = slot.place((20,), X.dtype)
     assert given is not None
     given.array(arena.memory)[...] = X
-    sent, shared = Task((piece(Sent(X)),)), Task((piece(FromSlot(given)),), arena.ref, slot.note_offset)
-    for work in (sent, shared):
+    sent, stays = Task((piece(Sent(X)),)), Task((piece(FromClient(Borrowed.of(X))),))
+    shared = Task((piece(FromSlot(given)),), arena.ref, slot.note_offset)
+    for work in (sent, stays, shared):
         size, speed = task.measure_task(order().sealed(), work, (), (8, 16), int(ladder.WORTH_SECONDS))
         assert (size, speed > 0) == (8, True)  # so few rows are not worth more
 

@@ -146,16 +146,19 @@ def test_what_lies_in_shared_memory_is_not_fetched(cluster_client: Client, monke
     np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client, batch_size=10), -x)
 
 
+@pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("n_sharing", [0, 1])
 def test_results_travel_where_memory_is_not_shared(
-    cluster_client: Client, monkeypatch: pytest.MonkeyPatch, n_sharing: int
+    cluster_client: Client, monkeypatch: pytest.MonkeyPatch, n_sharing: int, reads: bool
 ) -> None:
-    """Workers that share no memory with the client, all or some, get their rows and give their answers through Dask."""
+    """Workers that share no memory with the client, all or some, answer through Dask, which may also bring the rows."""
     asked = preflight.ask
 
     def apart(*args: Any) -> dict[str, preflight.Answer]:
         answers = sorted(asked(*args).items())
-        return {address: replace(a, shares_memory=i < n_sharing) for i, (address, a) in enumerate(answers)}
+        return {
+            address: replace(a, shares_memory=i < n_sharing, reads_memory=reads) for i, (address, a) in enumerate(answers)
+        }
 
     n_fetched: list[str] = []
     result = Future.result
@@ -168,6 +171,7 @@ def test_results_travel_where_memory_is_not_shared(
     assert n_fetched
 
 
+@pytest.mark.usefixtures("unread")
 def test_an_answer_larger_than_its_slot_comes_back_through_dask(
     cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

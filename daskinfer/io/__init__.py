@@ -1,32 +1,39 @@
 """Arrays in files: open and create them by suffix; one module per format.
 
 A source is small and picklable and opens its file where it is read: a worker reads its own rows. A target is created once,
-by the client, under a temporary name, written by rows from anywhere, and published by a rename when all is written.
+by the client, and written by rows from anywhere. A worker *writes* an attempt and says what it wrote; the client, once it
+has heard of it, *publishes* it under the names that it keeps. Where these two are one (a region of a file has no name),
+an attempt holds the fence of its run meanwhile (``staging``), and a chunk is not run again before its process has ended.
 
 A format module has two classes: ``Source(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
-``from_array`` asks for), and ``Target.create(path, shape, dtype, unit_rows)`` with ``write(start, rows)``.
+``from_array`` asks for), and ``Target(store, path, shape, dtype, unit_rows)``, a small frozen record.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import shutil
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from daskinfer.errors import InputError, OutputExists, SourceMissing
+from daskinfer.errors import InputError, SourceMissing
+from daskinfer.records import Written
 
 _FORMATS = {".npy": "daskinfer.io.npy", ".zarr": "daskinfer.io.zarr"}
+_ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
 
 
 class Source(Protocol):
-    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone."""
+    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone.
+
+    ``chunk_shape`` is what a part of the file declares to hold, empty where there are no parts.
+    """
 
     unit_rows: int | None
+    chunk_shape: tuple[int, ...]
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -38,12 +45,30 @@ class Source(Protocol):
 
 
 class Target(Protocol):
-    """A file of which any worker writes rows."""
+    """An output of which any worker writes rows; ``path`` is what it has to be able to write to."""
 
-    path: str
+    @property
+    def path(self) -> str: ...
 
-    def write(self, start: int, rows: np.ndarray[Any, Any]) -> None:
-        """Write ``rows`` (n, ...) at ``start``, a multiple of the ``unit_rows`` that it was created with."""
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        """Names of the parts that hold no rows."""
+        ...
+
+    def create(self, path: str) -> None:
+        """Make the empty output at ``path``."""
+        ...
+
+    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[Written, ...]:
+        """Write ``rows`` (n, ...) at ``start``, a multiple of ``unit_rows``; what was written, one part per write-unit."""
+        ...
+
+    def publish(self, written: Sequence[Written]) -> tuple[Written, ...]:
+        """Put what was written where it stays; it with the names that it has there."""
+        ...
+
+    def files(self, written: Sequence[Written]) -> set[str]:
+        """Paths of the files that published parts lie in."""
         ...
 
 
@@ -65,13 +90,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return source
 
 
-def check_free(path: str | os.PathLike[str]) -> str:
-    """The absolute path of an output that can be created there.
+def check_path(path: str | os.PathLike[str]) -> str:
+    """The absolute path of an output that could be created there; what lies there is not looked at.
 
     Raises
     ------
-    OutputExists
-        Where something lies there already.
     SourceMissing
         Where its folder does not exist.
     InputError
@@ -79,65 +102,38 @@ def check_free(path: str | os.PathLike[str]) -> str:
     """
     path = os.path.abspath(path)
     _format(path, "the output")
-    if os.path.lexists(path):
-        raise OutputExists(
-            f"the output {path!r} exists already; nothing is ever overwritten. Choose another path, or remove it."
-        )
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise SourceMissing(f"the output's folder {folder!r} does not exist; a folder is needed. Create it first.")
     return path
 
 
-class Draft:
-    """An output that is being written under a temporary name beside its own; a context manager.
+def target(path: str, store: str, run_folder: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int) -> Target:
+    """The output ``path``, while it lies at ``store`` and a run has ``run_folder`` for what is not published yet."""
+    made: Target = _format(path, "the output").Target(store, run_folder, shape, dtype, max(1, min(unit_rows, shape[0])))
+    return made
 
-    Leaving it well publishes the output by a rename; leaving it by an error removes what was written.
 
-    Raises
-    ------
-    OutputExists
-        On leaving, where something has appeared at ``path`` meanwhile; what was written then stays where it is.
-    """
+def is_array(path: str) -> bool:
+    """Whether what lies there is an array of the format that its suffix names."""
+    try:
+        open_source(path)
+    except InputError:
+        return False
+    return True
 
-    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int) -> None:
-        self.path = path
-        self._temporary = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-        self._created = (shape, dtype, unit_rows)
 
-    def __enter__(self) -> Target:
-        try:
-            target: Target = _format(self.path, "the output").Target.create(self._temporary, *self._created)
-        except BaseException:
-            self._remove()  # a disk that is full leaves half a file
-            raise
-        return target
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._publish()
-        else:
-            self._remove()
-
-    def _publish(self) -> None:
-        if os.path.lexists(self.path):
-            raise OutputExists(
-                f"the output {self.path!r} appeared while it was being computed; nothing is ever overwritten. "
-                f"The whole answer lies at {self._temporary!r}: move it where you want it."
-            )
-        os.rename(self._temporary, self.path)
-
-    def _remove(self) -> None:
-        if os.path.isdir(self._temporary):
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        elif os.path.exists(self._temporary):
-            os.unlink(self._temporary)
+def state(path: str) -> dict[str, Any]:
+    """What changes when the array at ``path`` does, cheaply: see ``input_mark``."""
+    found: dict[str, Any] = _format(path, "the input").state(path)
+    return found
 
 
 def _format(path: str, what: str) -> Any:
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
-        raise InputError(f"{what} {path!r} ends in {suffix!r}; it may end in {_suffixes()}. Rename or convert it.")
+        advice = _ADVICE.get(suffix, "Rename or convert it.")
+        raise InputError(f"{what} {path!r} ends in {suffix!r}; it may end in {_suffixes()}. {advice}")
     return importlib.import_module(_FORMATS[suffix])
 
 

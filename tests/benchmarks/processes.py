@@ -1,4 +1,4 @@
-"""Runs a function of this package in a fresh process, and brings its result back as JSON.
+"""Runs a function of this package, or of a module named in full, in a fresh process; brings its result back as JSON.
 
 python -m tests.benchmarks.processes module:function '{"argument": 1}'
 """
@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 def _main(function: str, arguments: str) -> None:
     module, _, name = function.partition(":")
-    called = importlib.import_module(f"tests.benchmarks.{module}")
+    called = importlib.import_module(module if "." in module else f"tests.benchmarks.{module}")
     from tests.benchmarks.processes import Unavailable  # this file is __main__ here; others import it by its name
 
     try:

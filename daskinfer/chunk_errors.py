@@ -1,0 +1,58 @@
+"""What kind of trouble a chunk is in, and what is said of it: which rows, on which device, what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from daskinfer.errors import ChunkError, ModelError, OptionError
+
+# torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED", "MemoryError: ")
+_STICKY = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
+
+
+class AtFaultError(Exception):
+    """Rows of the chunk, begin to end, that fail by themselves; its cause is what they raised."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether a CUDA device is of no more use to the process that got this; only a new one helps."""
+    return "CUDA" in str(error) and any(words in str(error) for words in _STICKY)
+
+
+@contextlib.contextmanager
+def said_of_rows(device: torch.device, start: int, stop: int) -> Iterator[None]:
+    """Say which rows, on which device, whatever goes wrong meanwhile."""
+    where = f"rows {start}:{stop} on {device}"
+    try:
+        yield
+    except AtFaultError as fault:
+        raise ChunkError(_said_of_fault(fault, start, device)) from fault.__cause__
+    except (ModelError, OptionError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:
+        advice = "The device is of no more use to this process: start another." if is_sticky(error) else "Repeat the call."
+        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from error
+
+
+def _said_of_fault(fault: AtFaultError, start: int, device: torch.device) -> str:
+    begin, end = (start + row for row in fault.args)
+    error = fault.__cause__
+    assert error is not None  # it is raised from what the rows raised
+    advice = (
+        "A single row does not fit into memory: use a device with more of it"
+        if is_out_of_memory(error)
+        else f"To see the whole traceback run them alone: di.predict(model, x[{begin}:{end}], devices='inline')"
+    )
+    where = f"rows {begin}:{end} on {device}"
+    return f"{where} failed: {type(error).__name__}: {error}. {advice}; on_error='skip' goes on without."

@@ -1,0 +1,178 @@
+"""The stored outputs of one run, held together: a chunk is done once it is committed in all of them.
+
+In which order a chunk is committed, and why: its *data* gets its name by a rename, then its *receipt* is appended. Killed
+between the two, the chunk is computed once more and put in the same place. The other way round, a receipt would speak of
+data that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from daskinfer.errors import StorageError
+from daskinfer.io import Target, is_array, target
+from daskinfer.ledger import Ledger
+from daskinfer.manifest import Entry, shard_rows
+from daskinfer.ranges import in_all, left_over, merged
+from daskinfer.records import Failure, Receipt, Written
+from daskinfer.stored import HEADER, foreign, manifest_of
+from daskinfer.wanted import Wanted
+
+_SHOWN = 3  # parts that a message lists before it counts the rest
+
+
+class Finished(Protocol):
+    """What came back of a chunk whose outputs are stored."""
+
+    @property
+    def receipt(self) -> Receipt: ...
+
+    @property
+    def written(self) -> tuple[tuple[Written, ...], ...]:
+        """What was written of each target."""
+        ...
+
+    @property
+    def failures(self) -> tuple[Failure, ...]: ...
+
+    @property
+    def attempts(self) -> int:
+        """How often the chunk was tried."""
+        ...
+
+
+class WithoutAnswer(TypedDict):
+    """Fields of a :class:`RunReport`."""
+
+    failed_rows: tuple[int, ...]
+    failures: tuple[Failure, ...]
+
+
+class Outputs:
+    """What is stored where: ``targets`` for the workers, ``done`` rows that need not be computed."""
+
+    def __init__(self, ledgers: Sequence[Ledger], targets: Sequence[Target], wanted: Wanted) -> None:
+        self.targets, self.header = tuple(targets), ledgers[0].header
+        self._ledgers = ledgers
+        self._rows = shard_rows(self.header.n_rows, self.header.unit_rows, wanted.shard)
+        done = in_all([ledger.done for ledger in ledgers], self.header.n_rows)
+        n_done = sum(b - a for a, b in in_all([done, [self._rows]], self.header.n_rows))
+        self.n_before = n_done - len(self.without_answer["failed_rows"])
+        # What belongs to others counts as done.
+        start, stop = self._rows
+        self.done = tuple(merged([*done, (0, start), (stop, self.header.n_rows)]))
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is anything to compute."""
+        return any(left_over(self._rows, self.done))
+
+    def keep(self, finished: Finished, batch_size: int, by_kind: Mapping[str, int]) -> None:
+        """Commit a chunk that workers have written, computed with these micro-batches."""
+        receipt = finished.receipt
+        written = finished.written or ((),) * len(self.targets)
+        for ledger, into, parts in zip(self._ledgers, self.targets, written, strict=True):
+            ledger.chose(batch_size, by_kind)
+            published = into.publish(parts)  # before the receipt
+            entry = Entry(
+                receipt.start,
+                receipt.stop,
+                receipt.device,
+                receipt.batch_size,
+                receipt.worker,
+                finished.attempts,
+                published,
+                finished.failures,
+            )
+            ledger.commit(entry, into.files(published))
+
+    def finish(self) -> None:
+        """Look again at what ran more than once; where nothing is missing, complete the outputs.
+
+        Raises
+        ------
+        StorageError
+            Where the disk does not hold what was written.
+        """
+        for ledger in self._ledgers:
+            if wrong := ledger.recheck():
+                said = ", ".join(
+                    f"{part.written.name} (rows {part.start}:{part.stop})" for part in wrong[:_SHOWN] if part.written
+                )
+                raise StorageError(
+                    f"{len(wrong)} parts of the output {ledger.path!r} are not as they were written ({said}); the disk has "
+                    "to keep what it is given. Repeat the call: it computes these rows again."
+                )
+        for ledger, into in zip(self._ledgers, self.targets, strict=True):
+            ledger.finish(into.metadata)
+
+    @property
+    def without_answer(self) -> WithoutAnswer:
+        """Rows of this run's part that are done and have no answer, in the report's words."""
+        failures = [f for f in self._ledgers[0].failures if self._rows[0] <= f.start < self._rows[1]]
+        rows = sorted(row for failure in failures for row in range(failure.start, failure.stop))
+        return {"failed_rows": tuple(rows), "failures": tuple(failures)}
+
+
+@contextlib.contextmanager
+def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
+    """Begin or continue the outputs of a run, locked until it ends.
+
+    Raises
+    ------
+    OutputLocked
+        Where another run holds one.
+    OutputExists
+        Where one was begun with something else, or is not daskinfer's.
+    """
+    pairs = list(zip(wanted.paths, wanted.headers, strict=True))
+    with contextlib.ExitStack() as stack:
+        ledgers = [stack.enter_context(Ledger(path, h, wanted.batch_size, wanted.shard)) for path, h in pairs]
+        for ledger in ledgers:
+            ledger.hold()
+        targets = []
+        for ledger in ledgers:
+            if fresh:
+                _check_removable(ledger.path)
+            make = partial(_make, ledger)
+            ledger.open(make, fresh=fresh, again=wanted.retries_failed)
+            targets.append(_target(ledger))
+        outputs = Outputs(ledgers, targets, wanted)
+        _refuse_half(ledgers, outputs)
+        try:
+            yield outputs
+        except BaseException as error:
+            kept = ", ".join(str(ledger.partial) for ledger in ledgers)
+            error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
+            raise
+
+
+def _target(ledger: Ledger) -> Target:
+    header = ledger.header
+    return target(
+        ledger.path, str(ledger.partial), ledger.run_folder, header.shape, np.dtype(header.dtype), header.unit_rows
+    )
+
+
+def _make(ledger: Ledger, path: str) -> None:
+    _target(ledger).create(path)
+
+
+def _check_removable(path: str) -> None:
+    """``fresh`` removes what is ours, and arrays; not whatever else lies at a path that was mistyped."""
+    ours = os.path.exists(manifest_of(path) / HEADER)
+    if os.path.lexists(path) and not ours and not is_array(path):
+        raise foreign(path)
+
+
+def _refuse_half(ledgers: Sequence[Ledger], outputs: Outputs) -> None:
+    """An output that is complete is not written to again, for another's sake that is gone."""
+    complete = [ledger.path for ledger in ledgers if ledger.complete]
+    if complete and outputs.missing:
+        raise foreign(complete[0])

@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM while a call computes: what is in flight ends, nothing more begins; twice stops at once.
+
+The handlers are set while a call runs in the main thread, and only where the program has set none of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Protocol
+
+from daskinfer.errors import Interrupted
+
+logger = logging.getLogger(__name__)
+
+# By signal: the handler that stands for "nobody has asked for anything else".
+_OURS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Drains(Protocol):
+    """What can be asked to begin nothing more."""
+
+    draining: bool
+
+
+class StopNow(KeyboardInterrupt):
+    """The second signal, on its way out. No ``Exception``: nobody takes it for what a row, a read or a write raised."""
+
+
+@contextlib.contextmanager
+def drained(run: Drains) -> Iterator[None]:
+    """Let the first signal drain ``run``, and raise once it has ended.
+
+    Raises
+    ------
+    Interrupted
+        On leaving, where a signal came; at the second one at once.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise StopNow
+        logger.warning("%s: what is in flight is ended; once more stops at once", signal.Signals(number).name)
+        run.draining = True
+
+    with contextlib.suppress(StopNow), _handled(handle):
+        yield
+    if came:
+        raise interrupted(came[0])
+
+
+def interrupted(number: int) -> Interrupted:
+    """What is raised after a signal."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return Interrupted(f"{name} ended the call before all rows had an answer; repeat it to go on.", number)
+
+
+@contextlib.contextmanager
+def _handled(handle: signal._HANDLER) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = {number: signal.getsignal(number) for number, usual in _OURS.items() if signal.getsignal(number) == usual}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)

@@ -1,0 +1,122 @@
+"""Where the parts of a stored output lie, and reading them as bytes."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from daskinfer.errors import OutputExists
+from daskinfer.manifest import Header, from_line
+from daskinfer.records import Written
+
+HEADER, COMPLETE, FAILED, STAGING, CREATING, LOCK = (
+    "header.json",
+    "complete.json",
+    "failed_rows.json",
+    "staging",
+    "creating",
+    "lock",
+)
+
+Shard = tuple[int, int]
+
+
+def manifest_of(path: str) -> Path:
+    """The folder of the manifest of an output."""
+    return Path(f"{path}.daskinfer")
+
+
+def partial_of(path: str) -> Path:
+    """Where an output lies while it is written."""
+    return Path(f"{path}.partial")
+
+
+def receipts_name(shard: Shard | None) -> str:
+    """The name of a log."""
+    return f"receipts{suffix(shard)}.jsonl"
+
+
+def read_header(path: str) -> Header | None:
+    """What an output that was begun is made of; None where none was.
+
+    Raises
+    ------
+    OutputExists
+        Where the header cannot be read.
+    """
+    record = read_record(manifest_of(path) / HEADER)
+    if record is None:
+        return None
+    if not record:
+        raise OutputExists(
+            f"the manifest {str(manifest_of(path))!r} has a header that was changed or is not whole; a run continues only "
+            "what it can read. Pass fresh=True (--fresh) to start over, or choose another path."
+        )
+    return Header.of(record)
+
+
+def begun(path: str) -> Header | None:
+    """The header of an output that was begun and whose data is there: without it, what a manifest says is of no use."""
+    there = os.path.lexists(path) or partial_of(path).exists()
+    return read_header(path) if there else None
+
+
+def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int | None) -> None:
+    """Refuse an output that was begun with something else than a run wants; ``batch_size`` None: any will do.
+
+    Raises
+    ------
+    OutputExists
+        With each difference, what it was and is.
+    """
+    if differences := found.differences(wanted, batch_size):
+        raise OutputExists(
+            f"the output {path!r} was begun with something else: {'; '.join(differences)}. A run continues only what is its "
+            "own. Repeat the call as it was to go on, choose another path, or pass fresh=True (--fresh) to start over."
+        )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a file of one line; None where there is no file, empty where it is not as it was written."""
+    try:
+        return from_line(path.read_bytes()) or {}
+    except FileNotFoundError:
+        return None
+
+
+def read_part(output: Path, name: str, nbytes: int) -> bytes:
+    """The stored bytes of a part: a file of a folder, or "start:stop" of a single file; at most one byte too many."""
+    if ":" not in name:
+        with open(output / name, "rb") as file:
+            return file.read(nbytes + 1)
+    with open(output, "rb") as file:
+        file.seek(int(name.partition(":")[0]))
+        return file.read(nbytes)
+
+
+def measured(name: str, content: bytes) -> Written:
+    """What is said of stored bytes."""
+    return Written(name, len(content), zlib.crc32(content))
+
+
+def is_stored(output: Path, part: Written) -> bool:
+    """Whether a part lies on the disk as its receipt says."""
+    try:
+        return measured(part.name, read_part(output, part.name, part.nbytes)) == part
+    except OSError:
+        return False
+
+
+def foreign(path: str | Path) -> OutputExists:
+    """An output that no manifest speaks of."""
+    return OutputExists(
+        f"the output {str(path)!r} exists already, and no manifest says what it holds; nothing is ever overwritten. Choose "
+        "another path, remove it, or pass fresh=True (--fresh) to start over."
+    )
+
+
+def suffix(shard: Shard | None) -> str:
+    """What the names of a shard's files have more than those of a whole run."""
+    return f"-{shard[0]}-of-{shard[1]}" if shard else ""
