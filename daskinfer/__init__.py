@@ -8,14 +8,19 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying
     2  arrays  borrowed  packed  fingerprint  loaded           + torch
-       model_file  recipe  model  cache  bad_rows  chunk_errors  runner  probe
+       model_file  recipe  model  cache  bad_rows
+       chunk_errors  runner  probe
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
        input_mark  wanted  outputs
        transport  parts  ways  task  graph  upstream  feeder
-       plugin  preflight  shipping  call  faults  lane
-       replacing  window  in_order  tuning  stopping  driver
+       plugin  preflight  shipping  call  faults  fetching
+       lane  replacing  window  in_order  tuning  stopping
+       driver
     4  assembly  answering  api  demo  cli
+
+The longest chain of imports has eight rooms (the design has seven): what is stored lies below what is read, and both below
+what is computed.
 
 Names are imported when they are first used: ``daskinfer --help`` should not wait for torch.
 """
@@ -28,12 +33,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from daskinfer.api import close, devices, map_blocks, plan, predict, run, stream
     from daskinfer.cluster import LocalDeviceCluster
-    from daskinfer.errors import DaskInferError
+    from daskinfer.errors import DaskInferError, Interrupted
     from daskinfer.model import Model
     from daskinfer.options import Options
 
 __all__ = [
     "DaskInferError",
+    "Interrupted",
     "LocalDeviceCluster",
     "Model",
     "Options",
@@ -48,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "DaskInferError": "errors",
+    "Interrupted": "errors",
     "LocalDeviceCluster": "cluster",
     "Model": "model",
     "Options": "options",

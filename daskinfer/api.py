@@ -27,6 +27,7 @@ from daskinfer.device import DeviceTable, here
 from daskinfer.errors import OptionError
 from daskinfer.grid import auto_batch_size, check_batch_size
 from daskinfer.hardware import machine
+from daskinfer.in_order import InOrder
 from daskinfer.inputs import Inputs
 from daskinfer.model import as_model
 from daskinfer.options import OptionFields, Options
@@ -105,7 +106,7 @@ def predict(
         options=options,
         fields=fields,
     )
-    answer, report = answered(work)
+    answer, report = answered(work, driver.Run(work.call()))
     return (answer, report) if return_report else answer
 
 
@@ -157,7 +158,9 @@ def stream(
         options=options,
         fields=fields,
     )
-    return streamed(work)
+    call = work.call()
+    order = InOrder(call.ahead_rows)
+    return streamed(work, driver.Run(call, order.before), order)
 
 
 def map_blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,23 @@ class Elsewhere(ABC):
         out = np.empty(self.shape, self.dtype)
         self.read_into(out)
         return out if dtype is None else out.astype(dtype, copy=False)
+
+
+class Source(Protocol):
+    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone.
+
+    ``chunk_shape`` is what a part of the file declares to hold, empty where there are no parts.
+    """
+
+    unit_rows: int | None
+    chunk_shape: tuple[int, ...]
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    ndim: int
+
+    def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
+        """Read rows."""
 
 
 def copy_rows(rows: Array | Elsewhere, out: Array) -> None:

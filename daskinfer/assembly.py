@@ -15,7 +15,6 @@ import torch
 from distributed import Client
 
 from daskinfer.arrays import Array
-from daskinfer.bad_rows import check_fill
 from daskinfer.call import Call, key_of
 from daskinfer.errors import DaskInferError, InputError, OutputExists, PlanError
 from daskinfer.grid import auto_batch_size, check_batch_size, read_grid, within
@@ -30,7 +29,7 @@ from daskinfer.pace import memory
 from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
 from daskinfer.planner import Layout, fit_chunk_nbytes, follow, lay_out, resolve_weights
-from daskinfer.probe import Promise, promise
+from daskinfer.probe import Promise, check_fill, promise
 from daskinfer.records import Chunk
 from daskinfer.runner import Job
 from daskinfer.stored import foreign, read_header
@@ -194,7 +193,7 @@ def assemble(
         if {"inputs", "options", "recipe"} <= given.keys():
             given["options"] = keep_bfloat16(given["options"], given["inputs"])
             given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
-            check_fill(given["options"], given["promise"].structure.names, given["promise"].outputs)
+            check_fill(given["options"], given["promise"])
     refusals.raise_if_any()
     balanced = isinstance(device_weights, str) and device_weights == "auto"
     return _lay_out(given, balanced=balanced, into=into)

@@ -7,13 +7,10 @@ are the same bytes that they would be without the bad ones. A row that fails alo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from daskinfer.arrays import Array
-from daskinfer.errors import OptionError
-from daskinfer.options import Options
 
 Attempt = Callable[[int, int], None]  # computes rows begin:end and puts their answer in place, or raises
 Fatal = Callable[[Exception], bool]  # whether an exception is none of the rows' fault
@@ -89,32 +86,3 @@ def with_nan(arrays: Sequence[Array]) -> list[int]:
     floats = [array.reshape(len(array), -1) for array in arrays if array.dtype.kind in "fc"]
     bad = [np.isnan(array).any(axis=1) for array in floats]
     return [int(row) for row in np.flatnonzero(np.logical_or.reduce(bad))] if bad else []
-
-
-def check_fill(options: Options, names: Sequence[str], outputs: Sequence[Array]) -> None:
-    """See that every output can hold what stands where rows failed.
-
-    Raises
-    ------
-    OptionError
-        Where one cannot, and rows that fail are to be skipped.
-    """
-    if options.on_error == "raise":
-        return
-    for name, output in zip(names, outputs, strict=True):
-        if not _holds(output.dtype, options.fill_value):
-            value = "NaN" if options.fill_value is None else repr(options.fill_value)
-            raise OptionError(
-                f"the output {name} is {output.dtype}, which cannot hold {value} where rows fail; fill_value has to be one "
-                "of its numbers. Pass fill_value=0, for example."
-            )
-
-
-def _holds(dtype: np.dtype[Any], value: float | None) -> bool:
-    if dtype.kind in "fc":
-        return True
-    if value is None or not np.isfinite(value):
-        return False
-    if dtype.kind == "b":
-        return value in (0, 1)
-    return value == int(value) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max

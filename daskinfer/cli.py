@@ -263,7 +263,9 @@ def run(model: str, input: str, output: str, fresh: bool, shard: Any, as_json: b
     report = _call(stored, model, _ports(input), _ports(output), how=how)
     click.echo(json.dumps(asdict(report)) if as_json else str(report))
     if report.failed_rows:
-        click.echo(f"daskinfer: {len(report.failed_rows):,} rows have no answer; failed_rows.json beside it lists them", err=True)
+        click.echo(
+            f"daskinfer: {len(report.failed_rows):,} rows have no answer; failed_rows.json beside it lists them", err=True
+        )
         click.get_current_context().exit(_ROWS_MISSING)
 
 

@@ -10,8 +10,8 @@ from distributed import Future
 
 from daskinfer.arrays import Array
 from daskinfer.errors import SchedulerLost
-from daskinfer.lane import InFlight
 from daskinfer.records import Chunk, Failure, Receipt, Written
+from daskinfer.transport import Slot
 
 FETCH_SECONDS = 60.0  # that an answer may take from its worker to this process; arbitrary
 
@@ -30,6 +30,28 @@ class Finished:
     written: tuple[tuple[Written, ...], ...] = ()
     failures: tuple[Failure, ...] = ()
     attempts: int = 1
+
+
+@dataclass
+class InFlight:
+    """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back).
+
+    ``alone``: nothing else may be in flight on its device. ``submitted`` by ``time.monotonic()``; ``needs`` is what Dask
+    brings with it. ``hung``: it took too long, and its worker was ended for it.
+    """
+
+    chunks: tuple[Chunk, ...]
+    slot: Slot | None
+    places: tuple[Any, ...]
+    alone: bool
+    submitted: float
+    needs: tuple[Future, ...] = ()
+    hung: bool = False
+
+    @property
+    def rows(self) -> str:
+        """The rows, as messages name them."""
+        return f"rows {self.chunks[0].start}:{self.chunks[-1].stop}"
 
 
 class UnfetchedError(Exception):

@@ -23,9 +23,9 @@ import dask.array as da
 import numpy as np
 import torch
 
-from daskinfer.arrays import NUMBERS, Array, numpy_of
+from daskinfer.arrays import NUMBERS, Array, Source, numpy_of
 from daskinfer.errors import InputError
-from daskinfer.io import Source, open_source
+from daskinfer.io import open_source
 from daskinfer.structure import Ports
 from daskinfer.tables import format_nbytes
 

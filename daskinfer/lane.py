@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from distributed import Future
 
+from daskinfer.fetching import InFlight
 from daskinfer.parts import Task
 from daskinfer.records import Chunk
 from daskinfer.transport import Arena, Slot
@@ -80,25 +81,3 @@ class Lane:
             return next(known, None) or next(back, None)
         wanted = set(self.restriction["resources"])
         return next((a for a, info in there.items() if wanted <= set(info.get("resources", {}))), None)
-
-
-@dataclass
-class InFlight:
-    """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back).
-
-    ``alone``: nothing else may be in flight on its device. ``submitted`` by ``time.monotonic()``; ``needs`` is what Dask
-    brings with it. ``hung``: it took too long, and its worker was ended for it.
-    """
-
-    chunks: tuple[Chunk, ...]
-    slot: Slot | None
-    places: tuple[Any, ...]
-    alone: bool
-    submitted: float
-    needs: tuple[Future, ...] = ()
-    hung: bool = False
-
-    @property
-    def rows(self) -> str:
-        """The rows, as messages name them."""
-        return f"rows {self.chunks[0].start}:{self.chunks[-1].stop}"

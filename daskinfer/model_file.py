@@ -14,9 +14,12 @@ Consent is ``trust=True`` or ``--trust-model``. Without it such a file is refuse
 its table of contents was read, so no recipe that could load it ever travels.
 
 The SHA-256 of a file is the one that the user gave, or the client's of when it planned; for that the client reads files up
-to ``HASHED_NBYTES`` (1.9 GB/s on one core, measured: half a second at most). Every worker compares it before the first
-chunk, and again in the very bytes that it loads: these are copied first, into memory that has no name, so that whoever
-writes into the file meanwhile changes nothing. Of a larger file without a SHA-256 only the size is compared.
+to ``HASHED_NBYTES``. Every worker compares it before the first chunk, and again in the very bytes that it loads: these are
+copied first, into memory that has no name, so that whoever writes into the file meanwhile changes nothing. Of a larger file
+without a SHA-256 only the size is compared.
+
+What that costs (measured, one core): hashing 1 GB takes 0.5 to 1 s, and loading 300 MiB of safetensors 0.8 s instead of 0.1
+to 0.3, once per worker, while the copy takes as much memory as the file.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ import numpy as np
 from distributed import Future
 from distributed.protocol.pickle import dumps, loads
 
-from daskinfer.arrays import Array, Elsewhere
+from daskinfer.arrays import Array, Elsewhere, Source
 from daskinfer.borrowed import Borrowed
-from daskinfer.io import Source
 from daskinfer.records import Chunk
 from daskinfer.transport import ArenaRef, Place
 

@@ -194,3 +194,32 @@ def _casts(own: str, ports: Ports, rows: Sequence[Array]) -> Iterator[str | dict
         for dtypes in combinations(sorted(castable, key=str), n):
             names = [name for name, dtype in given.items() if dtype in dtypes]
             yield own if len(names) == len(given) else dict.fromkeys(names, own)
+
+
+def check_fill(options: Options, wanted: Promise) -> None:
+    """See that every output can hold what stands where rows failed.
+
+    Raises
+    ------
+    OptionError
+        Where one cannot, and rows that fail are to be skipped.
+    """
+    if options.on_error == "raise":
+        return
+    for name, output in zip(wanted.structure.names, wanted.outputs, strict=True):
+        if not _holds(output.dtype, options.fill_value):
+            value = "NaN" if options.fill_value is None else repr(options.fill_value)
+            raise OptionError(
+                f"the output {name} is {output.dtype}, which cannot hold {value} where rows fail; fill_value has to be one "
+                "of its numbers. Pass fill_value=0, for example."
+            )
+
+
+def _holds(dtype: np.dtype[Any], value: float | None) -> bool:
+    if dtype.kind in "fc":
+        return True
+    if value is None or not np.isfinite(value):
+        return False
+    if dtype.kind == "b":
+        return value in (0, 1)
+    return value == int(value) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max

@@ -24,8 +24,8 @@ from daskinfer.chunk_errors import is_sticky
 from daskinfer.dealer import Dealer
 from daskinfer.errors import ChunkError, ClusterError, SchedulerLost
 from daskinfer.faults import Book, ends_the_call, lost
-from daskinfer.fetching import Finished, NeedsLostError, UnfetchedError, fetched
-from daskinfer.lane import Feed, InFlight, Lane
+from daskinfer.fetching import Finished, InFlight, NeedsLostError, UnfetchedError, fetched
+from daskinfer.lane import Feed, Lane
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
 from daskinfer.replacing import Replacer

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import pickle
 import pkgutil
 import re
+import signal
 from importlib import import_module
 
 import pytest
@@ -11,12 +13,12 @@ from tblib.pickling_support import install
 
 import daskinfer
 from daskinfer import errors
-from daskinfer.errors import DaskInferError, PlanError
+from daskinfer.errors import DaskInferError, Interrupted, PlanError, StorageError
 
 
 def tree() -> dict[str, str]:
-    """The classes drawn in the docstring, each with its builtin."""
-    return dict(re.findall(r"── (\w+) +\((\w+)\)", errors.__doc__ or ""))
+    """The classes drawn in the docstring, each with its builtin; those without one have that of the class above."""
+    return {name: builtin or "Exception" for name, builtin in re.findall(r"── (\w+)(?: +\((\w+)\))?", errors.__doc__ or "")}
 
 
 def subclasses(of: type) -> list[type]:
@@ -49,13 +51,31 @@ def test_is_the_builtin_that_a_caller_would_catch(name: str, builtin: str) -> No
 @pytest.mark.parametrize("name", tree())
 def test_survives_pickling(name: str, by_dask: bool) -> None:
     """An error that comes from a worker says there what it said here, by whichever way Dask pickles it."""
-    error = getattr(errors, name)("cuda:1 holds 'x'; 2 is allowed. Use 1.")
+    numbered = (2,) if name in ("Interrupted", "StorageError") else ()
+    error = getattr(errors, name)("cuda:1 holds 'x'; 2 is allowed. Use 1.", *numbered)
     if by_dask:
         error.__cause__ = ValueError("what was wrong")
         install(error, error.__cause__)
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.args) == (type(error), str(error), error.args)
     assert str(error) == "cuda:1 holds 'x'; 2 is allowed. Use 1."
+
+
+def test_numbers_of_the_system() -> None:
+    """A storage error has the system's number, 0 where it said nothing; an interrupt its signal's."""
+    assert (StorageError("full.", errno.ENOSPC).number, StorageError("odd.").number) == (errno.ENOSPC, 0)
+    assert Interrupted("Ctrl-C.", signal.SIGTERM).signal_number == 15
+
+
+@pytest.mark.parametrize(("above", "below"), [("ChunkError", "WorkerLost"), ("ClusterError", "SchedulerLost")])
+def test_a_class_is_below_the_one_it_is_drawn_under(above: str, below: str) -> None:
+    """Who catches the class above gets the one below, too."""
+    assert issubclass(getattr(errors, below), getattr(errors, above))
+
+
+def test_nothing_is_done_yet() -> None:
+    """An error that did not end a predict under way has no part of an answer."""
+    assert DaskInferError("no").partial is None
 
 
 def test_several_reasons_are_numbered() -> None:

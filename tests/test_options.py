@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 from typing import Any
 
@@ -36,6 +37,25 @@ from daskinfer.options import OptionFields, Options
         ({"readers": 2.0}, "readers is 2.0; it may be a number from 1 to 6"),
         ({"readers": 2.5}, "readers is 2.5; it may be a number from 1 to 6"),
         ({"readers": np.ones(2)}, "readers is array.*; it may be a number from 1 to 6"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'; it may be 'raise' or 'skip'"),
+        ({"on_error": None}, "on_error is None; it may be 'raise' or 'skip'"),
+        ({"nan_is_failure": 1}, "nan_is_failure is 1; it may be True or False"),
+        ({"restart_workers": None}, "restart_workers is None; it may be True or False"),
+        ({"retries": -1}, "retries is -1; it may be a number from 0"),
+        ({"retries": True}, "retries is True; it may be a number from 0"),
+        ({"retries": 1.0}, r"retries is 1\.0; it may be a number from 0"),
+        ({"chunk_timeout": 0}, "chunk_timeout is 0; it may be seconds, above 0, or None"),
+        ({"chunk_timeout": "3"}, "chunk_timeout is '3'; it may be seconds, above 0, or None"),
+        ({"chunk_timeout": True}, "chunk_timeout is True; it may be seconds, above 0, or None"),
+        ({"fill_value": "NaN"}, "fill_value is 'NaN'; it may be a number or None"),
+        ({"max_failed_rows": -1}, "max_failed_rows is -1; it may be a number from 0, a share such as '1%', or None"),
+        ({"max_failed_rows": True}, "max_failed_rows is True; it may be a number from 0"),
+        ({"max_failed_rows": 0.5}, r"max_failed_rows is 0\.5; it may be a number from 0"),
+        ({"max_failed_rows": "5"}, "max_failed_rows is '5'; it may be a number from 0"),
+        ({"max_failed_rows": "101%"}, "max_failed_rows is '101%'; it may be a number from 0"),
+        ({"max_failed_rows": "-1%"}, "max_failed_rows is '-1%'; it may be a number from 0"),
+        ({"max_failed_rows": "1.2.3%"}, r"max_failed_rows is '1\.2\.3%'; it may be a number from 0"),
+        ({"max_failed_rows": "%"}, "max_failed_rows is '%'; it may be a number from 0"),
     ],
 )
 def test_refuses(field: dict[str, Any], message: str) -> None:
@@ -48,6 +68,15 @@ def test_readers() -> None:
     """One chunk is read ahead unless more are asked for, six at most."""
     assert Options().readers == 1
     assert [Options(readers=n).readers for n in (1, 6)] == [1, 6]
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [(None, math.inf), (0, 0), (7, 7), ("0%", 0), ("1%", 10), ("0.25%", 2), ("100%", 1000), (".1%", 1), ("29%", 290)],
+)
+def test_how_many_rows_may_fail(asked: Any, allowed: float) -> None:
+    """A number is itself, a share is of all rows, rounded down and exact, and None allows any."""
+    assert Options(max_failed_rows=asked).failures_allowed(1000) == allowed
 
 
 def test_fields_are_keyword_only() -> None:

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from daskinfer.records import Chunk, DeviceReport, Receipt, RunReport, Tally
+from daskinfer.records import Chunk, DeviceReport, Failure, Receipt, RunReport, Tally
 
 
 def receipt(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> Receipt:
@@ -46,6 +46,17 @@ def test_receipts_are_summed_up_per_device():
     assert first == DeviceReport("cuda:0", "<cuda:0>", 2, 70, 1.5, 0.75, 0.7, measured_share=70 / 1.5 / speed)
     assert second == DeviceReport("cpu:0", "<cpu:0>", 1, 30, 3.0, 0.25, 0.3, measured_share=10 / speed)
     assert (report().rows, report().batch_size, report().failed_rows) == (100, 8, ())
+
+
+def test_rows_that_failed_are_listed_and_not_counted():
+    """A report has every row without an answer in order, why as it came, and counts the others only."""
+    failures = [Failure(7, 8, "cpu:0", "ValueError: 7"), Failure(2, 4, "cpu:0", "ValueError: 2")]
+    tally = Tally({"cpu:0": 1.0})
+    tally.add(receipt(0, 10, "cpu:0"), failures)
+    found = tally.report(seconds=1.0, batch_size=8)
+    assert (found.rows, found.devices[0].n_rows, found.failed_rows) == (7, 7, (2, 3, 7))
+    assert found.failures == tuple(failures)
+    assert "; 3 rows have no answer" in str(found)
 
 
 def test_a_device_that_joined_later_was_asked_for_nothing():

@@ -344,7 +344,7 @@ def test_output_as_it_is() -> None:
 
 def test_failing_network() -> None:
     """A network that fails is an error with the rows, the device and the cause."""
-    with pytest.raises(ChunkError, match=r"rows 5:15 on cpu failed: ZeroDivisionError: .* devices='inline'"):
+    with pytest.raises(ChunkError, match=r"rows 5:6 on cpu failed: ZeroDivisionError: .* x\[5:6\], devices='inline'"):
         run(Do(lambda x: 1 / 0), X, start=5)
 
 

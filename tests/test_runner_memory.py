@@ -148,9 +148,9 @@ def test_out_of_memory_in_preprocess() -> None:
     np.testing.assert_array_equal(result(nn.Identity(), X, batch_size=8, preprocess=greedy), X + 1)
 
 
-def test_other_errors_are_not_tried_again() -> None:
-    """A failure that is no lack of memory is passed on at once."""
+def test_other_errors_are_looked_for_at_the_same_micro_batch() -> None:
+    """A failure that is no lack of memory shrinks nothing: rows are halved to find those at fault, and the shape stays."""
     net = Greedy(0, lambda: RuntimeError("shapes do not match"))
     with pytest.raises(ChunkError, match="shapes do not match"):
         run(net, X)
-    assert net.sizes == [4]
+    assert set(net.sizes) == {4}

@@ -13,7 +13,7 @@ import daskinfer
 
 PACKAGE = Path(daskinfer.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_DEPTH, MAX_PUBLIC = 60, 400, 7, 15
+MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_DEPTH, MAX_PUBLIC = 60, 400, 8, 15
 
 
 def room_of(path: Path) -> str:

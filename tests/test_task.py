@@ -235,10 +235,9 @@ def test_measuring_is_a_task_like_any_other(arena: Arena) -> None:
         assert (size, speed > 0) == (8, True)  # so few rows are not worth more
 
 
-def test_a_lane_is_full_by_places_or_slots(arena: Arena) -> None:
-    """No task more is in flight than there are places, nor than there are free slots."""
-    assert not Lane(0, "cpu", {}, 1, arena).full
-    assert Lane(0, "cpu", {}, 0, arena).full
+def test_a_lane_is_full_by_places(arena: Arena) -> None:
+    """No task more is in flight than there are places; without a free slot an answer comes back by Dask's comms."""
+    assert not Lane(0, "cpu:0", "cpu", {}, 1, arena).full
+    assert Lane(0, "cpu:0", "cpu", {}, 0, arena).full
     arena.free.clear()
-    assert Lane(0, "cpu", {}, 1, arena).full
-    assert not Lane(0, "cpu", {}, 1, None).full
+    assert not Lane(0, "cpu:0", "cpu", {}, 1, arena).full

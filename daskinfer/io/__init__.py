@@ -19,29 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from daskinfer.arrays import Source
 from daskinfer.errors import InputError, SourceMissing
 from daskinfer.records import Written
 
 _FORMATS = {".npy": "daskinfer.io.npy", ".zarr": "daskinfer.io.zarr"}
 _ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
-
-
-class Source(Protocol):
-    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone.
-
-    ``chunk_shape`` is what a part of the file declares to hold, empty where there are no parts.
-    """
-
-    unit_rows: int | None
-    chunk_shape: tuple[int, ...]
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    ndim: int
-
-    def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
-        """Read rows."""
-        ...
 
 
 class Target(Protocol):

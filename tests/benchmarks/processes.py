@@ -89,7 +89,9 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 def _result(out: str, err: str, code: int) -> dict[str, Any]:
     marked = [line for line in out.splitlines() if line.startswith(_MARK)]
     if not marked:
-        last = next((line for line in reversed(err.splitlines()) if line.strip()), "no output")
+        # Python's tracker of semaphores speaks after the error, of processes that were killed.
+        lines = [line for line in err.splitlines() if line.strip() and "resource_tracker" not in line]
+        last = lines[-1] if lines else "no output"
         raise Failed(f"exit code {code}: {last.strip()}")
     result: dict[str, Any] = json.loads(marked[-1].removeprefix(_MARK))
     if "unavailable" in result:

@@ -23,6 +23,7 @@ from tests.chaos.workers import CHUNK_ROWS, DEVICES, killer, lazy, worker_pids
 
 N_ROWS = 400
 WARM_CALLS = 3  # until caches and pools are filled
+MORE_DESCRIPTORS = 8  # Dask keeps connections to workers for a while; with 2 workers 32 to 40 are open at a time (measured)
 MORE_MIB = 48.0  # that the client may have at the end: a leaked answer or task of each call would be seen in an hour
 SECONDS = {"short": 25.0, "usual": 90.0, "long": 1800.0}
 
@@ -35,28 +36,37 @@ def soak(effort: Effort) -> Verdict:
     grown = {name: found["last"][name] - found["first"][name] for name in found["first"]}
     return judged(
         f"soak of {seconds / 60:.3g} min: kills, hangs and errors",
-        f"{found['wrong']} wrong rows in {found['calls']} calls, {found['kills']} kills, {found['hangs']} hangs; more: "
-        f"{grown['threads']:g} threads, {grown['descriptors']:g} open files, {grown['files']:g} files, {grown['mib']:.0f} MiB",
+        f"{found['wrong']} wrong rows in {found['calls']} calls, {found['kills']} kills, {found['hangs']} hangs; "
+        f"{found['ended']} calls ended early; more: "
+        f"{grown['threads']:g} threads, {grown['descriptors']:g} open files, {grown['files']:g} files, "
+        f"{grown['mib']:.0f} MiB",
         f"0 wrong rows; threads, files flat, <= {MORE_MIB:g} MiB",
         {
             "wrong rows": found["wrong"] == 0,
             "threads": grown["threads"] <= 1,
-            "open files": grown["descriptors"] <= 4,
+            "open files": grown["descriptors"] <= MORE_DESCRIPTORS,
             "files": grown["files"] <= 0,
             "memory": grown["mib"] <= MORE_MIB,
             "disturbed": found["kills"] > 0 and found["hangs"] > 0,
+            "most calls end well": found["ended"] <= found["calls"] / 2,
         },
     )
 
 
 def calls(folder: str, seconds: float) -> dict[str, Any]:
-    """Call after call beside a killer; in a fresh process."""
+    """Call after call beside a killer; in a fresh process.
+
+    A chunk that is killed twice while it runs alone is taken for poison, and ends its call: what the call had done by then
+    has to be right too.
+    """
     import daskinfer as di
+    from daskinfer.errors import ChunkTimeout, WorkerLost
 
     expected, draw = nets.plain(N_ROWS, CHUNK_ROWS), random.Random(0)
     how: dict[str, Any] = {"devices": DEVICES, "batch_size": CHUNK_ROWS, "device_weights": "even", "chunk_timeout": 3}
+    how["output"] = np.empty((0, 3), np.float32)
     di.predict(abs, [1.0], devices=DEVICES)
-    samples, n_wrong, n_hangs, deadline = [], 0, 0, time.monotonic() + seconds
+    samples, n_wrong, n_hangs, n_ended, deadline = [], 0, 0, 0, time.monotonic() + seconds
     with killer(worker_pids, 0) as kills:
         while time.monotonic() < deadline or len(samples) < 3 * WARM_CALLS:
             place = Path(tempfile.mkdtemp(dir=folder))
@@ -64,10 +74,12 @@ def calls(folder: str, seconds: float) -> dict[str, Any]:
                 draw.randrange(40) * CHUNK_ROWS: fault for fault in draw.sample(["sleep", "gil", "stop", "raise"], 2)
             }
             nets.break_at(place, draw_fault, times=1)
-            y = di.predict(
-                nets.Watched(str(place), 0.03), lazy(N_ROWS, CHUNK_ROWS), output=np.empty((0, 3), np.float32), **how
-            )
-            n_wrong += int((~(y == expected).all(axis=1)).sum())
+            done = np.ones(N_ROWS, bool)
+            try:
+                y = di.predict(nets.Watched(str(place), 0.03), lazy(N_ROWS, CHUNK_ROWS), **how)
+            except (WorkerLost, ChunkTimeout) as error:
+                (y, done), n_ended = error.partial or ([], []), n_ended + 1
+            n_wrong += int((~(y == expected).all(axis=1) & done).sum())
             n_hangs += sum(fault != "raise" for fault in draw_fault.values())
             samples.append(_sample())
     di.close()
@@ -79,6 +91,7 @@ def calls(folder: str, seconds: float) -> dict[str, Any]:
         "calls": len(samples),
         "kills": len(kills),
         "hangs": n_hangs,
+        "ended": n_ended,
         "first": first,
         "last": last,
         "samples": samples,
