@@ -69,13 +69,21 @@ def ask(client: Client, question: Question) -> dict[str, Answer]:
     DaskInferError
         Where a worker cannot do the work, all reasons at once.
     """
-    found: dict[str, Answer] = client.run(_answer, question)
+    asked: dict[str, Any] = client.run(_answer, question, on_error="return")
+    # A worker that ended while it was asked is not there: it comes back, or the window goes on without it.
+    found = {address: _raised(answer) for address, answer in asked.items() if not isinstance(answer, OSError)}
     reasons = refusals(found, versions())
     if len(reasons) == 1:
         raise reasons[0]
     if reasons:
         raise PlanError([str(reason) for reason in reasons])
     return found
+
+
+def _raised(answer: Answer | BaseException) -> Answer:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def question_of(recipe: Recipe, reads: Sequence[str], writes: Sequence[str], arena: ArenaRef | None) -> Question:

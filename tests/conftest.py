@@ -7,10 +7,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 # Pools that dask, distributed, asyncio and torch keep for the whole process, whatever uses them.
 KEPT_THREADS = (
@@ -82,6 +87,22 @@ def cluster_client() -> Iterator[object]:
     import daskinfer as di
 
     with di.LocalDeviceCluster("cpu*2") as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tracker() -> None:
+    """The process that multiprocessing keeps beside this one, started before a test counts processes."""
+    resource_tracker.ensure_running()
+
+
+@pytest.fixture
+def foreign(tracker: None) -> Iterator[Client]:
+    """A client of a Dask cluster of two processes, none of ours, which a test may kill."""
+    from distributed import Client, LocalCluster
+
+    how = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "silence_logs": 60}
+    with LocalCluster(n_workers=2, **how) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 

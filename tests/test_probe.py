@@ -344,3 +344,33 @@ def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="pass dtype"):
         ask(nn.Linear(3, 2), ((5, 3), "float64"))
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "holds"),
+    [
+        ("f2", None, True),
+        ("c8", -1.5, True),
+        ("i4", None, False),
+        ("i4", -1, True),
+        ("i4", 2**31, False),
+        ("u1", -1, False),
+        ("u1", 255.0, True),
+        ("i8", 0.5, False),
+        ("i8", float("inf"), False),
+        ("?", None, False),
+        ("?", 1, True),
+        ("?", 2, False),
+    ],
+)
+def test_fill_values_that_an_output_holds(dtype: str, value: float | None, holds: bool) -> None:
+    """A fill value that an output cannot hold is refused by the output's name, unless no row may fail."""
+    outputs = (np.empty(0), np.empty((0, 3), dtype))
+    wanted = probe.Promise(flatten({"a": outputs[0], "b": outputs[1]})[1], outputs)
+    probe.check_fill(Options(fill_value=value), wanted)
+    options = Options(fill_value=value, on_error="skip")
+    if holds:
+        probe.check_fill(options, wanted)
+        return
+    with pytest.raises(OptionError, match=f"the output b is {outputs[1].dtype}, which cannot hold .* fill_value=0"):
+        probe.check_fill(options, wanted)

@@ -85,6 +85,7 @@ def test_public_names() -> None:
     """The public names are few, can be imported, and none is a room's name."""
     assert sorted(daskinfer.__all__) == [
         "DaskInferError",
+        "Interrupted",
         "LocalDeviceCluster",
         "Model",
         "Options",

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client, Future, LocalCluster, Scheduler
+from distributed import Client, Future, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 import daskinfer as di
@@ -66,6 +65,12 @@ def watched(client: Client) -> Iterator[Watch]:
         client.unregister_scheduler_plugin(Watch.name)
 
 
+class Unanswered:
+    """A future that nothing comes back for."""
+
+    status = "pending"
+
+
 def cells(n_chunks: int) -> da.Array:
     """The rows 0, 1, 2, … in chunks of one."""
     return da.from_array(np.arange(float(n_chunks)), chunks=1)
@@ -80,22 +85,6 @@ def waits_for(go: Path) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]
         return batch
 
     return model
-
-
-@pytest.fixture(scope="module")
-def tracker() -> None:
-    """The process that multiprocessing keeps beside this one, started before a test counts processes."""
-    resource_tracker.ensure_running()
-
-
-@pytest.fixture
-def foreign(tracker: None) -> Iterator[Client]:
-    """A client of a Dask cluster of two processes, none of ours, which a test may kill."""
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +218,7 @@ def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) 
     with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
         pass
     monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
-    lane = Lane(0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Future("lost", client): None})
+    lane = Lane(0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Unanswered(): None})
     dealer = Planned(lay_out(0, [1.0], batch_size=1), 0, n_devices=1)
     policy = window.Policy(0, None, Replacer(client, {}, allowed=False), None)
     with (

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def at_every_instant(effort: Effort) -> Verdict:
     Most points are of a run in one process; a sample has two workers beside it, which are not of the group that is killed.
     """
     found = [point for suffix in FORMATS for point in _in_one_process(effort, suffix)]
-    workers = [point for suffix in FORMATS for point in _with_workers(effort, suffix)]
+    workers = [point for suffix in effort.pick(FORMATS[:1], FORMATS) for point in _with_workers(effort, suffix)]
     every = found + workers
     same = sum(point["same"] for point in every)
     most = max(point["redone"] for point in found)
@@ -40,11 +41,12 @@ def at_every_instant(effort: Effort) -> Verdict:
         f"run killed at every instant, {N_CHUNKS} chunks",
         f"{same}/{len(every)} the same sha256 ({len(found)} inline, {len(workers)} with 2 workers); "
         f"{most} redone inline, {max((p['redone'] for p in workers), default=0)} with workers; "
-        f"last process gone after {left:.1f} s" + (f"; first wrong: {wrong}" if wrong else ""),
+        f"last process gone within {left:.1f} s" + (f"; first wrong: {wrong}" if wrong else ""),
         f"all; redone <= in flight (1 inline); none left after {END_SECONDS:g} s",
         {
             "same": same == len(every),
             "redone": most <= 1 and all(p["redone"] <= p["in_flight"] for p in workers),
+            "killed": all(p["killed"] for p in workers),
             "none left": left <= END_SECONDS,
         },
     )
@@ -79,44 +81,53 @@ def _in_one_process(effort: Effort, suffix: str) -> list[dict[str, Any]]:
 
 
 def _with_workers(effort: Effort, suffix: str) -> list[dict[str, Any]]:
-    """Some points of a run with two workers, drawn at random."""
+    """Some points of a run with two workers, drawn at random; every other time the command is repeated at once."""
     shim = _shim(effort, f"workers{suffix}")
     beside = effort.folder / f"beside{suffix}"
     beside.mkdir()
     np.save(beside / "x.npy", nets.rows(N_CHUNKS * 10))
-    steps, _, _ = _run(shim, beside, suffix, 0, KILL)
-    sha256 = digest(shim.folder / f"y{suffix}")
+    shim.arm()
+    code, said = _command(shim, beside, suffix, **shim.environment)
+    if code:
+        raise Failed(f"the undisturbed run ended with {code}: {said[-300:]}")
+    steps, sha256 = shim.disarm(), digest(shim.folder / f"y{suffix}")
     draw, points = random.Random(suffix), []
-    for number in range(effort.pick(1, 6)):
-        at, action = draw.randrange(1, steps), (KILL, TEAR)[number % 2]
-        _clear(shim, beside)
-        _, left_seconds, in_flight = _run(shim, beside, suffix, at, action)
-        code, said = _command(shim, beside, suffix)
-        point = {"suffix": suffix, "at": at, "action": action, "left_seconds": left_seconds, "in_flight": in_flight}
-        point["redone"] = sum(nets.begun(beside).values()) - N_CHUNKS
-        point["same"] = code == 0 and digest(shim.folder / f"y{suffix}") == sha256
-        points.append(point | {"wrong": said[-300:]})
+    for number in effort.pick([1], range(8)):
+        shutil.rmtree(shim.folder)
+        shim.folder.mkdir()
+        (beside / "notes").unlink()
+        point = _killed(
+            shim, beside, suffix, draw.randrange(1, steps), (KILL, TEAR)[number // 2 % 2], at_once=number % 2 == 1
+        )
+        point["same"] = point["code"] == 0 and digest(shim.folder / f"y{suffix}") == sha256
+        points.append(point | {"suffix": suffix})
     return points
 
 
-def _run(shim: Shim, beside: Path, suffix: str, at: int, action: int) -> tuple[int, float, int]:
-    """The command, killed at a step; how many steps it made, until its last process was gone, micro-batches in flight."""
+def _killed(shim: Shim, beside: Path, suffix: str, at: int, action: int, *, at_once: bool) -> dict[str, Any]:
+    """The command, killed at a step and repeated: at once, or when the last of its workers is gone."""
     shim.arm(at, action)
-    log = beside / "first.log"
+    env = {**shim.environment, **_environment(beside)}
     command = [means.PYTHON, "-m", "daskinfer.cli", *_arguments(beside, shim, suffix)]
-    env = {**shim.environment, nets.FOLDER: str(beside), nets.SECONDS: "0.02"}
-    with means.started(command, log, env) as process:
+    with means.started(command, beside / "first.log", env) as process:
         shim.aim(process.pid)
         means.wait_until(lambda: process.poll() is not None, 120, "the run")
         mark = process.mark  # type: ignore[attr-defined]
-        left_seconds = means.wait_until(lambda: not means.marked(mark), 2 * END_SECONDS, "the end of its processes")
-    expected = -signal.SIGKILL if at else 0
-    if process.returncode != expected:
-        raise Failed(f"step {at}: exit code {process.returncode}: {log.read_text()[-300:]}")
-    begun = nets.begun(beside)
-    receipts = shim.folder / f"y{suffix}.daskinfer" / "receipts.jsonl"
-    committed = Counter(row for start, stop in received(receipts) for row in range(start, stop, 10))
-    return shim.disarm(), left_seconds, sum((begun - committed).values())
+        ended, pids = time.monotonic(), {p.pid for p in means.marked(mark)} | {n.pid for n in nets.notes(beside)}
+        shim.disarm()
+        log = shim.folder / f"y{suffix}.daskinfer" / "receipts.jsonl"
+        committed = Counter(row for start, stop in received(log) for row in range(start, stop, 10))
+        if not at_once:
+            means.wait_until(lambda: not means.marked(mark), 2 * END_SECONDS, "the end of its processes")
+            left_seconds = time.monotonic() - ended
+        code, said = _command(shim, beside, suffix)
+        if at_once:
+            means.wait_until(lambda: not means.marked(mark), 2 * END_SECONDS, "the end of its processes")
+            left_seconds = time.monotonic() - ended  # at most
+    begun = Counter(n.first for n in nets.notes(beside) if n.what == "begin" and n.pid in pids)
+    redone = sum(nets.begun(beside).values()) - N_CHUNKS
+    found = {"at": at, "action": action, "code": code, "left_seconds": left_seconds, "redone": redone, "wrong": said[-300:]}
+    return found | {"in_flight": sum((begun - committed).values()), "killed": process.returncode == -signal.SIGKILL}
 
 
 def received(path: Path) -> list[tuple[int, int]]:
@@ -128,9 +139,12 @@ def received(path: Path) -> list[tuple[int, int]]:
     return [(record["start"], record["stop"]) for record in records if "parts" in record]
 
 
-def _command(shim: Shim, beside: Path, suffix: str) -> tuple[int, str]:
-    env = {nets.FOLDER: str(beside), nets.SECONDS: "0.02"}
-    return means.run_command(*_arguments(beside, shim, suffix), folder=beside, env=env)
+def _command(shim: Shim, beside: Path, suffix: str, **more: str) -> tuple[int, str]:
+    return means.run_command(*_arguments(beside, shim, suffix), folder=beside, env={**_environment(beside), **more})
+
+
+def _environment(beside: Path) -> dict[str, str]:
+    return {nets.FOLDER: str(beside), nets.SECONDS: "0.02"}
 
 
 def _arguments(beside: Path, shim: Shim, suffix: str) -> list[str]:
@@ -142,9 +156,3 @@ def _shim(effort: Effort, name: str) -> Shim:
     folder = effort.folder / name
     folder.mkdir()
     return Shim.build(effort.folder, folder)
-
-
-def _clear(shim: Shim, beside: Path) -> None:
-    shutil.rmtree(shim.folder)
-    shim.folder.mkdir()
-    (beside / "notes").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,8 +34,3 @@ def judged(target: str, figure: str, asked: str, met: Mapping[str, bool] | bool)
     missed = [name for name, holds in met.items() if not holds] if isinstance(met, Mapping) else [] if met else [figure]
     said = f"{figure} (not met: {'; '.join(missed)})" if missed and isinstance(met, Mapping) else figure
     return Verdict(target, said, asked, not missed)
-
-
-def summed(found: Iterable[str]) -> str:
-    """What was found, in one line."""
-    return ", ".join(found)

@@ -77,7 +77,7 @@ class Watched(nn.Module):
             self._break(first)
             time.sleep(self.seconds)
         x = torch.cat([x[:, :1] % 97 / 97, x[:, 1:]], dim=1)  # (n, 6) float32, all of a size
-        answer = self.last(torch.tanh(self.first(x)))
+        answer: torch.Tensor = self.last(torch.tanh(self.first(x)))
         if watched:
             self._note(first, "end")
         return answer
@@ -120,7 +120,8 @@ def plain(n: int, batch_size: int, seconds: float = 0.0) -> np.ndarray[Any, Any]
     with torch.inference_mode():
         padded = torch.zeros(-(-n // batch_size) * batch_size, WIDTH)
         padded[:n] = x
-        answer = torch.cat([net(batch) for batch in padded.split(batch_size)])[:n].numpy()
+        parts = [padded[start : start + batch_size] for start in range(0, n, batch_size)]
+        answer = torch.cat([net(part) for part in parts])[:n].numpy()
     torch.set_num_threads(before)
     return answer
 

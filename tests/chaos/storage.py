@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import zarr
+from zarr.codecs import Crc32cCodec
 
 from tests.benchmarks.judging import Verdict
 from tests.benchmarks.processes import Failed, run_fresh
@@ -68,9 +69,10 @@ def _disk_full(folder: Path, suffix: str) -> dict[str, Any]:
 
 def stale_writer(effort: Effort) -> Verdict:
     """A worker is stopped in a write, others do its chunks, it goes on: the same bytes, and one receipt per row."""
-    found = {suffix: _stale_writer(effort.folder / f"stale{suffix}", suffix) for suffix in FORMATS}
+    formats = effort.pick((".npy",), FORMATS)
+    found = {suffix: _stale_writer(effort.folder / f"stale{suffix}", suffix) for suffix in formats}
     return judged(
-        f"late stale writer ({', '.join(FORMATS)})",
+        f"late stale writer ({', '.join(formats)})",
         "; ".join(f"{k}: {_said(f['same'])} bytes, {f['receipts']} receipt per row" for k, f in found.items()),
         "same bytes, one receipt",
         {
@@ -176,8 +178,7 @@ def input_corrupted(effort: Effort) -> Verdict:
     draw = random.Random(0)
     for number in range(n := effort.pick(1, 4)):
         x = effort.folder / f"x{number}.zarr"
-        codec = zarr.codecs.Crc32cCodec()
-        zarr.create_array(x, data=nets.rows(400), chunks=(10, nets.WIDTH), compressors=codec)
+        zarr.create_array(x, data=nets.rows(400), chunks=(10, nets.WIDTH), compressors=Crc32cCodec())
         chunk = draw.randrange(40)
         path = x / "c" / str(chunk) / "0"
         content = bytearray(path.read_bytes())

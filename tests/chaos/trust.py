@@ -18,7 +18,7 @@ import zarr
 
 from daskinfer import variables
 from tests.benchmarks.judging import Verdict
-from tests.benchmarks.processes import Unavailable, run_fresh
+from tests.benchmarks.processes import Failed, Unavailable, run_fresh
 from tests.chaos import means, nets
 from tests.chaos.effort import Effort, judged
 
@@ -183,7 +183,9 @@ def declared(effort: Effort) -> Verdict:
         process = stack.enter_context(means.started(command, log))
         means.wait_until(lambda: process.poll() is not None, 120, "the plans")
     lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
-    found = json.loads(lines[-1]) if lines else {"refused": [], "peak": float("inf"), "budget": 1, "grown": float("inf")}
+    if not lines:
+        raise Failed(f"exit code {process.returncode}, no plan was refused: {log.read_text()[-300:]}")
+    found = json.loads(lines[-1])
     return judged(
         "declared 4 TB chunk, npz bomb",
         f"{len(found['refused'])} of {len(names)} refused at plan; {found['grown'] / 2**20:.0f} MiB taken, "

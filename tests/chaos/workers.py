@@ -91,7 +91,7 @@ def killed_once(folder: str, seed: int) -> dict[str, Any]:
     import daskinfer as di
 
     n = N_CHUNKS * CHUNK_ROWS
-    how = {"batch_size": CHUNK_ROWS, "device_weights": "even", "devices": DEVICES}
+    how: dict[str, Any] = {"batch_size": CHUNK_ROWS, "device_weights": "even", "devices": DEVICES}
     di.predict(abs, [1.0], devices=DEVICES)  # the workers are there
     with killer(worker_pids, seed) as kills:
         y = di.predict(nets.Watched(folder, CHUNK_SECONDS), lazy(n, CHUNK_ROWS), output=np.empty((0, 3), np.float32), **how)
@@ -193,8 +193,8 @@ def _named(path: Path) -> list[int]:
 
 def hung(effort: Effort) -> Verdict:
     """A chunk sleeps, holds the GIL in C, or stops its process: it is noticed, its worker replaced, and the chunk done."""
-    asked = {fault: {"folder": _new(effort, fault), "fault": fault} for fault in ("sleep", "gil", "stop")}
-    found = {fault: run_fresh("tests.chaos.workers:hung_once", one, seconds=120) for fault, one in asked.items()}
+    folders = {fault: _new(effort, fault) for fault in ("sleep", "gil", "stop")}
+    found = run_fresh("tests.chaos.workers:hung_each", {"folders": folders}, seconds=240)
     return judged(
         "hung (sleep, GIL, SIGSTOP), chunk_timeout 3 s",
         "noticed / done after " + ", ".join(f"{k} {f['noticed']:.1f} / {f['done']:.1f} s" for k, f in found.items()),
@@ -207,11 +207,10 @@ def hung(effort: Effort) -> Verdict:
     )
 
 
-def hung_once(folder: str, fault: str) -> dict[str, Any]:
-    """One predict with a chunk that hangs the first time; in a fresh process."""
+def hung_each(folders: dict[str, str]) -> dict[str, Any]:
+    """A predict with each of these faults; in a fresh process."""
     import daskinfer as di
 
-    n, hangs = 400, 200
     noticed: list[float] = []
 
     class Hears(logging.Handler):
@@ -220,8 +219,18 @@ def hung_once(folder: str, fault: str) -> dict[str, Any]:
                 noticed.append(record.created)
 
     logging.getLogger("daskinfer").addHandler(Hears())
-    nets.break_at(folder, {hangs: fault}, times=1)
     di.predict(abs, [1.0], devices=DEVICES)
+    found = {fault: _hung_once(folder, fault, noticed) for fault, folder in folders.items()}
+    di.close()
+    return found
+
+
+def _hung_once(folder: str, fault: str, noticed: list[float]) -> dict[str, Any]:
+    import daskinfer as di
+
+    n, hangs = 200, 100
+    nets.break_at(folder, {hangs: fault}, times=1)
+    noticed.clear()
     before = set(worker_pids())
     y = di.predict(
         nets.Watched(folder, 0.2),
@@ -235,10 +244,10 @@ def hung_once(folder: str, fault: str) -> dict[str, Any]:
     began = next(note.seconds for note in nets.notes(folder) if note.first == hangs)
     done = next(note.seconds for note in nets.notes(folder) if (note.first, note.what) == (hangs, "end"))
     if not noticed:
-        raise Failed("nobody noticed")
+        raise Failed(f"{fault}: nobody noticed")
     means.wait_until(lambda: len(set(worker_pids()) - before) == 1 and len(worker_pids()) == 2, 30, "another worker")
+    time.sleep(2)  # until it is ready for the next
     replaced = max(psutil.Process(pid).create_time() for pid in worker_pids())
-    di.close()
     same = np.array_equal(y, nets.plain(n, CHUNK_ROWS))
     return {"noticed": noticed[0] - began, "done": max(done, replaced) - began, "same": same}
 
