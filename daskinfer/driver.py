@@ -101,6 +101,7 @@ class Run:
     def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
         allowed = call.job.options.failures_allowed(call.layout.n_rows)
+        n_missing = call.layout.n_rows - sum(stop - start for start, stop in call.done)
         for finished in self._finished():
             self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
             if self._n_failed > allowed:
@@ -108,7 +109,10 @@ class Run:
                     f"{self._n_failed:,} rows failed; max_failed_rows={call.job.options.max_failed_rows!r} allows "
                     f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
                 )
+            n_missing -= finished.chunk.n_rows
             yield finished
+        if n_missing > 0 and not self.draining:  # better no answer than one with holes
+            raise ChunkError(f"{n_missing:,} rows were not computed, and nobody said why; this is a fault of daskinfer's.")
 
     def _finished(self) -> Iterator[Finished]:
         call = self._call

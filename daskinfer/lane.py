@@ -56,8 +56,12 @@ class Lane:
     def full(self) -> bool:
         """Whether no task more may be in flight."""
         alone = any(task.alone for task in self.tasks.values())
-        nowhere = bool(self.workers) and self.away_since is not None
-        return self.gone or nowhere or alone or len(self.tasks) >= self.n_places
+        return self.gone or self.nowhere or alone or len(self.tasks) >= self.n_places
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether there is no address for a task: its worker is away, and will have another one."""
+        return bool(self.workers) and self.away_since is not None and not self.gone
 
     def hangs(self, chunk_timeout: float | None, now: float) -> InFlight | None:
         """The task that has taken too long: the oldest in flight, since tasks are computed as they come."""

@@ -38,6 +38,7 @@ SETTLE_SECONDS = 10.0  # for tasks of half a second each; arbitrary
 PATIENCE_SECONDS = 5.0  # between looks whether all workers are still there; arbitrary
 AWAY_PATIENCE_SECONDS = 0.5  # the same while one is awaited; arbitrary
 LOOKS_PER_TIMEOUT = 4  # so that a chunk that hangs is noticed a quarter of its timeout late at most
+NOTICE_SECONDS = 2.0  # that the scheduler may take to notice that a process has ended; 0.02 here
 AWAY_SECONDS = 60.0  # that a worker may take to come back; arbitrary, 5 on an idle machine
 
 
@@ -211,7 +212,8 @@ class Window:
         """Fill the lanes in turn, so that all begin as soon as can be; whether anything is in flight or waits for it."""
         while not draining and sum(self._submit_next(lane, dealer, before) for lane in self._lanes):
             pass
-        return any(lane.tasks for lane in self._lanes) or (not draining and self._book.n_left > 0)
+        waits = self._book.n_left > 0 or (dealer.n_rows_left > 0 and any(lane.nowhere for lane in self._lanes))
+        return any(lane.tasks for lane in self._lanes) or (waits and not draining)
 
     def _submit_next(self, lane: Lane, dealer: Dealer, before: int | None) -> bool:
         if lane.full:
@@ -304,6 +306,7 @@ class Window:
         """Have a device's worker replaced, or go on without it."""
         if self._policy.replacer.replace(lane.name, address):
             lane.replaced_at = time.monotonic()
+            _until_gone(self._client, address)
         else:
             yield from self._go_on_without(lane, dealer)
 
@@ -323,6 +326,13 @@ class Window:
 def _free(task: InFlight) -> None:
     if task.slot is not None:
         task.slot.free()
+
+
+def _until_gone(client: Client, address: str | None) -> None:
+    """Wait until the scheduler has noticed that a worker ended: a task that it still sent there would be blamed for it."""
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while address in _present(client) and time.monotonic() < deadline:
+        time.sleep(NOTICE_SECONDS / 100)
 
 
 def _present(client: Client) -> dict[str, dict[str, Any]]:

@@ -45,6 +45,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def _is_kept(path: Path) -> bool:
+    """Whether it is the user's folder for networks that are shipped to clusters of others, with nothing in it."""
+    return path.name == f"daskinfer-{os.getuid()}" and not any(path.iterdir())
+
+
 def _left_behind() -> dict[str, set[object]]:
     here = psutil.Process()
     temporary = Path(tempfile.gettempdir())
@@ -53,7 +58,7 @@ def _left_behind() -> dict[str, set[object]]:
         "processes": {p.pid for p in here.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE},
         "threads": {t.name for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
         "ports": {c.laddr.port for c in here.net_connections("tcp") if c.status == psutil.CONN_LISTEN},
-        "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer")},
+        "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer") and not _is_kept(p)},
         "shared memory": set(shared.iterdir()) if shared.is_dir() else set(),
     }
 

@@ -139,7 +139,7 @@ def test_nvml_that_does_not_start_gives_no_gpus_and_one_debug_line(
     nvml: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A library without its driver is no reason to fail: DEBUG says why there are no GPUs."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "daskinfer")  # the command line has set it in this process, perhaps
     nvml.setenv("NVML_STAND_IN_INIT", "9")
     found = machine()
     assert (found.gpus, found.hidden_gpus, found.driver, found.driver_cuda) == ((), 0, "", None)

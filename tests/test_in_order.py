@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daskinfer.fetching import Finished
 from daskinfer.in_order import InOrder
 from daskinfer.records import Chunk, Receipt
-from daskinfer.fetching import Finished
 
 
 def finished(start: int, stop: int) -> Finished:

@@ -132,7 +132,7 @@ def test_paths_that_workers_cannot_use(cluster_client: Client, tmp_path: Path) -
 def test_an_input_that_only_the_client_sees_ends_the_call(
     cluster_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call whose input no worker can read starts no chunk, and leaves no output."""
+    """A call whose input no worker can read starts no chunk, and what it began is no output."""
     np.save(tmp_path / "x.npy", np.arange(10.0))
     asked = preflight.question_of
     monkeypatch.setattr(
@@ -142,7 +142,9 @@ def test_an_input_that_only_the_client_sees_ends_the_call(
         PlanError, match=r"cannot read '/host/of.*x\.npy'; every worker has to\. Use a folder that all hosts"
     ):
         di.run(np.negative, tmp_path / "x.npy", tmp_path / "y.npy", client=cluster_client)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+    assert not (tmp_path / "y.npy").exists()
+    monkeypatch.undo()
+    assert di.run(np.negative, tmp_path / "x.npy", tmp_path / "y.npy", client=cluster_client).rows == 10
 
 
 def test_the_question_of_a_network_in_memory() -> None:

@@ -16,7 +16,7 @@ from daskinfer.loaded import LoadedModel
 from daskinfer.model import as_model
 from daskinfer.options import Options
 from daskinfer.probe import Promise, promise
-from daskinfer.structure import Ports
+from daskinfer.structure import Ports, flatten
 
 
 class Unreadable:

@@ -192,7 +192,7 @@ def test_a_worker_of_others_is_restarted_where_that_is_allowed(foreign: Client, 
     """With ``restart_workers`` its cluster gives it another process."""
     before = set(foreign.run(os.getpid).values())
     net = faulty.network(tmp_path, faulty.sleeps, [1234], times=1)
-    how = {"client": foreign, "batch_size": CHUNK_ROWS, "device_weights": [1, 1], "chunk_timeout": 1}
+    how = {"client": foreign, "batch_size": CHUNK_ROWS, "device_weights": [1, 1], "chunk_timeout": 5}
     np.testing.assert_array_equal(di.predict(net, X, restart_workers=True, **how), 2 * X)
     wait_until(lambda: len(workers_of(foreign)) == 2, 60)
     assert len(before & set(foreign.run(os.getpid).values())) == 1
@@ -204,7 +204,7 @@ def test_a_worker_of_others_is_restarted_where_that_is_allowed(foreign: Client, 
 def test_no_worker_is_left(foreign: Client, tmp_path: Path, weights: list[int]) -> None:
     """Where every worker that has a share hangs, and none may be restarted, the call ends and says so."""
     net = faulty.network(tmp_path, faulty.sleeps, [250])
-    with pytest.raises(ClusterError, match="no worker is left of .*, with rows still to compute"):
+    with pytest.raises(ClusterError, match=r"no worker is left of .*, with rows still to compute"):
         di.predict(net, X, client=foreign, batch_size=CHUNK_ROWS, device_weights=weights, chunk_timeout=0.5)
 
 

@@ -22,6 +22,7 @@ import daskinfer as di
 from daskinfer import preflight, shipping, transport, window
 from daskinfer.dealer import Planned
 from daskinfer.errors import ClusterError
+from daskinfer.fetching import InFlight
 from daskinfer.lane import Lane
 from daskinfer.model import Model, ShippedModel, shipped_path
 from daskinfer.placement import workers_of
@@ -218,11 +219,11 @@ def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) 
     with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
         pass
     monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
-    lane = Lane(0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Unanswered(): None})
+    lane = Lane(0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Unanswered(): InFlight((), None, (), False, 0.0)})
     dealer = Planned(lay_out(0, [1.0], batch_size=1), 0, n_devices=1)
     policy = window.Policy(0, None, Replacer(client, {}, allowed=False), None)
     with (
-        pytest.raises(ClusterError, match="the client is closed; it has to run until the call ends"),
+        pytest.raises(ClusterError, match=r"the scheduler of the client is lost \(the client is closed\)"),
         window.Window(client, len, bytes, [lane], None, policy) as opened,
     ):
         next(opened.run(dealer, lambda: None))
