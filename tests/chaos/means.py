@@ -18,11 +18,13 @@ from pathlib import Path
 
 import psutil
 
+from daskinfer.nanny_process import kill
 from tests.benchmarks.processes import ROOT, Failed, Unavailable
 
 MARK = "CHAOS_MARK"  # variable: all that a process starts, and whatever that starts, has it too
 PYTHON = sys.executable
 START_SECONDS = 60.0
+TRACKER_SECONDS = 10.0  # arbitrary; they need a moment
 _MEMORY = Path("/sys/fs/cgroup/memory")
 _UNIFIED = Path("/sys/fs/cgroup")
 
@@ -71,10 +73,19 @@ def started(command: Sequence[str], log: Path, env: Mapping[str, str] | None = N
     try:
         yield process
     finally:
-        for left in [*marked(mark), process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                left.kill()
+        _end(mark)
         process.wait()
+
+
+def _end(mark: str) -> None:
+    """Kill all processes of a mark; Python's trackers of semaphores first get time to remove those of the killed."""
+    kill(marked(mark))
+    deadline = time.monotonic() + TRACKER_SECONDS
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def run_command(

@@ -100,7 +100,7 @@ def _cut(folder: Path, seconds: float, *, outside: bool) -> dict[str, Any]:
     """One command whose worker is cut off once it has begun."""
     folder.mkdir()
     np.save(folder / "x.npy", nets.rows(N_ROWS))
-    env = {nets.FOLDER: str(folder), nets.SECONDS: "0.5"}
+    env = {nets.FOLDER: str(folder), nets.SECONDS: "0.4"}
     log, receipts = folder / "run.log", folder / "y.zarr.daskinfer" / "receipts.jsonl"
     with contextlib.ExitStack() as stack:
         inside = stack.enter_context(namespace(1))

@@ -246,7 +246,6 @@ def _hung_once(folder: str, fault: str, noticed: list[float]) -> dict[str, Any]:
     if not noticed:
         raise Failed(f"{fault}: nobody noticed")
     means.wait_until(lambda: len(set(worker_pids()) - before) == 1 and len(worker_pids()) == 2, 30, "another worker")
-    time.sleep(2)  # until it is ready for the next
     replaced = max(psutil.Process(pid).create_time() for pid in worker_pids())
     same = np.array_equal(y, nets.plain(n, CHUNK_ROWS))
     return {"noticed": noticed[0] - began, "done": max(done, replaced) - began, "same": same}
