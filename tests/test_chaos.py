@@ -1,6 +1,6 @@
 """Scenarios of ``python -m tests.chaos`` that need seconds and no machine of their own, in their short version.
 
-The others (workers killed for minutes, cgroups, links that are cut, every instant of a run, the soak) are run by the command.
+The others (workers killed for minutes, cgroups, links that are cut, every instant of a run, the soak) the command runs.
 """
 
 from __future__ import annotations

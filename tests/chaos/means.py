@@ -57,15 +57,16 @@ def marked(mark: str) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def started(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group and a session of its own; all that is left of what it started is killed at the end."""
-    mark = uuid.uuid4().hex
+    """A process in a group and a session of its own; all that is left is killed at the end."""
+    mark, temporary = uuid.uuid4().hex, log.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
     with log.open("ab") as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env={**environment(), **(env or {}), MARK: mark},
+            env={**environment(), "TMPDIR": str(temporary), **(env or {}), MARK: mark},
             start_new_session=True,
             cwd=log.parent,
         )
