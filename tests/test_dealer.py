@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from daskinfer.dealer import MAX_CHUNKS_PER_TASK, MAX_TASK_SECONDS, TASK_SECONDS, Balanced, Dealer, Planned
 from daskinfer.planner import CHUNK_NBYTES, Layout, follow, lay_out
+from daskinfer.ranges import merged
 from daskinfer.records import Chunk
 
 WINDOW = 3  # tasks in flight per device, as in the driver
@@ -83,6 +84,11 @@ class Recorded:
     @property
     def speeds(self) -> tuple[float | None, ...]:
         return self._dealer.speeds
+
+    @property
+    def left(self) -> int:
+        """Rows that the dealer says are not dealt yet."""
+        return self._dealer.n_rows_left
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -576,3 +582,98 @@ def test_known_speeds_share_out_a_short_job(speeds: list[int]) -> None:
     for device, speed in enumerate(devices.speeds):
         dealer.expect(device, speed)
     assert devices.run(dealer) <= 1.1
+
+
+@st.composite
+def ranges(draw: st.DrawFn, n_rows: int, unit: int = 1) -> list[tuple[int, int]]:
+    """Row ranges that are done: whole units, in order, of ``n_rows`` rows."""
+    units = sorted(draw(st.sets(st.integers(0, max(0, (n_rows - 1) // unit)))) if n_rows else ())
+    return merged((i * unit, min(n_rows, (i + 1) * unit)) for i in units)
+
+
+def rows_of(spans: Sequence[tuple[int, int]]) -> set[int]:
+    """The rows of these ranges, one by one."""
+    return {row for start, stop in spans for row in range(start, stop)}
+
+
+def dealt(dealer: Recorded) -> list[int]:
+    """The rows that were dealt, one by one."""
+    return [row for chunk in dealer.chunks for row in range(chunk.start, chunk.stop)]
+
+
+@given(n_rows=st.integers(0, 200), cell_rows=st.integers(1, 20), priors=weights, data=st.data())
+def test_a_grid_without_what_is_done(n_rows: int, cell_rows: int, priors: list[float], data: st.DataObject) -> None:
+    """Every row that is not done is dealt once, in order, and none that is; no chunk spans a gap."""
+    done = data.draw(ranges(n_rows, cell_rows))
+    dealer = Recorded(Balanced.of_grid(n_rows, cell_rows, priors, done=done))
+    drain_around(dealer, len(priors), data)
+    assert dealt(dealer) == sorted(set(range(n_rows)) - rows_of(done))
+    assert [chunk.index for chunk in dealer.chunks] == list(range(len(dealer.chunks)))
+    assert dealer.left == 0
+
+
+@given(row_chunks=st.lists(st.integers(0, 20), max_size=30), priors=weights, data=st.data())
+def test_given_chunks_without_what_is_done(row_chunks: list[int], priors: list[float], data: st.DataObject) -> None:
+    """A given chunk that is done is not dealt, one that is done in part is dealt whole, and keeps its number."""
+    done = data.draw(ranges(sum(row_chunks)))
+    dealer = Recorded(Balanced.of_chunks(row_chunks, priors, done=done))
+    drain_around(dealer, len(priors), data)
+    starts = [sum(row_chunks[:i]) for i in range(len(row_chunks))]
+    left = [i for i, n in enumerate(row_chunks) if not n or not set(range(starts[i], starts[i] + n)) <= rows_of(done)]
+    assert [(c.index, c.start, c.n_rows) for c in dealer.chunks] == [(i, starts[i], row_chunks[i]) for i in left]
+    assert dealer.left == 0
+
+
+@given(row_chunks=st.lists(st.integers(0, 20), max_size=30), weights=weights, whole=st.booleans(), data=st.data())
+def test_a_plan_without_what_is_done(row_chunks: list[int], weights: list[float], whole: bool, data: st.DataObject) -> None:
+    """A device gets what is left of its own chunks, each in pieces around what is done, or ``whole`` if any is left."""
+    layout = follow(row_chunks, weights, batch_size=1)
+    done = data.draw(ranges(sum(row_chunks)))
+    dealer = Recorded(Planned(layout, 0, n_devices=len(weights), done=done, whole=whole))
+    n_left = dealer.n_rows_left
+    drain_around(dealer, len(weights), data)
+    wanted = []
+    for chunk in layout.chunks:
+        rows = [row for row in range(chunk.start, chunk.stop) if row not in rows_of(done)]
+        wanted += [(chunk.index, chunk.device, row) for row in (range(chunk.start, chunk.stop) if whole and rows else rows)]
+    found = [(chunk.index, chunk.device, row) for chunk in dealer.chunks for row in range(chunk.start, chunk.stop)]
+    assert sorted(found) == sorted(wanted)
+    assert n_left == len(wanted)
+    assert dealer.left == 0
+
+
+def drain_around(dealer: Recorded, n_devices: int, data: st.DataObject) -> None:
+    """Deal everything while tasks end in any order."""
+    queues: dict[int, list[Task]] = {device: [] for device in range(n_devices)}
+    while True:
+        ask_all(dealer, range(n_devices), None, queues)
+        busy = [device for device, queue in queues.items() if queue]
+        if not busy:
+            return
+        device = data.draw(st.sampled_from(busy))
+        dealer.took(device, queues[device].pop(0), data.draw(st.sampled_from([1e-4, 0.3])))
+
+
+@pytest.mark.parametrize("make", [lambda: grid([1000.0, 1000.0]), lambda: planned([10] * 40)], ids=["grid", "plan"])
+def test_a_chunk_that_is_given_up_is_waited_for_no_more(make: Callable[[], Dealer]) -> None:
+    """A chunk that is dropped is no more in flight: whoever had it is not taken to be busy, and is not faster for it."""
+    dealer = make()
+    for chunk in dealer.deal(0):
+        dealer.dropped(chunk)
+    assert dealer.speeds[0] is None
+    assert dealer.deal(0)
+
+
+def test_rows_of_a_device_that_is_gone() -> None:
+    """A balanced device that left gets no more, and the others get all; a plan's chunks are dealt in its name."""
+    dealer = grid([1000.0, 1000.0], seconds=1.0)
+    dealer.leave(0)
+    assert dealer.deal(0) == ()
+    rows = 0
+    while task := dealer.deal(1):
+        rows += task[0].n_rows
+        dealer.took(1, task, task[0].n_rows / 1000.0)
+    assert rows == 2000
+    plan = planned([10] * 4)
+    plan.leave(0)
+    assert plan.deal(0)

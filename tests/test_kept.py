@@ -280,7 +280,7 @@ def test_a_forked_child_leaves_the_parents_cluster_alone() -> None:
             sys.exit(0)
         began = time.monotonic()
         assert os.waitpid(child, 0)[1] == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         with kept.client(["cpu"]) as again:
             assert again is client
             print(again.submit(sum, [1, 2]).result(timeout=10), cluster.whole)
