@@ -46,8 +46,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 def _is_kept(path: Path) -> bool:
-    """Whether it is the user's folder for networks that are shipped to clusters of others, with nothing in it."""
-    return path.name == f"daskinfer-{os.getuid()}" and not any(path.iterdir())
+    """Whether it is the user's folder for networks that are shipped to clusters of others."""
+    return path.name == f"daskinfer-{os.getuid()}"
 
 
 def _left_behind() -> dict[str, set[object]]:
