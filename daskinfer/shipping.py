@@ -57,6 +57,8 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
         if elsewhere and client.status == "running":
             # By whatever worker is on the host now: the one that received it may have died.
             client.run(_forget, name, workers=_one_each(client, hosts), on_error="ignore")
+        elif elsewhere:
+            _forget(name)  # the scheduler is lost: of all hosts this one is reached still
 
 
 def _receivers(client: Client, addresses: Sequence[str], loaded: Collection[str]) -> dict[str, str]:

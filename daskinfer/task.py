@@ -9,6 +9,7 @@ What is the same for all tasks of a call, the :class:`Order`, is pickled once an
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,10 @@ from daskinfer.transport import mapped, write_note
 from daskinfer.worker import Seat, seat
 
 T = TypeVar("T")
+
+# What is unpickled may import packages. With dask-cuda installed Dask's own are imported by a loader that stops the whole
+# worker where one thread imports dask.array and another uses what there is of it (seen in Python 3.11, 2 runs of 3).
+_unpickling = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def run_task(sealed: bytes, task: Task | bytes, brought: Sequence[Any] = ()) -> 
     brought
         Results of other Dask tasks that parts ask for by position.
     """
-    order, task = _opened(sealed), Task.opened(task) if isinstance(task, bytes) else task
+    with _unpickling:
+        order, task = _opened(sealed), Task.opened(task) if isinstance(task, bytes) else task
     order = replace(order, job=replace(order.job, alone=task.alone))
     memory = mapped(task.arena) if task.arena else None
     blocks = [_run_piece(piece, order, Within(memory, brought)) for piece in task.pieces]

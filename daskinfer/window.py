@@ -165,6 +165,8 @@ class Window:
             self._await(lane, future)
         except KilledWorker as error:
             del lane.tasks[future]  # its slot is not to be used again: its process may still be ending
+            # Or the client keeps it, with all that its error's traceback names: this frame, the arena, and so itself.
+            future.release()
             yield from self._died(lane, task, _address(error.last_worker), dealer)
         except NeedsLostError:
             del lane.tasks[future]
@@ -173,6 +175,7 @@ class Window:
             del lane.tasks[future]
             if future.status == "error":  # its attempt has answered
                 _free(task)
+            future.release()
             yield from self._raised(lane, task, error, dealer)
         else:
             del lane.tasks[future]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 from distributed import Client
 
 import daskinfer as di
-from daskinfer import faults, window
+from daskinfer import faults, transport, window
 from daskinfer.errors import ChunkError, ChunkTimeout, ClusterError, ModelError, StorageError, WorkerLost
 from daskinfer.faults import MAX_DEATHS, Book, ends_the_call, lost
+from daskinfer.kept import kept
+from daskinfer.model import shipped_path
 from daskinfer.records import Chunk
 from tests import faulty
+from tests.conftest import wait_until
 from tests.faulty import CHUNK_ROWS, X
 
 CHUNK, OTHER = Chunk(3, 30, 40, 0), Chunk(4, 40, 50, 0)
@@ -157,6 +161,16 @@ def test_a_worker_that_is_killed_once_costs_its_window(cpus: dict[str, Any], tmp
     assert faulty.n_again(tmp_path) <= 3
 
 
+@pytest.mark.parametrize("act", [faulty.killed, faulty.raises(faulty.bad)])
+def test_a_task_that_failed_is_let_go(cpus: dict[str, Any], tmp_path: Path, act: Callable[[float], None]) -> None:
+    """After a call that mended what failed, the kept client holds no task of it, nor the memory that this one used."""
+    di.predict(faulty.network(tmp_path, act, [1234], times=1), chunked(), **cpus)
+    assert kept._current is not None
+    client = kept._current.client
+    wait_until(lambda: gc.collect() >= 0 and not client.futures)
+    assert sum(type(found) is transport.Arena for found in gc.get_objects()) <= 1  # kept for the next call
+
+
 @pytest.mark.parametrize("n_poison", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_poison_is_filled_and_nobody_else(cpus: dict[str, Any], tmp_path: Path, n_poison: int) -> None:
     """Chunks that kill every worker are named and filled, and no innocent one is lost."""
@@ -267,14 +281,16 @@ def test_memory_that_is_short_once(two: dict[str, Any], tmp_path: Path, error: E
 
 
 def test_a_scheduler_that_is_lost_is_named(foreign: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler that goes away while a call runs is a clear error, not a hang."""
+    """A scheduler that goes away while a call runs is a clear error, not a hang; what this host holds of the call goes."""
     monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.2)
+    shipped = Path(shipped_path("x")).parent
     net = faulty.network(tmp_path, faulty.sleeps, [], seconds=0.05)
     blocks = di.stream(net, X, client=foreign, batch_size=10, device_weights=[1, 1])
     next(blocks)
     foreign.cluster.close()
     with pytest.raises(di.errors.SchedulerLost, match="scheduler"):
         list(blocks)
+    assert not list(shipped.glob("model-*"))
 
 
 def test_two_calls_of_one_cluster_while_a_worker_ends(cpus: dict[str, Any], tmp_path: Path) -> None:

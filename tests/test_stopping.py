@@ -23,7 +23,8 @@ from daskinfer.stopping import StopNow, drained
 from tests.conftest import wait_until
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as without coverage, which has a handler of its own
 import numpy as np
 import daskinfer as di
 
@@ -114,9 +115,11 @@ def sent(number: int) -> None:
 @pytest.fixture
 def run() -> Iterator[SimpleNamespace]:
     """What is asked to begin nothing more; handlers are as they were afterwards."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # coverage has its own
     yield SimpleNamespace(draining=False)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    found = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert found == usual
 
 
 def test_without_a_signal_nothing_is_raised(run: SimpleNamespace) -> None:

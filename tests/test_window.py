@@ -6,11 +6,14 @@ import contextlib
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
 import dask.array as da
 import numpy as np
 import pytest
@@ -25,10 +28,13 @@ from daskinfer.errors import ClusterError
 from daskinfer.fetching import InFlight
 from daskinfer.lane import Lane
 from daskinfer.model import Model, ShippedModel, shipped_path
+from daskinfer.parts import Piece, Task
 from daskinfer.placement import workers_of
-from daskinfer.planner import lay_out
-from daskinfer.records import RunReport
+from daskinfer.planner import follow, lay_out
+from daskinfer.records import Receipt, RunReport
 from daskinfer.replacing import Replacer
+from daskinfer.task import Block
+from daskinfer.ways import UnsentError
 from tests.conftest import wait_until
 
 N_TINY = 2000  # chunks
@@ -242,3 +248,68 @@ def test_a_shipped_network_goes_though_its_receiver_died(foreign: Client) -> Non
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: len(set(workers_of(foreign)) - before) == 2, 60)
     assert not path.exists()
+
+
+# Faults that no real cluster shows in time: a client that has one worker, and loses what it is told to
+
+
+class Late:
+    """A future whose callbacks are called at once, and whose answer is asked for in vain before it comes."""
+
+    def __init__(self, client: OneWorker, block: Any) -> None:
+        self.client, self.block, self.n_asked = client, block, 0
+        self.status = "finished"
+
+    def add_done_callback(self, call: Callable[[Late], None]) -> None:
+        call(self)
+
+    def result(self, timeout: float) -> Any:
+        self.n_asked += 1
+        if self.n_asked == 1:
+            raise TimeoutError
+        return [self.block]
+
+
+class OneWorker:
+    """A client of a cluster of others, with one worker."""
+
+    status = "running"
+
+    def __init__(self) -> None:
+        self.scheduler = SimpleNamespace(identity=None)
+        self.submitted: list[Late] = []
+
+    def sync(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"workers": {"tcp://a": {}}}
+
+    def submit(self, work: Any, order: Any, task: Any, brought: Any, **_: Any) -> Late:
+        start, stop = cloudpickle.loads(zlib.decompress(task)).pieces[0].chunk.start, 0
+        block = Block([np.full(1, start)], Receipt(start, stop, "0", "", 1, 0.1, "tcp://a"))
+        self.submitted.append(Late(self, block))
+        return self.submitted[-1]
+
+    def cancel(self, futures: list[Late], *, force: bool) -> None:
+        assert futures == []
+
+
+def test_what_is_lost_on_the_way_comes_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that cannot be sent, as their worker has just ended, are sent later; an answer is asked for again."""
+    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(window, "AWAY_PATIENCE_SECONDS", 0.01)
+    client, refused = OneWorker(), [1, 1]
+
+    def feed(chunks: Any, slot: Any, workers: Any, *, reads: bool) -> tuple[Task, list[Future]]:
+        if refused and refused.pop():
+            raise UnsentError(workers)
+        return Task(tuple(Piece(chunk, (), None) for chunk in chunks)), []
+
+    arena = transport.Arena(transport.NOTE_NBYTES, 1)
+    lane = Lane(0, "0", "cpu", {"workers": ["tcp://a"]}, 1, arena, nanny="tcp://n")
+    dealer = Planned(follow([1, 0, 1, 1], [1.0], batch_size=1), 0, n_devices=1)
+    policy = window.Policy(0, None, Replacer(client, {}, allowed=False), None)
+    with window.Window(client, len, bytes, [lane], feed, policy) as opened:
+        found = [(one.chunk.start, int(one.arrays[0][0])) for one in opened.run(dealer, lambda: None)]
+    assert sorted(found) == [(0, 0), (1, 1), (2, 2)]
+    assert all(future.n_asked == 2 for future in client.submitted)
+    assert arena.clean
+    arena.close()
