@@ -3,7 +3,7 @@
 The rooms of the house, lower floors first; a room imports from its own floor and below, never from above::
 
     0  errors  tables  records  options  structure             plain Python
-       variables  own_code  allocator  owned  ranges
+       events  timeline  status  variables  own_code  allocator  owned  ranges
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying
@@ -16,8 +16,9 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        transport  parts  ways  task  graph  upstream  feeder
        plugin  preflight  shipping  call  faults  fetching
        lane  replacing  window  in_order  tuning  stopping
-       driver
-    4  assembly  answering  api  demo  cli
+       ready  driver
+    4  assembly  run_report  answering  progress  api  jobs
+       demo  cli
 
 The longest chain of imports has eight rooms (the design has seven): what is stored lies below what is read, and both below
 what is computed.
@@ -31,9 +32,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from daskinfer.api import close, devices, map_blocks, plan, predict, run, stream
+    from daskinfer.api import close, devices, map_blocks, predict, stream
     from daskinfer.cluster import LocalDeviceCluster
     from daskinfer.errors import DaskInferError, Interrupted
+    from daskinfer.jobs import plan, run
     from daskinfer.model import Model
     from daskinfer.options import Options
 
@@ -61,9 +63,9 @@ _HOMES = {
     "close": "api",
     "devices": "api",
     "map_blocks": "api",
-    "plan": "api",
+    "plan": "jobs",
     "predict": "api",
-    "run": "api",
+    "run": "jobs",
     "stream": "api",
 }
 

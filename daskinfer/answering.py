@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
 
 from daskinfer.assembly import Work
 from daskinfer.errors import DaskInferError, Partial
+from daskinfer.events import Asked, Listeners, RunEnded, RunStarted
 from daskinfer.fetching import Finished
 from daskinfer.in_order import InOrder
-from daskinfer.records import RunReport, Tally
+from daskinfer.run_report import RunReport, Tally
 from daskinfer.stopping import drained
 
 
@@ -22,24 +26,30 @@ class Runs(Protocol):
 
     began: float | None
     draining: bool
+    tell: Listeners
 
     @property
-    def batch_size(self) -> int: ...
+    def n_missing(self) -> int: ...
 
     def __iter__(self) -> Generator[Finished, None, None]: ...
 
 
-def compute(work: Work, keep: Callable[[Finished], None], run: Runs | None) -> RunReport:
-    """Compute every chunk, give each to ``keep``, and sum the receipts up; None: there is nothing to do."""
-    tally = Tally({part.device: part.share for part in work.plan().devices})
-    if run is None:
-        return tally.report(seconds=0.0, batch_size=work.job.batch_size)
+def compute(work: Work, keep: Callable[[Finished], None], run: Runs, n_before: int = 0) -> RunReport:
+    """Compute every chunk, give each to ``keep``, and sum the events up; ``n_before`` rows were done by earlier calls."""
+    tally = Tally()
+    run.tell.add(tally)
     began = time.perf_counter()
-    with drained(run), closing(iter(run)) as found:
+    with _told(work, run, n_before), drained(run), closing(iter(run)) as found:
         for finished in found:
             keep(finished)
-            tally.add(finished.receipt, finished.failures)
-    return tally.report(seconds=time.perf_counter() - (run.began or began), batch_size=run.batch_size)
+    return tally.report(seconds=time.perf_counter() - (run.began or began), facts=_facts(work))
+
+
+def nothing_to_do(work: Work) -> RunReport:
+    """The report of a run whose output is complete."""
+    tally = Tally()
+    tally(_started(work, "", work.layout.n_rows, work.layout.n_rows))
+    return tally.report(seconds=0.0, facts=_facts(work))
 
 
 def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
@@ -65,6 +75,48 @@ def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
 
 def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None]:
     """The answer block by block, in order."""
-    with closing(iter(run)) as finished:
+    with _told(work, run, 0), closing(iter(run)) as finished:
         for arrays in order.blocks(finished):
             yield work.answer(arrays)
+
+
+@contextmanager
+def _told(work: Work, run: Runs, n_before: int) -> Iterator[None]:
+    """Tell when the run begins, and how it ends."""
+    tell, error = run.tell, ""
+    tell(_started(work, tell.run, run.n_missing + n_before, n_before))
+    try:
+        yield
+    except GeneratorExit:
+        error = "closed before its end"
+        raise
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        tell(RunEnded(tell.run, time.time(), error))
+
+
+def _started(work: Work, run: str, n_rows: int, n_before: int) -> RunStarted:
+    plan, kinds = work.plan(), [device.kind for device in work.placement.devices]
+    devices = tuple(Asked(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
+    return RunStarted(run, time.time(), plan.model, plan.inputs, plan.outputs, n_rows, n_before, plan.batch_size, devices)
+
+
+def _facts(work: Work) -> dict[str, str]:
+    """What a report says of what was computed, beside what the events say."""
+    facts = dict(_surroundings())
+    if work.wanted is not None:
+        header = work.wanted.headers[0]
+        facts["stored in"] = ", ".join(work.wanted.paths)
+        facts["network's fingerprint"] = header.model
+        facts["input's fingerprint"] = "; ".join(f"{port}: {dict(mark)}" for port, mark in header.input.items())
+    return facts
+
+
+@functools.cache
+def _surroundings() -> Mapping[str, str]:
+    """Versions and machine, which reading takes milliseconds."""
+    versions = [f"{name} {metadata.version(name)}" for name in ("daskinfer", "torch", "dask", "distributed", "numpy")]
+    machine = f"{platform.node()}, {platform.platform()}"
+    return {"versions": ", ".join([*versions, f"Python {platform.python_version()}"]), "machine": machine}

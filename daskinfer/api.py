@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Generator, Sequence
 from typing import Any, Unpack
 
 from distributed import Client
 
 from daskinfer import driver, graph, kept
-from daskinfer.answering import answered, compute, streamed
+from daskinfer.answering import answered, streamed
 from daskinfer.assembly import (
-    Path,
     Refusals,
     Weights,
     assemble,
-    assemble_run,
     even_chunks,
     find_promise,
     keep_bfloat16,
@@ -31,9 +27,7 @@ from daskinfer.in_order import InOrder
 from daskinfer.inputs import Inputs
 from daskinfer.model import as_model
 from daskinfer.options import OptionFields, Options
-from daskinfer.outputs import opened
-from daskinfer.plan_record import Plan
-from daskinfer.records import RunReport
+from daskinfer.progress import Progress, listeners
 from daskinfer.runner import Job
 
 
@@ -45,6 +39,7 @@ def predict(
     device_weights: Weights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
+    progress: Progress = None,
     return_report: bool = False,
     options: Options | None = None,
     **fields: Unpack[OptionFields],
@@ -70,6 +65,9 @@ def predict(
     client
         A Dask client, whose workers are then the devices. None: the current client if there is one and ``devices`` is
         "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close`).
+    progress
+        What is shown while it runs: None: a bar where a person looks on (a terminal, a notebook); True: always, without a
+        terminal as a line every few seconds; False: nothing; a function: it is called with each event (``events``).
     return_report
         True: return (answer, :class:`RunReport`).
     options, **fields
@@ -106,7 +104,7 @@ def predict(
         options=options,
         fields=fields,
     )
-    answer, report = answered(work, driver.Run(work.call()))
+    answer, report = answered(work, driver.Run(work.call(), listeners(progress)))
     return (answer, report) if return_report else answer
 
 
@@ -118,6 +116,7 @@ def stream(
     device_weights: Weights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
+    progress: Progress = None,
     options: Options | None = None,
     **fields: Unpack[OptionFields],
 ) -> Generator[Any, None, None]:
@@ -129,7 +128,7 @@ def stream(
 
     Parameters
     ----------
-    model, x, devices, device_weights, batch_size, client, options, **fields
+    model, x, devices, device_weights, batch_size, client, progress, options, **fields
         As for :func:`predict`.
 
     Returns
@@ -160,7 +159,7 @@ def stream(
     )
     call = work.call()
     order = InOrder(call.ahead_rows)
-    return streamed(work, driver.Run(call, order.before), order)
+    return streamed(work, driver.Run(call, listeners(progress), order.before), order)
 
 
 def map_blocks(
@@ -228,144 +227,6 @@ def map_blocks(
     row_chunks = inputs.row_chunks or even_chunks(inputs, promise.row_nbytes, size)
     blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
     return graph.outputs(blocks, promise.structure, promise.outputs)
-
-
-def run(
-    model: Any,
-    source: Any,
-    target: Path | Mapping[str, Path],
-    *,
-    devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
-    batch_size: int | str = "auto",
-    client: Client | None = None,
-    fresh: bool = False,
-    shard: tuple[int, int] | None = None,
-    options: Options | None = None,
-    **fields: Unpack[OptionFields],
-) -> RunReport:
-    """Apply a network from storage to storage: workers read their rows and write their answers.
-
-    Repeating the call continues it: whatever ended it, and whenever, the answer is the same array in the end. Beside the
-    output a folder ``….daskinfer`` says what it is made of, and what of it is done; ``daskinfer verify`` reads the output
-    against it.
-
-    Parameters
-    ----------
-    model, devices, device_weights, batch_size, client, options, **fields
-        As for :func:`predict`.
-    source
-        The path of a ``.npy`` or ``.zarr`` array, (n, ...), or anything else that :func:`predict` takes.
-    target
-        The path of the answer, ``.npy`` or ``.zarr``; a mapping from output name to path where the network has several. It
-        appears under its name once it is complete. What lies there already has to be of the same call.
-    fresh
-        True: what lies there already is removed first. False: it is continued, or refused.
-    shard
-        (i, n): compute part i of n, counted from 1, as one of n calls that write one output; whichever ends last completes
-        it. None: all of it.
-
-    Returns
-    -------
-    RunReport
-        Rows, seconds, and each device's part in this call; ``rows_before`` were done before it.
-
-    Raises
-    ------
-    DaskInferError
-        Before anything starts: whatever cannot work, all reasons at once; an output of another network, input or options;
-        one that another run holds. Later: a chunk that failed, with its rows; what is done is kept for the next call.
-
-    Examples
-    --------
-    >>> import daskinfer as di, numpy as np, tempfile, os
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     x, y = os.path.join(folder, "x.npy"), os.path.join(folder, "y.zarr")
-    ...     np.save(x, np.arange(10.0))
-    ...     di.run(np.sqrt, x, y, devices="inline").rows
-    10
-    """
-    assembled = partial(
-        assemble_run,
-        model,
-        source,
-        target,
-        devices=devices,
-        device_weights=device_weights,
-        batch_size=batch_size,
-        client=client,
-        fresh=fresh,
-        shard=shard,
-        options=options,
-        fields=fields,
-    )
-    work = assembled()
-    assert work.wanted is not None  # a run's
-    with opened(work.wanted, fresh=fresh) as outputs:
-        if outputs.header.sizes != work.wanted.headers[0].sizes:
-            work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units
-        call = driver.Run(work.call(outputs.targets, outputs.done))
-        report = compute(work, lambda f: outputs.keep(f, call.batch_size, call.by_kind), call if outputs.missing else None)
-        outputs.finish()
-    return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
-
-
-def plan(
-    model: Any,
-    x: Any,
-    *,
-    target: Path | Mapping[str, Path] | None = None,
-    probe: bool = False,
-    devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
-    batch_size: int | str = "auto",
-    client: Client | None = None,
-    options: Options | None = None,
-    **fields: Unpack[OptionFields],
-) -> Plan:
-    """What would run where, in which chunks, with how many bytes; refuses here what cannot work, all reasons at once.
-
-    Parameters
-    ----------
-    model, x, devices, device_weights, batch_size, client, options, **fields
-        As for :func:`predict`.
-    target
-        As for :func:`run`: plan a run to storage. None: plan a predict.
-    probe
-        True: run the network on the first rows on every device, for rows/s and the time to expect; starts workers where
-        there are none. False: nothing starts; speeds show where an earlier call of this process measured them.
-
-    Returns
-    -------
-    Plan
-        A table when printed, in a notebook as HTML.
-
-    Raises
-    ------
-    DaskInferError
-        Whatever cannot work, all reasons at once.
-
-    Examples
-    --------
-    >>> import daskinfer as di, numpy as np
-    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1], batch_size=5)
-    >>> [(d.device, d.n_rows) for d in plan.devices]
-    [('cpu:0', 75), ('cpu:1', 25)]
-    """
-    arguments: dict[str, Any] = {
-        "devices": devices,
-        "device_weights": device_weights,
-        "batch_size": batch_size,
-        "client": client,
-        "options": options,
-        "fields": fields,
-    }
-    how = partial(assemble, model, x) if target is None else partial(assemble_run, model, x, target)
-    work = how(**arguments)
-    if probe and work.layout.n_rows:
-        driver.speeds(work.call())
-        work = how(**arguments)  # with the weights that were measured
-    return work.plan()
 
 
 def devices() -> DeviceTable:

@@ -255,13 +255,11 @@ def run(model: str, input: str, output: str, fresh: bool, shard: Any, as_json: b
     INPUT and OUTPUT are .npy or .zarr arrays; several ports are named: image=a.npy,meta=b.npy. What lies at OUTPUT already
     has to be of the same command.
     """
-    from dataclasses import asdict
-
     import daskinfer
 
     stored = partial(daskinfer.run, fresh=fresh, shard=shard)
     report = _call(stored, model, _ports(input), _ports(output), how=how)
-    click.echo(json.dumps(asdict(report)) if as_json else str(report))
+    click.echo(json.dumps(report.to_dict()) if as_json else str(report))
     if report.failed_rows:
         click.echo(
             f"daskinfer: {len(report.failed_rows):,} rows have no answer; failed_rows.json beside it lists them", err=True

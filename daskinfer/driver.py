@@ -21,41 +21,35 @@ done about those that do not end well stands in a table in ``faults``.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from distributed import Client
 
-from daskinfer import bad_rows, plugin, preflight, transport
+from daskinfer import bad_rows
 from daskinfer.call import Call
-from daskinfer.dealer import MAX_CHUNKS_PER_TASK, Balanced, Dealer, Planned
+from daskinfer.dealer import Dealer
 from daskinfer.errors import ChunkError, TooManyFailures
+from daskinfer.events import ChunkDone, ChunkFailed, ChunkStarted, Listeners, MicroBatchChosen
 from daskinfer.faults import Book, ends_the_call
 from daskinfer.feeder import Errand, Feeder
 from daskinfer.fetching import Finished
 from daskinfer.grid import MIN_BATCHES
 from daskinfer.io import Target
 from daskinfer.kept import kept
-from daskinfer.lane import Lane
-from daskinfer.model import Recipe
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
-from daskinfer.preflight import Answer
+from daskinfer.ready import asked, dealer_of, feeder_of, opened, order_of, ready
 from daskinfer.records import Chunk, Failure, Receipt
 from daskinfer.replacing import Replacer
-from daskinfer.shipping import shipped
-from daskinfer.task import Block, Order, compute, read, run_task, store
-from daskinfer.transport import Arena
+from daskinfer.task import Block, compute, read, run_task, store
 from daskinfer.tuning import measure_here, measured, tuned, tuned_here
-from daskinfer.window import AWAY_SECONDS, Policy, Window
+from daskinfer.window import Policy, Window
 from daskinfer.worker import Seat, seat
 
 logger = logging.getLogger(__name__)
@@ -70,8 +64,9 @@ class Run:
     """One call on its way: iterate over its chunks as they end, in no particular order.
 
     Closing the iterator cancels what has not ended. ``began`` is when the first chunk was on its way, by
-    ``time.perf_counter()``; None before. ``before()`` is the row at which no chunk may start yet; None: no limit. Once
-    ``draining`` is True, which another thread or a signal may set, no chunk is begun any more.
+    ``time.perf_counter()``; None before. ``tell`` gets the events of chunks and devices. ``before()`` is the row at which no
+    chunk may start yet; None: no limit. Once ``draining`` is True, which another thread or a signal may set, no chunk is
+    begun any more.
 
     Raises
     ------
@@ -81,12 +76,17 @@ class Run:
         While iterating: where a worker cannot do the work, or is gone.
     """
 
-    def __init__(self, call: Call, before: Callable[[], int | None] = lambda: None) -> None:
-        self._call, self._before = call, before
+    def __init__(self, call: Call, tell: Listeners | None = None, before: Callable[[], int | None] = lambda: None) -> None:
+        self._call, self._before, self.tell = call, before, tell or Listeners()
         self._n_threads: int | None = None  # torch's in this process; None: as they are
         self._n_failed = 0  # rows
         self.began: float | None = None
         self.draining = False
+
+    @property
+    def n_missing(self) -> int:
+        """Rows to compute."""
+        return self._call.layout.n_rows - sum(stop - start for start, stop in self._call.done)
 
     @property
     def batch_size(self) -> int:
@@ -101,7 +101,7 @@ class Run:
     def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
         allowed = call.job.options.failures_allowed(call.layout.n_rows)
-        n_missing = call.layout.n_rows - sum(stop - start for start, stop in call.done)
+        n_missing = self.n_missing
         for finished in self._finished():
             self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
             if self._n_failed > allowed:
@@ -110,9 +110,15 @@ class Run:
                     f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
                 )
             n_missing -= finished.chunk.n_rows
+            self._tell_done(finished)
             yield finished
         if n_missing > 0 and not self.draining:  # better no answer than one with holes
             raise ChunkError(f"{n_missing:,} rows were not computed, and nobody said why; this is a fault of daskinfer's.")
+
+    def _tell_done(self, done: Finished) -> None:
+        chunk, receipt = done.chunk, done.receipt
+        about = (receipt.device, receipt, done.failures, done.attempts)
+        self.tell(ChunkDone(self.tell.run, time.time(), chunk.start, chunk.stop, *about))
 
     def _finished(self) -> Iterator[Finished]:
         call = self._call
@@ -121,7 +127,7 @@ class Run:
             return
         if call.placement.inline:
             logger.debug("rule 2: in this process")
-            yield from self._inline(_dealer(call, call.weights), 0, _feeder(call, None))
+            yield from self._inline(dealer_of(call, call.weights), 0, feeder_of(call, None))
         elif not call.placement.automatic or not call.balanced:
             logger.debug("rule 3: on the workers")
             with opened(call.placement) as client:
@@ -140,7 +146,13 @@ class Run:
                     yield self._computed_here(chunk, feeder, here)
             dealer.took(device, chunks, time.perf_counter() - began)
             if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
-                self._call = tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0)
+                self._choose(tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0))
+
+    def _choose(self, call: Call) -> None:
+        """Go on with the micro-batches of this call."""
+        if call.job != self._call.job:
+            self.tell(MicroBatchChosen(self.tell.run, time.time(), call.job.batch_size, dict(call.job.by_kind)))
+        self._call = call
 
     def _computed_here(self, chunk: Chunk, feeder: Feeder, here: Seat) -> Finished:
         """One chunk in this process, as often as it takes."""
@@ -148,13 +160,17 @@ class Run:
         book = Book(call.job.options.retries)
         while True:
             book.begun(chunk)
+            read_began = time.time()
+            self.tell(ChunkStarted(self.tell.run, read_began, chunk.start, chunk.stop, here.device))
             try:
                 since = time.perf_counter()
                 rows = read(lambda: feeder.rows(chunk), chunk)
                 read_seconds = time.perf_counter() - since
                 block = compute(rows, chunk.start, chunk.stop, call.recipe, call.job, here)
-                return _stored(chunk, block, call.targets, read_seconds)
+                return _stored(chunk, block, call.targets, read_began, read_seconds)
             except ChunkError as error:
+                why = f"{type(error).__name__}: {error}"
+                self.tell(ChunkFailed(self.tell.run, time.time(), chunk.start, chunk.stop, here.device, why))
                 if ends_the_call(error):
                     raise
                 if not book.raised(chunk, error):
@@ -170,21 +186,22 @@ class Run:
         bad_rows.fill(arrays, slice(None), call.job.options.fill_value)
         receipt = Receipt(chunk.start, chunk.stop, device, "", 0, 0.0, "")
         failure = Failure(chunk.start, chunk.stop, device, f"{type(error).__name__}: {error}")
-        return _stored(chunk, Block(arrays, receipt, failures=(failure,)), call.targets, 0.0)
+        return _stored(chunk, Block(arrays, receipt, failures=(failure,)), call.targets, time.time(), 0.0)
 
     def _policy(self, client: Client, folders: Mapping[str, str]) -> Policy:
         options = self._call.job.options
         replacer = Replacer(client, folders, allowed=options.restart_workers)
-        return Policy(options.retries, options.chunk_timeout, replacer, self._give_up)
+        return Policy(options.retries, options.chunk_timeout, replacer, self._give_up, self.tell)
 
     def _on_workers(self, client: Client, dealer: Dealer | None = None) -> Iterator[Finished]:
         """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
-        with _ready(self._call, client) as (lanes, feeder, recipe, folders):
+        self.tell.connected(client)
+        with ready(self._call, client) as (lanes, feeder, recipe, folders):
             if dealer is None:
-                self._call = tuned(self._call, client, _order(self._call, recipe), lanes, feeder.task)
-                dealer = _dealer(self._call, self._call.weights)
+                self._choose(tuned(self._call, client, order_of(self._call, recipe), lanes, feeder.task))
+                dealer = dealer_of(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
-            order = Errand(client, _order(self._call, recipe))
+            order = Errand(client, order_of(self._call, recipe))
             settles = bool(self._call.targets)
             policy = self._policy(client, folders)
             with Window(client, run_task, order, lanes, feeder.task, policy, settles=settles) as window:
@@ -199,12 +216,12 @@ class _Automatic:
     def __init__(self, run: Run, call: Call) -> None:
         self._run, self._call = run, call
         self._here = len(call.weights)
-        self._dealer = _dealer(call, [*call.weights, 0.0])
+        self._dealer = dealer_of(call, [*call.weights, 0.0])
         self._known: Known = memory.of(call.key)
 
     def run(self) -> Iterator[Finished]:
         speeds, n_rows = self._known.speeds, self._call.layout.n_rows
-        there = kept.has(_asked(self._call.placement))
+        there = kept.has(asked(self._call.placement))
         if {"inline", "workers"} <= speeds.keys():
             logger.debug("rule 4: measured before, %s", speeds)
             sooner = n_rows / speeds["workers"] + (0.0 if there else START_SECONDS) < n_rows / speeds["inline"]
@@ -243,7 +260,7 @@ class _Automatic:
         self._dealer.weigh(self._here, 1.0)
         if speed := self._known.speeds.get("inline"):
             self._dealer.expect(self._here, speed)
-        yield from self._run._inline(self._dealer, self._here, _feeder(self._call, None))
+        yield from self._run._inline(self._dealer, self._here, feeder_of(self._call, None))
 
     def _on_workers(self) -> Iterator[Finished]:
         """On the workers, until they are seen to be slower than this process."""
@@ -293,98 +310,25 @@ def speeds(call: Call) -> dict[str, float]:
     Remembered, so that the next call begins with them.
     """
     if call.placement.inline:
-        _, speed = measure_here(call, _feeder(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
+        _, speed = measure_here(call, feeder_of(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
         found = {call.placement.devices[0].name: speed}
     else:
-        with opened(call.placement) as client, _ready(call, client) as (lanes, feeder, recipe, _):
+        with opened(call.placement) as client, ready(call, client) as (lanes, feeder, recipe, _):
             sizes = call.tried_sizes[:1]
-            by_lane = measured(call, client, _order(call, recipe), lanes, feeder.task, sizes)
+            by_lane = measured(call, client, order_of(call, recipe), lanes, feeder.task, sizes)
             found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
     memory.of(call.key).speeds.update(found)
     return found
 
 
-@contextlib.contextmanager
-def opened(placement: Placement) -> Iterator[Client]:
-    """The client that computes; a cluster is started only here."""
-    if placement.client is not None:
-        yield placement.client
-        return
-    with kept.client(_asked(placement)) as client:
-        yield client
-
-
-def _asked(placement: Placement) -> list[str]:
-    return [d.uuid or d.kind for d in placement.devices]
-
-
-def _dealer(call: Call, weights: Sequence[float]) -> Any:
-    """Who says which chunks come next."""
-    limits: dict[str, Any] = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes, "done": call.done}
-    if not call.balanced:
-        return Planned(call.layout, n_devices=len(weights), whole=call.inputs.row_chunks is not None, **limits)
-    if call.inputs.row_chunks is not None:
-        dealer = Balanced.of_chunks(call.layout.row_chunks, weights, **limits)
-    else:
-        dealer = Balanced.of_grid(call.layout.n_rows, call.layout.cell_rows, weights, **limits)
-    speeds = memory.of(call.key).speeds
-    for device, placed in enumerate(call.placement.devices):
-        if speed := speeds.get(placed.name):
-            dealer.expect(device, speed)
-    return dealer
-
-
-def _feeder(call: Call, client: Client | None) -> Feeder:
-    """Who turns chunks into tasks."""
-    outputs = () if call.targets else call.job.outputs or ()
-    return Feeder(call.inputs, outputs, call.layout.row_chunks, client)
-
-
-def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_seconds: float) -> Finished:
+def _stored(chunk: Chunk, block: Block, targets: Sequence[Target], read_began: float, read_seconds: float) -> Finished:
     block, write_seconds = store(block, chunk, targets)
     assert block.receipt is not None  # a chunk with rows
-    receipt = block.receipt.timed(read_seconds, write_seconds, read_seconds)
+    receipt = block.receipt.timed(
+        read_began=read_began,
+        ended=time.time(),
+        read_seconds=read_seconds,
+        write_seconds=write_seconds,
+        waited_seconds=read_seconds,
+    )
     return Finished(chunk, block.arrays, receipt, block.written, block.failures)
-
-
-@contextlib.contextmanager
-def _ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe, dict[str, str]]]:
-    """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network.
-
-    Last the folder of each device's cluster, where it is ours.
-    """
-    if call.placement.client is None:  # one that ended in an earlier call is on its way back
-        with contextlib.suppress(TimeoutError):
-            client.wait_for_workers(len(call.placement.devices), timeout=AWAY_SECONDS)
-    plugin.register(client)
-    feeder = _feeder(call, client)
-    n_tasks = call.readers + 2
-    # One more than there are tasks: the next is on its way before the answer of the last is used.
-    n_slots = (n_tasks + 1) * sum(weight > 0 for weight in call.weights)
-    with ExitStack() as stack:
-        nbytes = feeder.slot_nbytes(call.max_task_rows, MAX_CHUNKS_PER_TASK)
-        arena = stack.enter_context(transport.lent(client, nbytes, n_slots))
-        paths = [target.path for target in call.targets]
-        answers = preflight.ask(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref))
-        folders = {address: answer.scratch for address, answer in answers.items()}
-        loaded = {address for address, answer in answers.items() if answer.loaded}
-        recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
-        yield _lanes(call, answers, arena, n_tasks), feeder, recipe, {a.device: a.scratch for a in answers.values()}
-
-
-def _order(call: Call, recipe: Recipe) -> bytes:
-    return Order(recipe, call.job, call.targets).sealed()
-
-
-def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:
-    placement = call.placement
-    by_name = {answer.device: answer for answer in answers.values()}
-    lanes = []
-    for i, (device, weight) in enumerate(zip(placement.devices, call.weights, strict=True)):
-        answer = answers.get(placement.addresses[i]) if placement.addresses else by_name.get(device.name)
-        if weight > 0:
-            shares, reads = (answer.shares_memory, answer.reads_memory) if answer is not None else (False, False)
-            where = placement.restriction(i)
-            nanny = placement.nannies[i] or "" if placement.nannies else ""
-            lanes.append(Lane(i, device.name, device.kind, where, n_tasks, arena if shares else None, reads, nanny))
-    return lanes

@@ -127,7 +127,7 @@ def _opened(sealed: bytes) -> Order:
 
 
 def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
-    there_since, chunk = time.perf_counter(), piece.chunk
+    there_since, read_began, chunk = time.perf_counter(), time.time(), piece.chunk
     rows = read(lambda: [part.rows(within) for part in piece.parts], chunk)
     read_seconds = time.perf_counter() - there_since
     out = None
@@ -138,7 +138,13 @@ def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
         lambda: compute(rows, chunk.start, chunk.stop, order.recipe, order.job, here, out), there_since
     )
     block, write_seconds = store(block, chunk, order.targets)
-    receipt = block.receipt and block.receipt.timed(read_seconds, write_seconds, waited_seconds)
+    receipt = block.receipt and block.receipt.timed(
+        read_began=read_began,
+        ended=time.time(),
+        read_seconds=read_seconds,
+        write_seconds=write_seconds,
+        waited_seconds=waited_seconds,
+    )
     return replace(block, arrays=[] if out is not None else block.arrays, receipt=receipt)
 
 
@@ -199,8 +205,10 @@ def compute(
         return Block([output.copy() for output in job.outputs], None)
     _check_rows(job, rows, start, stop)
     with here.threads():
-        answer = run_chunk(_model(recipe, here), rows, start, job, out)
-    return Block(answer.arrays, _receipt(start, stop, here, answer), failures=_failures(start, here, answer))
+        model = _model(recipe, here)
+        began = time.time()
+        answer = run_chunk(model, rows, start, job, out)
+    return Block(answer.arrays, _receipt(start, stop, here, answer, began), failures=_failures(start, here, answer))
 
 
 def _failures(start: int, here: Seat, answer: Answer) -> tuple[Failure, ...]:
@@ -211,8 +219,18 @@ def _model(recipe: Recipe, here: Seat) -> LoadedModel:
     return models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
 
 
-def _receipt(start: int, stop: int, here: Seat, answer: Answer) -> Receipt:
-    return Receipt(start, stop, here.device, here.device_name, answer.batch_size, answer.seconds, here.worker)
+def _receipt(start: int, stop: int, here: Seat, answer: Answer, began: float) -> Receipt:
+    return Receipt(
+        start,
+        stop,
+        here.device,
+        here.device_name,
+        answer.batch_size,
+        answer.seconds,
+        here.worker,
+        began=began,
+        peak_nbytes=here.peak_nbytes(),
+    )
 
 
 def _check_rows(job: Job, rows: Sequence[Array | Elsewhere], start: int, stop: int) -> None:

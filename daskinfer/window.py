@@ -14,7 +14,7 @@ import queue
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Client, Future
@@ -23,6 +23,7 @@ from distributed.scheduler import KilledWorker
 from daskinfer.chunk_errors import is_sticky
 from daskinfer.dealer import Dealer
 from daskinfer.errors import ChunkError, ClusterError, SchedulerLost
+from daskinfer.events import ChunkFailed, ChunkStarted, DeviceChanged, Listeners
 from daskinfer.faults import Book, ends_the_call, lost
 from daskinfer.fetching import Finished, InFlight, NeedsLostError, UnfetchedError, fetched
 from daskinfer.lane import Feed, Lane
@@ -55,12 +56,15 @@ class Policy:
     give_up
         Called with a chunk that will not be tried again, the name of its device and why: what stands in for its answer, or
         the error is raised.
+    tell
+        Gets the events of tasks and devices.
     """
 
     retries: int
     chunk_timeout: float | None
     replacer: Replacer
     give_up: Callable[[Chunk, str, ChunkError], Finished]
+    tell: Listeners = field(default_factory=Listeners)
 
 
 class Window:
@@ -190,6 +194,7 @@ class Window:
         if ends_the_call(error):
             raise error
         logger.warning("%s on %s: %s", task.rows, lane.name, error)
+        self._tell_failed(lane, task, f"{type(error).__name__}: {error}")
         if len(task.chunks) > 1:  # one of them is at fault
             self._book.apart(task.chunks)
         elif not self._book.raised(task.chunks[0], error):
@@ -201,10 +206,18 @@ class Window:
 
     def _died(self, lane: Lane, task: InFlight, worker: str, dealer: Dealer) -> Iterator[Finished]:
         logger.warning("the worker of %s ended with %s in flight; they are run again alone", lane.name, task.rows)
+        self._tell_failed(lane, task, "its worker ended")
         for chunk in task.chunks:
             if not self._book.died(chunk, alone=task.alone):
                 error = lost(chunk, worker, hung=task.hung, seconds=self._policy.chunk_timeout)
                 yield self._give_up(chunk, lane, error, dealer)
+
+    def _tell_failed(self, lane: Lane, task: InFlight, why: str) -> None:
+        for chunk in task.chunks:
+            self._policy.tell(ChunkFailed(self._policy.tell.run, time.time(), chunk.start, chunk.stop, lane.name, why))
+
+    def _tell_changed(self, lane: Lane, state: str) -> None:
+        self._policy.tell(DeviceChanged(self._policy.tell.run, time.time(), lane.name, state))
 
     def _give_up(self, chunk: Chunk, lane: Lane, error: ChunkError, dealer: Dealer) -> Finished:
         finished = self._policy.give_up(chunk, lane.name, error)
@@ -258,6 +271,9 @@ class Window:
         needs = [*brought, order] if isinstance(order, Future) else brought
         lane.tasks[future] = InFlight(chunks, slot, places, alone, time.monotonic(), tuple(needs))
         self._await(lane, future)
+        tell, now = self._policy.tell, time.time()
+        for chunk in chunks:
+            tell(ChunkStarted(tell.run, now, chunk.start, chunk.stop, lane.name))
         return True
 
     def _await(self, lane: Lane, future: Future) -> None:
@@ -309,6 +325,7 @@ class Window:
         """Have a device's worker replaced, or go on without it."""
         if self._policy.replacer.replace(lane.name, address):
             lane.replaced_at = time.monotonic()
+            self._tell_changed(lane, "replaced")
             _until_gone(self._client, address)
         else:
             yield from self._go_on_without(lane, dealer)
@@ -322,6 +339,7 @@ class Window:
                 "least one has to be there, or to come back. Look into their logs, and repeat the call."
             )
         logger.warning("%s is gone; the others go on without it", lane.name)
+        self._tell_changed(lane, "gone")
         dealer.leave(lane.device)
         yield from self._take_back(lane, dealer)
 

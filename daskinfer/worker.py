@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +50,13 @@ class Seat:
             yield
         finally:
             torch.set_num_threads(before)
+
+    def peak_nbytes(self) -> int:
+        """The most memory that was held so far: of a GPU by tensors of this process, else of the host by this process."""
+        if self.torch_device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.torch_device))
+        unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe(dask_worker: Any) -> Device:

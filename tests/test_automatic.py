@@ -18,7 +18,7 @@ import daskinfer as di
 from daskinfer import driver, tuning
 from daskinfer.kept import kept
 from daskinfer.pace import Known, memory
-from daskinfer.records import RunReport
+from daskinfer.run_report import RunReport
 from tests.conftest import wait_until
 
 N_ROWS = 4000

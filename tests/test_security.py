@@ -28,7 +28,7 @@ from daskinfer.kept import kept
 from daskinfer.launch import LOOPBACK, Start, security_of
 from daskinfer.plan_record import Plan, describe
 from daskinfer.planner import lay_out
-from daskinfer.records import DeviceReport, RunReport
+from daskinfer.run_report import DeviceReport, RunReport
 from tests.conftest import wait_until
 
 X = np.arange(4000, dtype=np.float32)

@@ -31,8 +31,9 @@ from daskinfer.model import Model, ShippedModel, shipped_path
 from daskinfer.parts import Piece, Task
 from daskinfer.placement import workers_of
 from daskinfer.planner import follow, lay_out
-from daskinfer.records import Receipt, RunReport
+from daskinfer.records import Receipt
 from daskinfer.replacing import Replacer
+from daskinfer.run_report import RunReport
 from daskinfer.task import Block
 from daskinfer.ways import UnsentError
 from tests.conftest import wait_until

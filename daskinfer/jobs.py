@@ -1,0 +1,163 @@
+"""The functions that users call for storage: ``run`` from files to files, and ``plan``, which says what a call would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Unpack
+
+from distributed import Client
+
+from daskinfer import driver
+from daskinfer.answering import compute, nothing_to_do
+from daskinfer.assembly import Path, Weights, assemble, assemble_run
+from daskinfer.fetching import Finished
+from daskinfer.options import OptionFields, Options
+from daskinfer.outputs import opened
+from daskinfer.plan_record import Plan
+from daskinfer.progress import Progress, listeners
+from daskinfer.run_report import RunReport
+
+
+def run(
+    model: Any,
+    source: Any,
+    target: Path | Mapping[str, Path],
+    *,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    progress: Progress = None,
+    fresh: bool = False,
+    shard: tuple[int, int] | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> RunReport:
+    """Apply a network from storage to storage: workers read their rows and write their answers.
+
+    Repeating the call continues it: whatever ended it, and whenever, the answer is the same array in the end. Beside the
+    output a folder ``….daskinfer`` says what it is made of, and what of it is done; ``daskinfer verify`` reads the output
+    against it.
+
+    Parameters
+    ----------
+    model, devices, device_weights, batch_size, client, progress, options, **fields
+        As for :func:`predict`.
+    source
+        The path of a ``.npy`` or ``.zarr`` array, (n, ...), or anything else that :func:`predict` takes.
+    target
+        The path of the answer, ``.npy`` or ``.zarr``; a mapping from output name to path where the network has several. It
+        appears under its name once it is complete. What lies there already has to be of the same call.
+    fresh
+        True: what lies there already is removed first. False: it is continued, or refused.
+    shard
+        (i, n): compute part i of n, counted from 1, as one of n calls that write one output; whichever ends last completes
+        it. None: all of it.
+
+    Returns
+    -------
+    RunReport
+        Rows, seconds, and each device's part in this call; ``rows_before`` were done before it.
+
+    Raises
+    ------
+    DaskInferError
+        Before anything starts: whatever cannot work, all reasons at once; an output of another network, input or options;
+        one that another run holds. Later: a chunk that failed, with its rows; what is done is kept for the next call.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     x, y = os.path.join(folder, "x.npy"), os.path.join(folder, "y.zarr")
+    ...     np.save(x, np.arange(10.0))
+    ...     di.run(np.sqrt, x, y, devices="inline").rows
+    10
+    """
+    assembled = partial(
+        assemble_run,
+        model,
+        source,
+        target,
+        devices=devices,
+        device_weights=device_weights,
+        batch_size=batch_size,
+        client=client,
+        fresh=fresh,
+        shard=shard,
+        options=options,
+        fields=fields,
+    )
+    work = assembled()
+    assert work.wanted is not None  # a run's
+    with opened(work.wanted, fresh=fresh) as outputs:
+        if outputs.header.sizes != work.wanted.headers[0].sizes:
+            work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units
+        call = driver.Run(work.call(outputs.targets, outputs.done), listeners(progress))
+
+        def keep(finished: Finished) -> None:
+            outputs.keep(finished, call.batch_size, call.by_kind)
+
+        report = compute(work, keep, call, outputs.n_before) if outputs.missing else nothing_to_do(work)
+        outputs.finish()
+    return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
+
+
+def plan(
+    model: Any,
+    x: Any,
+    *,
+    target: Path | Mapping[str, Path] | None = None,
+    probe: bool = False,
+    devices: str | Sequence[str] = "auto",
+    device_weights: Weights = "auto",
+    batch_size: int | str = "auto",
+    client: Client | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Plan:
+    """What would run where, in which chunks, with how many bytes; refuses here what cannot work, all reasons at once.
+
+    Parameters
+    ----------
+    model, x, devices, device_weights, batch_size, client, options, **fields
+        As for :func:`predict`.
+    target
+        As for :func:`run`: plan a run to storage. None: plan a predict.
+    probe
+        True: run the network on the first rows on every device, for rows/s and the time to expect; starts workers where
+        there are none. False: nothing starts; speeds show where an earlier call of this process measured them.
+
+    Returns
+    -------
+    Plan
+        A table when printed, in a notebook as HTML.
+
+    Raises
+    ------
+    DaskInferError
+        Whatever cannot work, all reasons at once.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np
+    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1], batch_size=5)
+    >>> [(d.device, d.n_rows) for d in plan.devices]
+    [('cpu:0', 75), ('cpu:1', 25)]
+    """
+    arguments: dict[str, Any] = {
+        "devices": devices,
+        "device_weights": device_weights,
+        "batch_size": batch_size,
+        "client": client,
+        "options": options,
+        "fields": fields,
+    }
+    how = partial(assemble, model, x) if target is None else partial(assemble_run, model, x, target)
+    work = how(**arguments)
+    if probe and work.layout.n_rows:
+        driver.speeds(work.call())
+        work = how(**arguments)  # with the weights that were measured
+    return work.plan()

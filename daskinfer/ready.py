@@ -1,0 +1,106 @@
+"""What has to be there before the first chunk of a call: a client, a dealer, a feeder, and on every worker the network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from distributed import Client
+
+from daskinfer import plugin, preflight, transport
+from daskinfer.call import Call
+from daskinfer.dealer import MAX_CHUNKS_PER_TASK, Balanced, Planned
+from daskinfer.feeder import Feeder
+from daskinfer.kept import kept
+from daskinfer.lane import Lane
+from daskinfer.model import Recipe
+from daskinfer.pace import memory
+from daskinfer.placement import Placement
+from daskinfer.preflight import Answer
+from daskinfer.shipping import shipped
+from daskinfer.task import Order
+from daskinfer.transport import Arena
+from daskinfer.window import AWAY_SECONDS
+
+
+@contextlib.contextmanager
+def opened(placement: Placement) -> Iterator[Client]:
+    """The client that computes; a cluster is started only here."""
+    if placement.client is not None:
+        yield placement.client
+        return
+    with kept.client(asked(placement)) as client:
+        yield client
+
+
+def asked(placement: Placement) -> list[str]:
+    """The devices of the cluster that is kept for such a call."""
+    return [d.uuid or d.kind for d in placement.devices]
+
+
+def dealer_of(call: Call, weights: Sequence[float]) -> Any:
+    """Who says which chunks come next."""
+    limits: dict[str, Any] = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes, "done": call.done}
+    if not call.balanced:
+        return Planned(call.layout, n_devices=len(weights), whole=call.inputs.row_chunks is not None, **limits)
+    if call.inputs.row_chunks is not None:
+        dealer = Balanced.of_chunks(call.layout.row_chunks, weights, **limits)
+    else:
+        dealer = Balanced.of_grid(call.layout.n_rows, call.layout.cell_rows, weights, **limits)
+    speeds = memory.of(call.key).speeds
+    for device, placed in enumerate(call.placement.devices):
+        if speed := speeds.get(placed.name):
+            dealer.expect(device, speed)
+    return dealer
+
+
+def feeder_of(call: Call, client: Client | None) -> Feeder:
+    """Who turns chunks into tasks."""
+    outputs = () if call.targets else call.job.outputs or ()
+    return Feeder(call.inputs, outputs, call.layout.row_chunks, client)
+
+
+@contextlib.contextmanager
+def ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe, dict[str, str]]]:
+    """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network.
+
+    Last the folder of each device's cluster, where it is ours.
+    """
+    if call.placement.client is None:  # one that ended in an earlier call is on its way back
+        with contextlib.suppress(TimeoutError):
+            client.wait_for_workers(len(call.placement.devices), timeout=AWAY_SECONDS)
+    plugin.register(client)
+    feeder = feeder_of(call, client)
+    n_tasks = call.readers + 2
+    # One more than there are tasks: the next is on its way before the answer of the last is used.
+    n_slots = (n_tasks + 1) * sum(weight > 0 for weight in call.weights)
+    with ExitStack() as stack:
+        nbytes = feeder.slot_nbytes(call.max_task_rows, MAX_CHUNKS_PER_TASK)
+        arena = stack.enter_context(transport.lent(client, nbytes, n_slots))
+        paths = [target.path for target in call.targets]
+        answers = preflight.ask(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref))
+        folders = {address: answer.scratch for address, answer in answers.items()}
+        loaded = {address for address, answer in answers.items() if answer.loaded}
+        recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
+        yield _lanes(call, answers, arena, n_tasks), feeder, recipe, {a.device: a.scratch for a in answers.values()}
+
+
+def order_of(call: Call, recipe: Recipe) -> bytes:
+    """What is the same for all tasks of a call, as it travels."""
+    return Order(recipe, call.job, call.targets).sealed()
+
+
+def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -> list[Lane]:
+    placement = call.placement
+    by_name = {answer.device: answer for answer in answers.values()}
+    lanes = []
+    for i, (device, weight) in enumerate(zip(placement.devices, call.weights, strict=True)):
+        answer = answers.get(placement.addresses[i]) if placement.addresses else by_name.get(device.name)
+        if weight > 0:
+            shares, reads = (answer.shares_memory, answer.reads_memory) if answer is not None else (False, False)
+            where = placement.restriction(i)
+            nanny = placement.nannies[i] or "" if placement.nannies else ""
+            lanes.append(Lane(i, device.name, device.kind, where, n_tasks, arena if shares else None, reads, nanny))
+    return lanes

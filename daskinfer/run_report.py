@@ -1,0 +1,277 @@
+"""What a run did, as people and programs read it, and the sum of events that it is made from."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from daskinfer.events import Asked, ChunkDone, ChunkFailed, Event, MicroBatchChosen, RunStarted
+from daskinfer.records import Failure, Receipt
+from daskinfer.tables import html_table, text_table
+from daskinfer.timeline import Span, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network.
+
+    ``asked_share`` is the plan's, ``measured_share`` what the device's speed is of all devices', ``done_share`` what it did.
+    ``read_seconds`` and ``write_seconds`` are those of all chunks together, beside the network's; ``waited_seconds`` is how
+    long the device stood still until a chunk was read. ``batch_size`` is the smallest micro-batch that was used (rows; 0
+    where nothing was done), ``peak_nbytes`` the most memory held: a GPU's by the network, else the process's. ``n_retried``
+    counts attempts that came to nothing, ``ended`` is when its last chunk was done, in seconds since 1970.
+    """
+
+    device: str
+    device_name: str
+    n_chunks: int
+    n_rows: int
+    seconds: float
+    asked_share: float
+    done_share: float
+    measured_share: float = 0.0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    batch_size: int = 0
+    peak_nbytes: int = 0
+    n_retried: int = 0
+    ended: float = 0.0
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows over seconds spent in the network; 0.0 where nothing was done."""
+        return self.n_rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run did: how many rows, in how many seconds of wall time, and which device did which share.
+
+    Parameters
+    ----------
+    rows
+        Rows of the input that have an answer.
+    seconds
+        Wall time from the first chunk sent to the last row in place; starting workers is not in it.
+    batch_size
+        Rows of a micro-batch, as planned.
+    devices
+        One record per device, in the plan's order.
+    failed_rows
+        Global indices of rows without an answer, in order; empty when all is well.
+    failures
+        Which rows failed together, on which device, and why; in the order in which they did.
+    rows_before
+        Rows of a stored output that an earlier call had done, beside ``rows``.
+    by_kind
+        Rows of a micro-batch by kind of device, where the kinds differ.
+    timeline
+        When each device read, computed and wrote, in spans of at least one chunk; boundedly many.
+    facts
+        What was computed, in words: the network, inputs, outputs, versions, and of a stored output the fingerprints.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np
+    >>> y, report = di.predict(np.sqrt, np.arange(8.0), devices="inline", return_report=True)
+    >>> report.rows, [d.device for d in report.devices]
+    (8, ['inline'])
+    """
+
+    rows: int
+    seconds: float
+    batch_size: int
+    devices: tuple[DeviceReport, ...]
+    failed_rows: tuple[int, ...] = ()
+    rows_before: int = 0
+    failures: tuple[Failure, ...] = ()
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    timeline: tuple[Span, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows over seconds of wall time; 0.0 where nothing was done."""
+        return self.rows / self.seconds if self.seconds else 0.0
+
+    @property
+    def n_retried(self) -> int:
+        """Attempts at a chunk that came to nothing."""
+        return sum(device.n_retried for device in self.devices)
+
+    @property
+    def tail_seconds(self) -> float:
+        """How long the first device that was done waited for the last; 0.0 where one did it all."""
+        ended = [device.ended for device in self.devices if device.n_chunks]
+        return max(ended) - min(ended) if ended else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain strings, numbers, lists and dicts; the timeline is not in it.
+
+        Examples
+        --------
+        >>> RunReport(8, 2.0, 4, ()).to_dict()["rows_per_second"]
+        4.0
+        """
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("timeline", "devices")}
+        devices = [{**_plain(device), "rows_per_second": device.rows_per_second} for device in self.devices]
+        derived = {name: getattr(self, name) for name in ("rows_per_second", "n_retried", "tail_seconds", "verdict")}
+        failures = [_plain(failure) for failure in self.failures]
+        return own | derived | {"devices": devices, "failures": failures, "by_kind": dict(self.by_kind)}
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [
+                d.device,
+                d.device_name,
+                f"{d.n_chunks:,}",
+                f"{d.n_rows:,}",
+                f"{d.rows_per_second:,.0f}",
+                f"{d.asked_share:.1%}",
+                f"{d.measured_share:.1%}",
+                f"{d.done_share:.1%}",
+            ]
+            for d in self.devices
+        ]
+
+    def __str__(self) -> str:
+        return f"{text_table(_REPORT_HEADERS, self._cells())}\n{self._summary()}"
+
+    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(_REPORT_HEADERS, self._cells())}<p>{html.escape(self._summary())}</p>"
+
+    def _summary(self) -> str:
+        if self.rows_before and not any(device.n_chunks for device in self.devices):
+            return f"nothing to do: all {self.rows_before:,} rows were done before"
+        said = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
+        said += f"micro-batch {self.batch_size:,}"
+        said += f"; {self.rows_before:,} rows were done before" if self.rows_before else ""
+        said += f"; {len(self.failed_rows):,} rows have no answer" if self.failed_rows else ""
+        return f"{said}; {self.verdict}" if self.verdict else said
+
+    @property
+    def verdict(self) -> str:
+        """What to change for more speed, in one line; empty where nothing was done. The first that holds:
+
+        1. Devices waited for reads for ``MUCH`` of the time: input-bound.
+        2. They computed for ``MOST`` of it: compute-bound.
+        3. Writing took ``MOST`` of it: output-bound.
+        4. Otherwise what was around the chunks took the time.
+        """
+        working = [device for device in self.devices if device.n_rows]
+        total = self.seconds * len(working)
+        if not total:
+            return ""
+        waited, computed, wrote = (
+            min(1.0, sum(getattr(device, f"{what}seconds") for device in working) / total)
+            for what in ("waited_", "", "write_")
+        )
+        if waited >= MUCH:
+            return f"input-bound: devices waited {waited:.0%} for reads; raise readers"
+        if computed >= MOST:
+            return f"compute-bound: devices computed {computed:.0%} of the time"
+        if wrote >= MOST:
+            return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
+        return f"overhead-bound: devices computed {computed:.0%} of the time; use larger chunks or fewer devices"
+
+
+MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
+
+_REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return {one.name: getattr(record, one.name) for one in fields(record)}
+
+
+class Tally:
+    """Sums a run's events up; holds a few numbers per device and a bounded timeline, however many chunks there are."""
+
+    def __init__(self) -> None:
+        self._failures: list[Failure] = []
+        self._devices: dict[str, _Sums] = {}
+        self._timeline = Timeline()
+        self._batch_size, self._by_kind = 0, dict[str, int]()
+        self._facts: dict[str, str] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, ChunkDone):
+            self._sums(event.device).add(event.receipt, event.n_failed)
+            self._failures += event.failures
+            self._timeline.add(event.receipt)
+        elif isinstance(event, ChunkFailed):
+            self._sums(event.device).n_retried += 1
+        elif isinstance(event, RunStarted):
+            self._devices = {asked.device: _Sums(asked) for asked in event.devices}
+            self._batch_size = event.batch_size
+            self._facts = {"network": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
+        elif isinstance(event, MicroBatchChosen):
+            self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
+
+    def report(self, *, seconds: float, facts: Mapping[str, str] | None = None) -> RunReport:
+        """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""
+        rows = sum(sums.n_rows for sums in self._devices.values())
+        speed = sum(sums.rows_per_second for sums in self._devices.values())
+        failed = sorted(row for failure in self._failures for row in range(failure.start, failure.stop))
+        return RunReport(
+            rows=rows,
+            seconds=seconds,
+            batch_size=self._batch_size,
+            devices=tuple(sums.report(rows, speed) for sums in self._devices.values()),
+            failed_rows=tuple(failed),
+            failures=tuple(self._failures),
+            by_kind=self._by_kind,
+            timeline=self._timeline.spans,
+            facts={**self._facts, **(facts or {})},
+        )
+
+    def _sums(self, device: str) -> _Sums:
+        return self._devices.setdefault(device, _Sums(Asked(device, "", "", 0.0)))
+
+
+@dataclass
+class _Sums:
+    asked: Asked
+    device_name: str = ""
+    n_chunks: int = 0
+    n_rows: int = 0
+    seconds: float = 0.0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    batch_size: int = 0
+    peak_nbytes: int = 0
+    n_retried: int = 0
+    ended: float = 0.0
+
+    def add(self, receipt: Receipt, n_failed: int) -> None:
+        self.device_name = receipt.device_name or self.device_name
+        self.n_chunks += 1
+        self.n_rows += receipt.stop - receipt.start - n_failed
+        self.seconds += receipt.seconds
+        self.read_seconds += receipt.read_seconds
+        self.write_seconds += receipt.write_seconds
+        self.waited_seconds += receipt.waited_seconds
+        if receipt.batch_size:  # 0 where the chunk was given up
+            self.batch_size = min(self.batch_size or receipt.batch_size, receipt.batch_size)
+        self.peak_nbytes = max(self.peak_nbytes, receipt.peak_nbytes)
+        self.ended = max(self.ended, receipt.ended)
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.n_rows / self.seconds if self.seconds else 0.0
+
+    def report(self, all_rows: int, speed: float) -> DeviceReport:
+        own = {name: value for name, value in vars(self).items() if name != "asked"}
+        return DeviceReport(
+            self.asked.device,
+            asked_share=self.asked.share,
+            done_share=self.n_rows / all_rows if all_rows else 0.0,
+            measured_share=self.rows_per_second / speed if speed else 0.0,
+            **own,
+        )
