@@ -4,6 +4,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
 
     0  errors  tables  records  options  structure             plain Python
        events  timeline  status  variables  own_code  allocator  owned  ranges
+       reported  pictures
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying
@@ -17,7 +18,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        plugin  preflight  shipping  call  faults  fetching
        lane  replacing  window  in_order  tuning  stopping
        ready  driver
-    4  assembly  run_report  answering  progress  api  jobs
+    4  assembly  report  figure  run_report  answering  progress  api  jobs
        demo  cli
 
 The longest chain of imports has eight rooms (the design has seven): what is stored lies below what is read, and both below

@@ -13,6 +13,7 @@ variable stands for all of its instances.
 
 from __future__ import annotations
 
+import html
 import logging
 import os
 import platform
@@ -50,8 +51,8 @@ class Device:
 
     Examples
     --------
-    >>> Device("cuda:0", "cuda", 0, uuid="GPU-1f2e", label="NVIDIA L4").kind
-    'cuda'
+    >>> print(Device("cuda:0", "cuda", 0, uuid="GPU-1f2e", label="NVIDIA L4", memory_nbytes=24 << 30))
+    cuda:0: NVIDIA L4, 24.0 GiB, GPU-1f2e
     """
 
     name: str
@@ -61,6 +62,17 @@ class Device:
     label: str = ""
     memory_nbytes: int = 0
     free_nbytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self._known()}"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{html.escape(self.name)}</b>: {html.escape(self._known())}"
+
+    def _known(self) -> str:
+        memory = [f"{self.memory_nbytes / 2**30:,.1f} GiB"] if self.memory_nbytes else []
+        free = [f"{self.free_nbytes / 2**30:,.1f} GiB free"] if self.free_nbytes else []
+        return ", ".join(said for said in (self.label or self.kind, *memory, *free, self.uuid) if said)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
 from daskinfer.model_file import CODE_SUFFIXES, WEIGHTS_READERS, ModelFile, check_private
 from daskinfer.recipe import PROGRAMS, Loading, digest, said_of
+from daskinfer.tables import html_table
 
 
 class Recipe(Protocol):
@@ -102,10 +103,17 @@ class Model:
     sha256: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        given = {name: getattr(self, name) for name in ("factory", "kwargs", "version", "sha256")}
+        source, *others = self._given().items()
+        return f"Model({', '.join([source[1], *(f'{name}={said}' for name, said in others)])})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("Model", self.name), list(self._given().items()))
+
+    def _given(self) -> dict[str, str]:
+        """What it was made with, in the words that would make it again."""
+        given = {name: getattr(self, name) for name in ("source", "factory", "kwargs", "version", "sha256")}
         given["trust"] = self.trust or None
-        parts = [repr(self.source), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
-        return f"Model({', '.join(parts)})"
+        return {name: repr(value) for name, value in given.items() if value is not None or name == "source"}
 
     @property
     def name(self) -> str:

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from daskinfer.errors import MissingExtra
 from daskinfer.events import Asked, ChunkDone, ChunkFailed, Event, MicroBatchChosen, RunStarted
+from daskinfer.pictures import bars, names, svg
 from daskinfer.records import Failure, Receipt
+from daskinfer.reported import DeviceReport
 from daskinfer.tables import html_table, text_table
 from daskinfer.timeline import Span, Timeline
 
-
-@dataclass(frozen=True, slots=True)
-class DeviceReport:
-    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network.
-
-    ``asked_share`` is the plan's, ``measured_share`` what the device's speed is of all devices', ``done_share`` what it did.
-    ``read_seconds`` and ``write_seconds`` are those of all chunks together, beside the network's; ``waited_seconds`` is how
-    long the device stood still until a chunk was read. ``batch_size`` is the smallest micro-batch that was used (rows; 0
-    where nothing was done), ``peak_nbytes`` the most memory held: a GPU's by the network, else the process's. ``n_retried``
-    counts attempts that came to nothing, ``ended`` is when its last chunk was done, in seconds since 1970.
-    """
-
-    device: str
-    device_name: str
-    n_chunks: int
-    n_rows: int
-    seconds: float
-    asked_share: float
-    done_share: float
-    measured_share: float = 0.0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    batch_size: int = 0
-    peak_nbytes: int = 0
-    n_retried: int = 0
-    ended: float = 0.0
-
-    @property
-    def rows_per_second(self) -> float:
-        """Rows over seconds spent in the network; 0.0 where nothing was done."""
-        return self.n_rows / self.seconds if self.seconds else 0.0
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +111,96 @@ class RunReport:
             for d in self.devices
         ]
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one page of HTML that opens offline: timeline, speed, shares, memory, failures and facts.
+
+        Parameters
+        ----------
+        path
+            Where the page is written, wholly or not at all; what is there is replaced. None: nowhere.
+
+        Returns
+        -------
+        str
+            The page, some 1.3 MB: the code that draws its charts is in it.
+
+        Raises
+        ------
+        SourceMissing
+            Where the folder of ``path`` does not exist.
+
+        Examples
+        --------
+        >>> RunReport(8, 2.0, 4, ()).to_html()[:15]
+        '<!DOCTYPE html>'
+        """
+        from daskinfer import report  # bokeh takes half a second to import
+
+        page = report.page(self)
+        if path is not None:
+            report.write(page, path)
+        return page
+
+    def plot(self) -> Figure:
+        """The report as a figure of matplotlib, which notebooks show: timeline, speed, shares and memory.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Apart from pyplot, so there is nothing to close.
+
+        Raises
+        ------
+        MissingExtra
+            Where matplotlib is not installed.
+
+        Examples
+        --------
+        >>> len(RunReport(8, 2.0, 4, ()).plot().axes)
+        4
+        """
+        try:
+            from daskinfer.figure import draw
+        except ImportError as error:
+            raise MissingExtra(
+                f"RunReport.plot() needs matplotlib, which cannot be imported ({error}). Install it: "
+                'pip install "daskinfer[plot]"; or use to_html(), which needs nothing more.'
+            ) from error
+        return draw(self)
+
     def __str__(self) -> str:
-        return f"{text_table(_REPORT_HEADERS, self._cells())}\n{self._summary()}"
+        lines = [text_table(_REPORT_HEADERS, self._cells()), self._summary(), self.details]
+        return "\n".join(line for line in lines if line)
 
     __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
 
     def _repr_html_(self) -> str:
-        return f"{html_table(_REPORT_HEADERS, self._cells())}<p>{html.escape(self._summary())}</p>"
+        said = "".join(f"<p>{html.escape(line)}</p>" for line in (self.details, self._summary()) if line)
+        picture = svg(names(self), bars(self.timeline))
+        return f"{html_table(_REPORT_HEADERS, self._cells())}{picture}{said}"
 
     def _summary(self) -> str:
+        return f"{self.totals}; {self.verdict}" if self.verdict else self.totals
+
+    @property
+    def totals(self) -> str:
+        """How much was done in which time, in one line."""
         if self.rows_before and not any(device.n_chunks for device in self.devices):
             return f"nothing to do: all {self.rows_before:,} rows were done before"
         said = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
         said += f"micro-batch {self.batch_size:,}"
         said += f"; {self.rows_before:,} rows were done before" if self.rows_before else ""
         said += f"; {len(self.failed_rows):,} rows have no answer" if self.failed_rows else ""
-        return f"{said}; {self.verdict}" if self.verdict else said
+        return said
+
+    @property
+    def details(self) -> str:
+        """What else is worth a line: micro-batches by kind, retries, a long wait for the last; empty where nothing is."""
+        said = [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
+        said += [f"{self.n_retried:,} attempts came to nothing"] if self.n_retried else []
+        if self.tail_seconds > LONG_TAIL * self.seconds:
+            said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
+        return "; ".join(said)
 
     @property
     def verdict(self) -> str:
@@ -181,6 +229,7 @@ class RunReport:
 
 
 MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
+LONG_TAIL = 0.1  # of the wall time, from which on it is said; arbitrary
 
 _REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
 

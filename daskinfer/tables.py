@@ -34,7 +34,7 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same table as one HTML element."""
     right = [_is_numeric([row[i] for row in rows]) for i in range(len(headers))]
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+    head = "".join(_html_cell(h, numeric, "th") for h, numeric in zip(headers, right, strict=True))
     body = "".join(
         "<tr>" + "".join(_html_cell(c, numeric) for c, numeric in zip(row, right, strict=True)) + "</tr>" for row in rows
     )
@@ -49,17 +49,28 @@ def format_nbytes(nbytes: int) -> str:
     >>> format_nbytes(0), format_nbytes(1536), format_nbytes(3 << 30)
     ('0 B', '1.5 KiB', '3.0 GiB')
     """
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+    unit, size = byte_unit(nbytes)
+    return f"{nbytes} B" if unit == "B" else f"{nbytes / size:,.1f} {unit}"
 
 
-def _html_cell(cell: str, numeric: bool) -> str:
-    align = ' style="text-align:right"' if numeric else ""
-    return f"<td{align}>{html.escape(cell)}</td>"
+def byte_unit(nbytes: int) -> tuple[str, int]:
+    """The largest binary unit of which there is at least one, up to TiB, and its bytes.
+
+    Examples
+    --------
+    >>> byte_unit(3 << 20)
+    ('MiB', 1048576)
+    """
+    power = min(max(0, int(nbytes).bit_length() - 1) // 10, len(_UNITS) - 1)
+    return _UNITS[power], 1 << (10 * power)
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def _html_cell(cell: str, numeric: bool, tag: str = "td") -> str:
+    style = ' style="text-align:right"' if numeric else ' style="white-space:pre-wrap"' if "\n" in cell else ""
+    return f"<{tag}{style}>{html.escape(cell)}</{tag}>"
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:

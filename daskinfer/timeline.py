@@ -17,15 +17,17 @@ Stretch = tuple[float, float]  # when something began and ended, in seconds sinc
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows ``start:stop`` of ``n_chunks`` chunks on one device: when they were read, computed and written.
+    """``n_rows`` of rows ``start:stop``, in ``n_chunks`` chunks on one device: when they were read, computed and written.
 
-    What took no time, such as the writing of an answer that stays in memory, begins as it ends.
+    Rows between chunks that are drawn as one may be another device's. What took no time, such as the writing of an answer
+    that stays in memory, begins as it ends.
     """
 
     device: str
     start: int
     stop: int
     n_chunks: int
+    n_rows: int
     read: Stretch
     computed: Stretch
     wrote: Stretch
@@ -37,13 +39,15 @@ class Span:
         Examples
         --------
         >>> Span.of(Receipt(0, 8, "cpu:0", "", 4, 1.5, "", 0.5, 0.25, read_began=10.0, began=11.0, ended=13.0))
-        Span(device='cpu:0', start=0, stop=8, n_chunks=1, read=(10.0, 10.5), computed=(11.0, 12.5), wrote=(12.75, 13.0))
+        Span(device='cpu:0', start=0, stop=8, n_chunks=1, n_rows=8,
+             read=(10.0, 10.5), computed=(11.0, 12.5), wrote=(12.75, 13.0))
         """
         return Span(
             receipt.device,
             receipt.start,
             receipt.stop,
             1,
+            receipt.stop - receipt.start,
             (receipt.read_began, receipt.read_began + receipt.read_seconds),
             (receipt.began, receipt.began + receipt.seconds),
             (receipt.ended - receipt.write_seconds, receipt.ended),
@@ -56,6 +60,7 @@ class Span:
             min(self.start, later.start),
             max(self.stop, later.stop),
             self.n_chunks + later.n_chunks,
+            self.n_rows + later.n_rows,
             _hull(self.read, later.read),
             _hull(self.computed, later.computed),
             _hull(self.wrote, later.wrote),

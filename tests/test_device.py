@@ -209,6 +209,15 @@ def test_a_table_of_devices_shows_itself_as_text_and_html() -> None:
     assert "<td>cuda:0</td>" in table._repr_html_()
 
 
+def test_a_device_shows_itself_in_a_line() -> None:
+    """What is known of one device, in text and in notebooks; at the prompt it is what makes it again."""
+    gpu = Device("cuda:0", "cuda", 0, uuid="GPU-1", label="Fast <One>", memory_nbytes=16 << 30, free_nbytes=3 << 29)
+    assert str(gpu) == "cuda:0: Fast <One>, 16.0 GiB, 1.5 GiB free, GPU-1"
+    assert gpu._repr_html_() == "<b>cuda:0</b>: Fast &lt;One&gt;, 16.0 GiB, 1.5 GiB free, GPU-1"
+    assert str(Device("inline", "inline", 0)) == "inline: inline"
+    assert eval(repr(gpu)) == gpu
+
+
 def test_a_table_of_devices_is_plain_data_for_json_and_pickle() -> None:
     """Every field survives JSON, and the table survives a trip between processes."""
     table = DeviceTable(made_up(2).gpus)

@@ -532,6 +532,15 @@ def test_repr_is_the_call(model: Model) -> None:
     assert eval(repr(model)) == model
 
 
+def test_a_notebook_shows_what_a_model_was_made_with() -> None:
+    """What was given is a row each; networks keep their lines, and all of it is text."""
+    page = Model("<b>.pt", factory="pkg.mod:make", trust=True)._repr_html_()
+    assert "<b>" not in page
+    assert page.count("<tr>") == 4
+    assert "<td>trust</td><td>True</td>" in page
+    assert '<td style="white-space:pre-wrap">Sequential(' in Model(nn.Sequential(linear()))._repr_html_()
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [("a/w.pt", "w.pt"), (Path("a/w.pt"), "w.pt"), ("pkg.mod:make", "pkg.mod:make"), (linear(), "Linear"), (abs, "abs")],

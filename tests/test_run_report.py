@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 
@@ -118,6 +120,36 @@ def test_a_report_is_read_in_the_terminal():
         "100 rows in 4.00 s (25 rows/s), micro-batch 8; "
         "overhead-bound: devices computed 56% of the time; use larger chunks or fewer devices",
     ]
+
+
+def test_a_run_that_had_nothing_to_do_says_so():
+    """Where earlier calls did all of it, the text says that, in place of sums."""
+    assert str(RunReport(0, 0.0, 8, (), rows_before=5000)).endswith("nothing to do: all 5,000 rows were done before")
+
+
+def test_what_else_is_worth_a_line():
+    """Micro-batches by kind, retries and a long wait for the last are said in a line of their own, in text and HTML."""
+    tally = told({"cuda:0": 0.5, "cpu:0": 0.5})
+    tally(MicroBatchChosen("a", 0.5, 16, {"cuda": 16, "cpu": 4}))
+    tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
+    for device, at in (("cuda:0", 1.0), ("cpu:0", 1.25)):
+        times = {"read_began": 0.0, "ended": at, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
+        tally(done(receipt(0, 10, device).timed(**times)))
+    said = (
+        "micro-batch by kind: cuda 16, cpu 4; 1 attempts came to nothing; the first device was done 0.25 s before the last"
+    )
+    found = tally.report(seconds=2.0)
+    assert str(found).splitlines()[-1] == found.details == said
+    assert f"<p>{said}</p>" in found._repr_html_()
+    assert "before the last" not in tally.report(seconds=2.5).details
+
+
+def test_a_notebook_shows_the_timeline():
+    """A report with a timeline has a small picture of it between the table and the verdict."""
+    times = {"read_began": 1.0, "ended": 3.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
+    one = dataclasses.replace(receipt(0, 10).timed(**times), began=2.0)
+    assert re.search(r"</table><svg .*</svg><p>10 rows", summed([one], {"cuda:0": 1.0}, 3.0)._repr_html_())
+    assert "<svg" not in report()._repr_html_()
 
 
 def test_a_report_is_escaped_in_html():

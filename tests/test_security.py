@@ -233,8 +233,9 @@ def test_names_are_no_code_in_a_notebook() -> None:
     )
     plan = Plan(parts, layout, True, SCRIPT, (f"{SCRIPT}: (8,) float32",), (f"{SCRIPT}: (8,) float32",), (SCRIPT,))
     report = RunReport(8, 1.0, 2, (DeviceReport(SCRIPT, SCRIPT, 1, 8, 1.0, 1.0, 1.0),))
-    table = DeviceTable((Device(SCRIPT, "cuda", 0, uuid=SCRIPT, label=SCRIPT),))
-    for page in (plan, report, table):
+    device = Device(SCRIPT, "cuda", 0, uuid=SCRIPT, label=SCRIPT)
+    model = di.Model(SCRIPT, factory=SCRIPT, kwargs={SCRIPT: SCRIPT}, version=SCRIPT)
+    for page in (plan, report, device, DeviceTable((device,)), model):
         shown = page._repr_html_()
         assert "<script" not in shown
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown

@@ -32,8 +32,13 @@ def test_html_says_what_was_put_in():
 
 
 def test_html_aligns_numbers_only():
-    """Only cells of a column of numbers carry the alignment."""
-    assert html_table(("a", "n"), [["x", "1"]]).count("text-align:right") == 1
+    """Only a column of numbers carries the alignment, its header too."""
+    assert html_table(("a", "n"), [["x", "1"]]).count("text-align:right") == 2
+
+
+def test_html_keeps_lines():
+    """A cell of several lines is shown as such."""
+    assert '<td style="white-space:pre-wrap">x\ny</td>' in html_table(("a",), [["x\ny"]])
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,7 @@ def test_html_aligns_numbers_only():
         (3 << 29, "1.5 GiB"),
         (1 << 40, "1.0 TiB"),
         (1 << 52, "4,096.0 TiB"),
+        (-5, "-5 B"),
     ],
 )
 def test_bytes_are_said_in_binary_units(nbytes, expected):
