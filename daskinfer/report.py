@@ -323,14 +323,14 @@ td:last-child { overflow-wrap: anywhere; }
 {% endif %}
 <h2>Retries and rows without an answer</h2>
 <p>
-{{ "{:,}".format(n_retried) }} attempts at a chunk came to nothing.
-{{ "{:,}".format(report.failed_rows|length) }} rows have no answer.
+Attempts at a chunk that came to nothing: {{ "{:,}".format(n_retried) }}.
+Rows without an answer: {{ "{:,}".format(report.failed_rows|length) }}.
 </p>
 {% if report.failures %}
 <div class="wide">{{ failures }}</div>
 {% endif %}
 {% if n_more %}
-<p>{{ "{:,}".format(n_more) }} more are not shown; <code>RunReport.failures</code> has all of them.</p>
+<p>Not shown: {{ "{:,}".format(n_more) }} more; <code>RunReport.failures</code> has all of them.</p>
 {% endif %}
 <h2>Facts</h2>
 <div id="facts">{{ facts }}</div>

@@ -197,7 +197,7 @@ class RunReport:
     def details(self) -> str:
         """What else is worth a line: micro-batches by kind, retries, a long wait for the last; empty where nothing is."""
         said = [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
-        said += [f"{self.n_retried:,} attempts came to nothing"] if self.n_retried else []
+        said += [f"attempts that came to nothing: {self.n_retried:,}"] if self.n_retried else []
         if self.tail_seconds > LONG_TAIL * self.seconds:
             said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
         return "; ".join(said)

@@ -83,8 +83,8 @@ def test_the_page_has_it_all() -> None:
         r"cuda:0\s+A100\s+6\s+60\s+12\s+50.0%\s+\S+\s+55\.0%\s+8\s+0\.60 s\s+0\.00 s\s+4\.80 s\s+0\.60 s", words
     )
     assert "cpu:0 was done 1.00 s before the last device." in words
-    assert "0 attempts at a chunk came to nothing." in words
-    assert re.search(r"1 rows have no answer\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
+    assert "Attempts at a chunk that came to nothing: 0." in words
+    assert re.search(r"Rows without an answer: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
 
 
 def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
@@ -93,7 +93,7 @@ def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
     tally(ChunkFailed("a", 0.0, 0, 8, "cpu:0", "OSError: 5"))
     tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", Receipt(0, 8, "cpu:0", "", 0, 0.0, "w"), (Failure(0, 8, "cpu:0", "e"),), 2))
     words = Words(tally.report(seconds=1.0).to_html()).text
-    assert "1 attempts at a chunk came to nothing." in words
+    assert "Attempts at a chunk that came to nothing: 1." in words
     assert re.search(r"0 to 7\s+cpu:0\s+e", words)
 
 
@@ -143,7 +143,7 @@ def test_failures_on_the_page_are_bounded() -> None:
     assert f"<td>{'e' * MAX_CHARACTERS}</td>" in page
     assert f"{'e' * MAX_CHARACTERS}…</td>" in page
     assert "e" * (MAX_CHARACTERS + 1) not in page
-    assert "2 more are not shown" in page
+    assert "Not shown: 2 more;" in page
 
 
 def test_the_page_is_written_wholly(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, show
     # Chromium draws a chart on two canvases or more.
     tab.wait_for(lambda: n_drawn(tab) >= n_charts(report.to_html()))
     assert n_charts(report.to_html()) >= 4
-    for said in (report.verdict, "1,998 rows", "2 rows have no answer", f"no number {SCRIPT}", "network's fingerprint"):
+    for said in (report.verdict, "1,998 rows", "Rows without an answer: 2.", f"no number {SCRIPT}", "network's fingerprint"):
         assert said in tab.text
     assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
     assert tab.complaints == []

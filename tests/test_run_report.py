@@ -135,9 +135,8 @@ def test_what_else_is_worth_a_line():
     for device, at in (("cuda:0", 1.0), ("cpu:0", 1.25)):
         times = {"read_began": 0.0, "ended": at, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
         tally(done(receipt(0, 10, device).timed(**times)))
-    said = (
-        "micro-batch by kind: cuda 16, cpu 4; 1 attempts came to nothing; the first device was done 0.25 s before the last"
-    )
+    tail = "the first device was done 0.25 s before the last"
+    said = f"micro-batch by kind: cuda 16, cpu 4; attempts that came to nothing: 1; {tail}"
     found = tally.report(seconds=2.0)
     assert str(found).splitlines()[-1] == found.details == said
     assert f"<p>{said}</p>" in found._repr_html_()
