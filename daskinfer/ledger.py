@@ -47,6 +47,7 @@ from daskinfer.stored import (
     LOCK,
     STAGING,
     Shard,
+    begun,
     foreign,
     is_stored,
     manifest_of,
@@ -143,8 +144,7 @@ class Ledger:
                 self._wipe()
             found = read_header(self.path)
             self._refuse_foreign(found)
-            if found is None or not (self.partial.exists() or os.path.lexists(self.path)):
-                # Without its data, what a manifest says is of no use: whoever removed the output wants it anew.
+            if found is None or begun(self.path) is None:  # or whoever removed the output wants it anew
                 self._begin(make)
             else:
                 refuse_differences(self.path, found, self.header, self._batch_size)

@@ -58,9 +58,24 @@ def read_header(path: str) -> Header | None:
 
 
 def begun(path: str) -> Header | None:
-    """The header of an output that was begun and whose data is there: without it, what a manifest says is of no use."""
+    """The header of an output that was begun and holds anything: without data, what a manifest says is of no use.
+
+    An output of a run that was refused, or ended, before its first chunk was stored may become another's.
+    """
     there = os.path.lexists(path) or partial_of(path).exists()
-    return read_header(path) if there else None
+    header = read_header(path) if there else None
+    return header if header is not None and (header.shards or _holds_anything(manifest_of(path))) else None
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether a whole output was completed, or anything was stored of it; a line that cannot be read may have said so."""
+    if (folder / COMPLETE).exists():
+        return True
+    try:
+        with open(folder / receipts_name(None), "rb") as lines:
+            return any((record := from_line(line)) is None or "run" not in record for line in lines)
+    except FileNotFoundError:
+        return False
 
 
 def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int | None) -> None:

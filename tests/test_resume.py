@@ -26,7 +26,7 @@ from click.testing import CliRunner
 import daskinfer as di
 from daskinfer import durable, ledger, outputs, staging
 from daskinfer.cli import main
-from daskinfer.errors import Interrupted, OutputExists, OutputLocked, StorageError
+from daskinfer.errors import ChunkError, Interrupted, OutputExists, OutputLocked, StorageError
 from daskinfer.verifying import verify
 from tests.conftest import wait_until
 from tests.crashing import digest
@@ -235,6 +235,27 @@ def test_another_call_is_refused(
             di.plan(changed["model"], x, target=y, **{name: changed[name] for name in changed if name != "model"})
         assert di.run(changed.pop("model"), x, y, fresh=True, **changed).rows == 200
         assert verify(y).wrong == ()
+
+
+def test_what_holds_nothing_yet_may_become_anothers(tmp_path: Path) -> None:
+    """A run that ended before its first chunk was stored leaves an output that any other may begin; shards agree on one."""
+
+    def fails(rows: Any) -> Any:
+        raise ValueError("no")
+
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    for shard in (None, (1, 2)):
+        with pytest.raises(ChunkError, match="no"):
+            di.run(fails, x, y, output=X[:0], retries=0, shard=shard, **HOW)
+        assert (tmp_path / "y.npy.partial").exists()
+    with pytest.raises(OutputExists, match="model was"):
+        di.run(double, x, y, shard=(1, 2), **HOW)
+    shutil.rmtree(tmp_path / "y.npy.daskinfer")
+    (tmp_path / "y.npy.partial").unlink()
+    with pytest.raises(ChunkError, match="no"):
+        di.run(fails, x, y, output=X[:0], retries=0, **HOW)
+    assert di.run(double, x, y, **HOW).rows == 200
+    assert verify(y).wrong == ()
 
 
 def test_what_may_change(tmp_path: Path, two_cpus: list[str], interrupted: Callable[..., None]) -> None:
