@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -184,8 +185,6 @@ _ALL = """
 @pytest.fixture
 def shown(tmp_path: Path) -> Iterator[Any]:
     """Shows a report in a real browser; the tab is closed with the test."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
 
         def show(report: RunReport) -> browser.Tab:
