@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from daskinfer.dashboard import Sender
 from daskinfer.errors import OptionError
 from daskinfer.events import Event, Listener, Listeners, RunEnded, RunStarted
 from daskinfer.status import DeviceStatus, Standing, Status
@@ -46,7 +47,7 @@ def listeners(progress: Progress) -> Listeners:
     OptionError
         Where it is none of the allowed.
     """
-    return Listeners(_shown(progress))
+    return Listeners([*_shown(progress), Sender()])  # the dashboard is whoever's who opens it
 
 
 def _shown(progress: Progress) -> list[Listener]:

@@ -1,0 +1,575 @@
+"""The page on Dask's own dashboard: what it counts, what it keeps, and how it looks in a real browser while runs go on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+from hypothesis import given
+from hypothesis import strategies as st
+
+import daskinfer as di
+from daskinfer.dashboard import page, plugin, sender
+from daskinfer.dashboard.board import (
+    MAX_DEVICES,
+    MAX_POINTS,
+    MAX_RUNS,
+    OTHERS,
+    STEP_SECONDS,
+    Board,
+    Course,
+    Snapshot,
+    folded,
+)
+from daskinfer.dashboard.chunk_map import N_CELLS, UNKNOWN, ChunkMap
+from daskinfer.dashboard.sender import MAX_TROUBLES, PATIENCE_SECONDS, Sender
+from daskinfer.events import Asked, ChunkDone, ChunkFailed, ChunkStarted, Event, RunEnded, RunStarted
+from daskinfer.records import Failure, Receipt
+from tests import browser
+from tests.conftest import wait_until
+
+OUTPUT = np.empty(0, np.float32)  # what the networks answer, so that they need not be tried
+SENDER = "daskinfer.dashboard.sender"
+Net = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+in_browser = pytest.mark.skipif(browser.PROGRAM is None, reason="needs a browser: apt-get install chromium")
+
+
+def receipt(start: int, stop: int, device: str = "cpu:0", began: float = 11.0) -> Receipt:
+    """What a worker says; ``began`` is 0 for rows that were given up."""
+    return Receipt(start, stop, device, "EPYC", 4, 1.0, "w", began=began)
+
+
+def started(start: int, stop: int, device: str = "cpu:0") -> ChunkStarted:
+    """The event of a chunk that begins."""
+    return ChunkStarted("a", 10.0, start, stop, device)
+
+
+def came_back(start: int, stop: int, why: str = "ValueError: no") -> ChunkFailed:
+    """The event of a chunk that came back."""
+    return ChunkFailed("a", 11.0, start, stop, "cpu:0", why)
+
+
+def done(start: int, stop: int, *failed: int, attempts: int = 1, began: float = 11.0, device: str = "cpu:0") -> ChunkDone:
+    """The event of a chunk that is done, but for the rows that failed."""
+    failures = tuple(Failure(at, at + 1, device, f"ValueError: {at}") for at in failed)
+    return ChunkDone("a", 12.0, start, stop, device, receipt(start, stop, device, began), failures, attempts)
+
+
+def told(*events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2) -> Sender:
+    """A sender that has heard of a run."""
+    found = Sender()
+    asked = tuple(Asked(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
+    found(RunStarted(run, 9.0, model, ("x",), ("y",), n_rows, 0, 8, asked))
+    for event in events:
+        found(event)
+    return found
+
+
+def shown_on(board: Board, told: Sender, now: float = 20.0) -> None:
+    """Have a board show what a sender knows."""
+    board.take(pickle.loads(pickle.dumps(told.snapshot(now).message())))
+
+
+# ---------------------------------------------------------------------------------------------------------- what is counted
+
+
+def by_hand(counts: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
+    """Percent of each cell's rows, counted row by row."""
+    n_rows, n_cells = len(counts), min(N_CELLS, len(counts))
+    edges = [i * n_rows // n_cells for i in range(n_cells + 1)]
+    found = []
+    for before, after in itertools.pairwise(edges):
+        share = counts[before:after].mean()
+        found.append(100 if share == 1 else 0 if share == 0 else min(99, max(1, int(share * 100 + 1e-9))))
+    return found
+
+
+@given(st.data())
+def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
+    """However a run is cut and whatever becomes of its chunks, each cell tells the share of its rows in each state."""
+    n_rows = data.draw(st.integers(1, 3 * N_CELLS))
+    cuts = data.draw(st.sets(st.integers(1, n_rows), max_size=12))
+    rows = {state: np.zeros(n_rows, bool) for state in ("done", "in_flight", "failed", "again")}
+    drawn = ChunkMap(n_rows)
+    edges = sorted(cuts | {0, n_rows})
+    for start, stop in itertools.pairwise(edges):
+        here = slice(start, stop)
+        fate = data.draw(st.sampled_from(["waits", "begins", "comes back", "begins again", "done", "given up"]))
+        if fate == "waits":
+            continue
+        drawn.began(started(start, stop), 1)
+        rows["in_flight"][here] = True
+        if fate in ("comes back", "begins again", "given up"):
+            drawn.came_back(came_back(start, stop))
+            rows["in_flight"][here], rows["again"][here] = False, True
+        if fate == "begins again":
+            drawn.began(started(start, stop), 1)
+            rows["in_flight"][here] = True
+            if data.draw(st.booleans()):
+                drawn.done(done(start, stop, attempts=2), 1)
+                rows["in_flight"][here], rows["again"][here], rows["done"][here] = False, False, True
+        elif fate == "given up":
+            drawn.done(done(start, stop, *range(start, stop), began=0.0), 1)
+            rows["again"][here], rows["failed"][here] = False, True
+        elif fate == "done":
+            drawn.done(done(start, stop, start), 1)
+            rows["in_flight"][here], rows["done"][here] = False, True
+            rows["done"][start], rows["failed"][start] = False, True
+    cells = drawn.cells()
+    assert {state: list(getattr(cells, state)) for state in rows} == {
+        state: by_hand(counts) for state, counts in rows.items()
+    }
+    drawn.ended()
+    assert not any(drawn.cells().in_flight)
+
+
+def test_cells_know_who_was_there() -> None:
+    """A cell has the number of the last device that was there; those beyond the last number are not told apart."""
+    drawn = ChunkMap(4)
+    drawn.began(started(0, 1), 0)
+    drawn.began(started(1, 2), 3)
+    drawn.done(done(1, 2), 2)
+    drawn.began(started(2, 3), 1000)
+    assert list(drawn.cells().device) == [0, 2, UNKNOWN, UNKNOWN]
+    assert ChunkMap(0).cells().done == b""
+
+
+def test_a_course_is_halved_when_it_grows_too_long() -> None:
+    """Points of time stay boundedly many over any run, evenly spaced, and the latest is always there."""
+    course = Course()
+    for i in range(20 * MAX_POINTS):
+        course.add(i * STEP_SECONDS, (float(i),))
+    at = np.array([seconds for seconds, _ in course.points])
+    assert MAX_POINTS / 2 - 1 <= len(at) <= MAX_POINTS
+    assert np.ptp(np.diff(at[:-1])) == 0
+    assert at[-1] == (20 * MAX_POINTS - 1) * STEP_SECONDS
+
+
+def test_devices_beyond_the_last_colour_are_summed_up() -> None:
+    """Of many devices the first are told apart, the others are one."""
+    events = [started(i, i + 1, f"cpu:{i}") for i in range(30)] + [done(i, i + 1, device=f"cpu:{i}") for i in range(29)]
+    devices = told(*events, n_devices=30).snapshot(20.0).status.devices
+    assert [device.device for device in devices] == [*(f"cpu:{i}" for i in range(MAX_DEVICES - 1)), OTHERS]
+    assert (devices[-1].label, devices[-1].n_rows, devices[-1].n_in_flight) == ("7 devices", 6, 1)
+    assert sum(device.asked_share for device in devices) == pytest.approx(1.0)
+    assert folded(devices[:2]) == devices[:2]
+
+
+def test_a_snapshot_crosses_processes_in_plain_values() -> None:
+    """What is told of a run is read as it was written, has the last messages, and grows with nothing."""
+    many = [came_back(i, i + 1, "E" * 10_000) for i in range(50)]
+    snapshot = told(started(0, 50), *many, done(60, 62, 61), model="N" * 10_000, n_rows=10**9).snapshot(20.0)
+    assert Snapshot.of(json.loads(json.dumps(snapshot.message(), default=list))).troubles == snapshot.troubles
+    assert Snapshot.of(pickle.loads(pickle.dumps(snapshot.message()))) == snapshot
+    assert len(snapshot.troubles) == MAX_TROUBLES
+    assert (snapshot.troubles[-1].start, snapshot.troubles[-1].exception) == (61, "ValueError: 61")
+    assert len(pickle.dumps(snapshot.message())) < 10_000
+
+
+def test_the_last_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board keeps boundedly many runs, those heard of last, and lists the one that began last first."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("daskinfer.dashboard.board.time.time", lambda: float(next(clock)))
+    board = Board()
+    shown_on(board, told(run="goes on"))
+    for i in range(MAX_RUNS + 3):
+        shown_on(board, told(run=f"run {i}"))
+        shown_on(board, told(started(0, 1), run="goes on"))
+    names = [shown.snapshot.status.run for shown in board.runs]
+    assert names == [*(f"run {i}" for i in range(MAX_RUNS + 2, 3, -1)), "goes on"]
+    assert len(board.runs[-1].course.points) == 1  # all was told of one moment
+
+
+# --------------------------------------------------------------------------------------------------------- what one reads
+
+
+def seen(board: Board) -> tuple[page.View, str]:
+    """What a reader sees, as HTML."""
+    view = page.View(board)
+    view.update()
+    return view, view._head.text + view._devices.text + view._troubles.text
+
+
+def test_no_run_yet() -> None:
+    """Where nothing was computed yet the page says so."""
+    view, text = seen(Board())
+    assert "No run yet" in text
+    assert not view._body.visible
+
+
+def test_a_run_that_goes_on() -> None:
+    """Rows, speed, what is left, what is in flight and what came back stand at the top, escaped."""
+    board = Board()
+    events = [
+        started(0, 10),
+        started(10, 20, "cpu:1"),
+        done(0, 10, 3),
+        came_back(10, 20, "<i>no</i>"),
+        started(10, 20, "cpu:1"),
+    ]
+    shown_on(board, told(*events, model="<b>Net"), now=14.0)
+    _, text = seen(board)
+    assert "<b>&lt;b&gt;Net</b>" in text
+    assert "10.0%, 10 of 100 rows, 2 rows/s, 0:00:04 so far, 0:00:36 left, 1 chunks in flight, failed rows: 1" in text
+    assert "tries that came back: 1" in text
+    assert "&lt;i&gt;no" in text
+    assert "<i>" not in text
+
+
+def test_before_the_first_chunk_and_after_the_end() -> None:
+    """Before its first chunk a run's workers start; at its end its speed is that of all of it, and why it ended is there."""
+    board = Board()
+    shown_on(board, told())
+    assert "0.0%, 0 of 100 rows, workers start" in seen(board)[1]
+    shown_on(board, told(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
+    view, text = seen(board)
+    assert "50.0%, 50 of 100 rows, ended after 0:00:10, 5 rows/s, ValueError: &lt;no&gt;" in text
+    assert view._choice.options[1][1].endswith("Net (failed)")
+    shown_on(board, told(started(0, 1), done(0, 1), RunEnded("a", 10.0, ""), n_rows=1))
+    assert "100.0%, 1 of 1 rows, done after" in seen(board)[1]
+    shown_on(board, told(started(0, 1), replace(done(0, 1), at=11.0), RunEnded("a", 11.0, ""), n_rows=0))
+    assert "100.0%, 1 of 0 rows, done after" in seen(board)[1]
+
+
+def test_a_run_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose process is gone without a word is said to be silent after a while."""
+    board = Board()
+    shown_on(board, told(started(0, 10)))
+    view, text = seen(board)
+    assert "nothing was heard" not in text
+    monkeypatch.setattr(page, "SILENT_SECONDS", -1.0)
+    view.update()
+    assert "nothing was heard of it for a while: its process may have ended" in view._head.text
+    assert view._choice.options[1][1].endswith("(silent)")
+
+
+def test_one_run_of_several_is_looked_at() -> None:
+    """The latest run is shown until another is chosen; a run that is no longer kept gives way to the latest."""
+    board = Board()
+    for run in ("first", "second"):
+        shown_on(board, told(run=run, model=run))
+    view, text = seen(board)
+    assert "<b>second</b>" in text
+    view._choice.value = "first"
+    assert "<b>first</b>" in view._head.text
+    for i in range(MAX_RUNS):
+        shown_on(board, told(run=f"run {i}", model=f"run {i}"))
+    view.update()
+    assert f"<b>run {MAX_RUNS - 1}</b>" in view._head.text
+
+
+def test_devices_that_came_later_have_no_speed_before() -> None:
+    """A device that joined a run has its line from then on, and is not mistaken for another."""
+    board = Board()
+    shown_on(board, told(started(0, 10), done(0, 10)), now=14.0)
+    shown_on(board, told(started(0, 10), done(0, 10), started(10, 20, "inline")), now=15.0)
+    lines = seen(board)[0]._speeds._source.data
+    assert lines["device"] == ["all", "cpu:0", "cpu:1", "inline"]
+    assert [len(line) for line in lines["ys"]] == [2] * 4
+    assert len(set(lines["colour"])) == 4
+
+
+# ------------------------------------------------------------------------------------------------------- what is not shown
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a sender said in the log."""
+    return [record.getMessage() for record in caplog.records if record.name == SENDER]
+
+
+def test_nothing_is_told_of_what_is_computed_here(caplog: pytest.LogCaptureFixture) -> None:
+    """A run in this process tells no scheduler anything."""
+    with caplog.at_level(logging.DEBUG, SENDER):
+        di.predict(abs, np.ones(5), devices="inline")
+    assert not said(caplog)
+
+
+def test_a_short_run_is_not_told(cluster_client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that ends well before anybody could look costs no message, one that fails is shown however short it is."""
+    handler = plugin.HANDLER
+    with caplog.at_level(logging.INFO, SENDER):
+        sender._showing.discard(cluster_client)
+        di.predict(abs, [1.0], client=cluster_client)
+        time.sleep(2 * PATIENCE_SECONDS)  # nothing is what is waited for
+        assert not said(caplog)
+        with pytest.raises(di.DaskInferError, match="ZeroDivisionError"):
+            di.predict(lambda batch: 1 // 0, [1.0], client=cluster_client, output=OUTPUT)
+        wait_until(lambda: any(line.startswith("runs are shown at http://127.0.0.1:") for line in said(caplog)))
+    wait_until(lambda: cluster_client.run_on_scheduler(lambda dask_scheduler: handler in dask_scheduler.handlers))
+
+
+def slow(seconds: float, until: Path | None = None) -> Net:
+    """A network that takes so long per micro-batch, until a file is there."""
+
+    def slowly(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if until is None or not until.exists():
+            time.sleep(seconds)  # stands for a network's work
+        return batch
+
+    return slowly
+
+
+def rows(n_rows: int, per_chunk: int = 4) -> da.Array:
+    """So many rows in small chunks."""
+    return da.from_array(np.arange(n_rows, dtype=np.float32), chunks=per_chunk)
+
+
+def test_a_scheduler_without_a_dashboard(caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is no dashboard the run goes on as ever, and one DEBUG line says why nothing is shown."""
+    how = {"n_workers": 1, "dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
+    with (
+        LocalCluster(processes=False, **how) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        caplog.at_level(logging.DEBUG, SENDER),
+    ):
+        y = di.predict(slow(0.05), rows(80), client=client, batch_size=4)
+        wait_until(lambda: said(caplog))
+    np.testing.assert_array_equal(y, np.arange(80))
+    assert said(caplog) == ["the dashboard shows this run no more: _NotShownError: the scheduler has no dashboard"]
+
+
+def test_a_client_that_closes_with_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """What can be told to nobody any more is one DEBUG line."""
+    found = told(started(0, 50))
+    with (
+        caplog.at_level(logging.DEBUG, SENDER),
+        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+    ):
+        with Client(cluster, set_as_default=False) as client:
+            found.connected(client)
+            found.connected(client)  # the same again changes nothing
+            wait_until(lambda: client in sender._showing)
+        found(RunEnded("a", 13.0, ""))
+        wait_until(lambda: len(said(caplog)) == 2)  # where it was shown, and why no more
+    assert said(caplog)[1].startswith("the dashboard shows this run no more: ")
+    assert client not in sender._showing
+
+
+def test_another_version_of_daskinfer_on_the_scheduler(cluster_client: Client) -> None:
+    """A message that the scheduler cannot read is answered with why, and is nothing in its log."""
+    cluster_client.register_plugin(plugin.Page())
+    handler, message = plugin.HANDLER, {"status": {"devices": [], "unheard": 1}}
+    answer = cluster_client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.handlers[handler](message=message))
+    assert answer.startswith("the scheduler has another version of daskinfer: ")
+
+
+def test_insides_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the page cannot be added to a dashboard of another version, the scheduler says what kept it from that."""
+    assert plugin._installed(None, Board()) == "AttributeError: 'NoneType' object has no attribute 'http_application'"
+    monkeypatch.delitem(sys.modules, "distributed.dashboard.scheduler")
+    assert plugin._installed(None, Board()) == "the scheduler has no bokeh, or no dashboard"
+
+
+# --------------------------------------------------------------------------------------------- schedulers of other processes
+
+_WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *more):
+        return None if name.partition(".")[0] == {!r} else self.finder.find_spec(name, *more)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+@contextlib.contextmanager
+def command(log: Path, *words: str, lacks: str = "") -> Iterator[None]:
+    """A ``dask`` command that runs meanwhile, in a Python where a package is not installed."""
+    environment = dict(os.environ)
+    if lacks:
+        folder = log.parent / f"without-{lacks}"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(_WITHOUT.format(lacks))
+        environment["PYTHONPATH"] = str(folder)
+    with (
+        log.open("wb") as out,
+        subprocess.Popen([sys.executable, "-m", "dask", *words], stderr=out, env=environment) as process,
+    ):
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def others(folder: Path, *words: str, lacks: str = "") -> Iterator[tuple[Client, Path]]:
+    """A client of a scheduler and a worker that others started, and the scheduler's log."""
+    file, log = folder / "scheduler.json", folder / "scheduler.log"
+    scheduler = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    worker = ["worker", "--nthreads", "2", "--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(command(log, *scheduler, "--scheduler-file", str(file), *words, lacks=lacks))
+        stack.enter_context(command(folder / "worker.log", *worker, "--scheduler-file", str(file)))
+        client = stack.enter_context(Client(scheduler_file=str(file), set_as_default=False, timeout=60))
+        client.wait_for_workers(1, timeout=60)
+        yield client, log
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_bokeh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where bokeh is not installed nothing is shown: the run goes on as ever, one DEBUG line here, nothing in its log."""
+    with others(tmp_path, lacks="bokeh") as (client, log), caplog.at_level(logging.DEBUG, SENDER):
+        assert client.run_on_scheduler(find_spec, "bokeh") is None
+        n_heard = len(log.read_text())
+        y = di.predict(slow(0.05), rows(80), client=client, batch_size=4)
+        wait_until(lambda: said(caplog))
+        heard = log.read_text()[n_heard:]
+    assert not [
+        word for word in ("bokeh", "Page", plugin.HANDLER, "Traceback", " - ERROR - ", " - WARNING - ") if word in heard
+    ]
+    np.testing.assert_array_equal(y, np.arange(80))
+    why = "the scheduler has no bokeh, or no dashboard"
+    assert said(caplog) == [f"the dashboard shows this run no more: _NotShownError: {why}"]
+
+
+@pytest.mark.slow
+@in_browser
+def test_the_page_of_a_scheduler_behind_a_proxy(tmp_path: Path) -> None:
+    """On a cluster that others started the page comes with the first run, below the prefix that its dashboard has."""
+    with others(tmp_path, "--dashboard-prefix", "behind/it") as (client, _):
+        di.predict(slow(0.05), rows(80), client=client, batch_size=4)
+        prefix = client.dashboard_link.replace("/status", "/behind/it")
+        wait_until(lambda: "/individual-daskinfer" in plots(prefix).values())
+        with browser.opened(f"{prefix}/daskinfer") as tab:
+            tab.wait_for(lambda: "100.0%, 80 of 80 rows, done after" in tab.text)
+            assert "Daskinfer More..." in tab.text
+            assert not tab.complaints
+
+
+def plots(dashboard: str) -> dict[str, str]:
+    """The plots that a dashboard offers to JupyterLab, by their title."""
+    with urllib.request.urlopen(f"{dashboard}/individual-plots.json", timeout=30) as answer:
+        return dict(json.load(answer))
+
+
+# ------------------------------------------------------------------------------------------------------- in a real browser
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for runs that go on while a test looks at them."""
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+def column(tab: browser.Tab, source: str, name: str) -> list[Any]:
+    """What a plot is drawn from."""
+    script = "JSON.stringify([...Bokeh.documents[0].get_model_by_name({!r}).data[{!r}]].map(x => x.length ? [...x] : x))"
+    return list(json.loads(tab.evaluate(script.format(source, name))))
+
+
+def n_done(tab: browser.Tab) -> int:
+    """Rows that the page says are done."""
+    head = tab.text.partition("%, ")[2].partition(" of ")[0]
+    return int(head.replace(",", "")) if head else 0
+
+
+@in_browser
+def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    """While a run goes on its numbers and plots move, and what failed is there to read; the browser complains of nothing."""
+    enough, hasty = tmp_path / "enough", slow(0.02, tmp_path / "enough")
+
+    def net(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if 17 in batch:
+            raise ArithmeticError("<img src=x onerror=alert(1)> is no number")
+        return hasty(batch)
+
+    how = {"batch_size": 4, "on_error": "skip", "max_failed_rows": 1, "device_weights": [1, 3], "output": OUTPUT}
+    dashboard = cluster_client.dashboard_link.removesuffix("/status")
+    run = pool.submit(di.predict, net, rows(20_000), client=cluster_client, **how)
+    try:
+        wait_until(lambda: "/individual-daskinfer" in plots(dashboard).values())
+        with browser.opened(f"{dashboard}/daskinfer") as tab:
+            before = tab.wait_for(lambda: n_done(tab))
+            points = len(column(tab, "daskinfer-speeds", "xs")[0])
+            tab.wait_for(lambda: n_done(tab) > before and len(column(tab, "daskinfer-speeds", "xs")[0]) > points)
+            assert column(tab, "daskinfer-shares", "asked") == [0.25, 0.75]
+            assert any(0 < share <= 1 for share in column(tab, "daskinfer-cells", "done"))
+            tab.wait_for(lambda: "rows 17:18 ArithmeticError: <img src=x onerror=alert(1)> is no number" in tab.text)
+            assert "chunks in flight" in tab.text
+            assert " left, " in tab.text
+            enough.touch()
+            tab.wait_for(lambda: "100.0%, 20,000 of 20,000 rows, done after" in tab.text, 120)
+            assert column(tab, "daskinfer-shares", "done") == [0.25, 0.75]
+            assert set(column(tab, "daskinfer-cells", "in_flight")) == {0.98, 1}  # one of a cell's 50 rows failed
+            assert set(column(tab, "daskinfer-cells", "failed")) == {1}
+            tab.open(f"{dashboard}/individual-daskinfer")
+            tab.wait_for(lambda: "20,000 of 20,000" in tab.text)
+            assert "More..." not in tab.text
+            tab.open(f"{dashboard}/workers")
+            tab.wait_for(lambda: "Daskinfer More..." in tab.text)
+            assert not tab.complaints
+    finally:
+        enough.touch()
+        run.result()
+
+
+@in_browser
+def test_two_runs_of_one_cluster_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    """Two clients that compute on one cluster have a run each on its page; the one that is chosen stays in view."""
+    enough = tmp_path / "enough"
+
+    def first(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return slow(0.02, enough)(batch)
+
+    def second(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return slow(0.02, enough)(batch)
+
+    with Client(cluster_client.scheduler.address, set_as_default=False) as other:
+        runs = [
+            pool.submit(di.predict, net, rows(10_000), client=client, batch_size=4, output=OUTPUT)
+            for net, client in ((first, cluster_client), (second, other))
+        ]
+        try:
+            dashboard = cluster_client.dashboard_link.removesuffix("/status")
+            wait_until(lambda: "/individual-daskinfer" in plots(dashboard).values())
+            with browser.opened(f"{dashboard}/daskinfer") as tab:
+                for name in ("first", "second"):
+                    tab.wait_for(lambda name=name: f"{name} (goes on)" in tab.text)
+                for name in ("first", "second", "first"):
+                    tab.evaluate(_CHOOSE.format(name))
+                    tab.wait_for(lambda name=name: f" {name} " in tab.text.rpartition(")")[2].partition("%")[0])
+                    before = tab.wait_for(lambda: n_done(tab))
+                    tab.wait_for(lambda before=before: n_done(tab) > before)
+                assert not tab.complaints
+        finally:
+            enough.touch()
+            assert all(len(run.result()) == 10_000 for run in runs)
+
+
+# As a hand would: the model hears of it by the event, and the server by the model.
+_CHOOSE = """
+(() => {{
+  const find = node => [...(node.shadowRoot || node).querySelectorAll("*")].flatMap(x =>
+    x.nodeName === "SELECT" ? [x] : x.shadowRoot ? find(x) : []);
+  const select = find(document)[0];
+  select.value = [...select.options].find(option => option.text.includes(" {} (")).value;
+  select.dispatchEvent(new Event("change"));
+}})()
+"""
