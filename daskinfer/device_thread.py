@@ -7,6 +7,7 @@ is never asked by two. While a chunk is read and nothing else is there to comput
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class DeviceThread:
         ``there_since`` is when the task came to the worker, by ``time.perf_counter()``: earlier it was not this task that
         the device waited for.
         """
-        return self._executor.submit(self._run, compute, there_since).result()
+        # In the task's own context: distributed.get_worker() works inside a network.
+        return self._executor.submit(contextvars.copy_context().run, self._run, compute, there_since).result()
 
     def _run(self, compute: Callable[[], T], there_since: float) -> tuple[T, float]:
         waited = max(0.0, time.perf_counter() - max(self._ended, there_since))

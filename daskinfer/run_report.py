@@ -208,8 +208,9 @@ class RunReport:
 
         1. Devices waited for reads for ``MUCH`` of the time: input-bound.
         2. They computed for ``MOST`` of it: compute-bound.
-        3. Writing took ``MOST`` of it: output-bound.
-        4. Otherwise what was around the chunks took the time.
+        3. The first device was done ``MUCH`` of it before the last: unbalanced.
+        4. Writing took ``MOST`` of it: output-bound.
+        5. Otherwise what was around the chunks took the time.
         """
         working = [device for device in self.devices if device.n_rows]
         total = self.seconds * len(working)
@@ -223,6 +224,8 @@ class RunReport:
             return f"input-bound: devices waited {waited:.0%} for reads; raise readers"
         if computed >= MOST:
             return f"compute-bound: devices computed {computed:.0%} of the time"
+        if self.tail_seconds >= MUCH * self.seconds:
+            return f"unbalanced: the last device was done {self.tail_seconds:.1f} s after the first; leave the shares to 'auto'"
         if wrote >= MOST:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
         return f"overhead-bound: devices computed {computed:.0%} of the time; use larger chunks or fewer devices"

@@ -11,11 +11,16 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import psutil
 import pytest
 
 if TYPE_CHECKING:
     from distributed import Client
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Pools that dask, distributed, asyncio and torch keep for the whole process, whatever uses them.
 KEPT_THREADS = (

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import daskinfer
+from daskinfer.cli import main
+from daskinfer.options import OptionFields
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -92,7 +100,55 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"cpu:1 .* 7,504 ", done.stdout)
-    assert done.stdout.endswith("(4,)\n10000\n")
+    assert done.stdout.endswith("(4,)\n10000\nRunStarted RunEnded\n")
+
+
+def test_python_of_the_readme_that_needs_a_cluster_is_python() -> None:
+    """What needs Slurm, Kubernetes or a cloud cannot run here; it compiles, and names what exists of ours."""
+    for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
+        tree = ast.parse(block)
+        calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("di.")]
+        assert calls
+        for call in calls:
+            function = getattr(daskinfer, ast.unparse(call.func).removeprefix("di."))
+            keywords = {str(word.arg): None for word in call.keywords}
+            inspect.signature(function).bind(*call.args, **keywords)
+            known = {*inspect.signature(function).parameters, *OptionFields.__annotations__}
+            assert set(keywords) <= known
+
+
+def commands() -> list[str]:
+    """Each command of ours in the README's shell, with the lines that go on."""
+    blocks = re.findall(r"```(?:sh|console|crontab)\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|[$/] ?|exec )daskinfer ([a-z].*)", line) for line in lines]
+    return [re.sub(r" +#.*| 2?>>?.*", "", match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme_are_ours(command: str) -> None:
+    """Each command in the README exists, and has the options that are named."""
+    name, *words = shlex.split(command)
+    ours = main.commands[name]
+    options = {option for parameter in ours.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
+    n_arguments = sum(isinstance(parameter, click.Argument) for parameter in ours.params)
+    with ours.make_context(name, words, resilient_parsing=True) as context:
+        assert len(context.args) <= n_arguments
+
+
+def test_shell_of_the_readme_is_shell() -> None:
+    """What stands in blocks of shell can be read by one."""
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+        read = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert (read.returncode, read.stderr) == (0, "")
+
+
+def test_pictures_and_notebooks_of_the_readme_are_there() -> None:
+    """What the README links to lies where it says."""
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
 
 
 @pytest.mark.slow

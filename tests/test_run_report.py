@@ -176,3 +176,12 @@ def test_the_report_ends_with_one_verdict(computed, waited, wrote, verdict):
         summed([receipt(0, 10, seconds=computed).timed(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0).verdict
         == verdict
     )
+
+
+def test_devices_that_end_apart_are_unbalanced() -> None:
+    """Where one device waits for the other most of the time, shares are what to change."""
+    ended = [("cuda:0", 2.0), ("cpu:0", 9.0)]
+    none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
+    done = [receipt(i, i + 1, device).timed(**none, ended=at) for i, (device, at) in enumerate(ended)]
+    found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
+    assert found.verdict == "unbalanced: the last device was done 7.0 s after the first; leave the shares to 'auto'"
