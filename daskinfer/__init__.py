@@ -19,7 +19,8 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        lane  replacing  window  in_order  tuning  stopping
        ready  driver
     4  assembly  report  figure  run_report  answering  progress  api  jobs
-       dashboard  demo  cli
+       dashboard  demo  foreseen  checkup  doctor  log_lines
+       command  job_file  cli_options  cli
 
 The longest chain of imports has eight rooms (the design has seven): what is stored lies below what is read, and both below
 what is computed.

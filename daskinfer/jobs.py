@@ -13,6 +13,7 @@ from daskinfer import driver
 from daskinfer.answering import compute, nothing_to_do
 from daskinfer.assembly import Path, Weights, assemble, assemble_run
 from daskinfer.fetching import Finished
+from daskinfer.foreseen import n_missing, notes
 from daskinfer.options import OptionFields, Options
 from daskinfer.outputs import opened
 from daskinfer.plan_record import Plan
@@ -111,6 +112,8 @@ def plan(
     *,
     target: Path | Mapping[str, Path] | None = None,
     probe: bool = False,
+    fresh: bool = False,
+    shard: tuple[int, int] | None = None,
     devices: str | Sequence[str] = "auto",
     device_weights: Weights = "auto",
     batch_size: int | str = "auto",
@@ -125,10 +128,13 @@ def plan(
     model, x, devices, device_weights, batch_size, client, options, **fields
         As for :func:`predict`.
     target
-        As for :func:`run`: plan a run to storage. None: plan a predict.
+        As for :func:`run`: plan a run to storage, which is not touched; notes say what is there already. None: plan a
+        predict.
     probe
         True: run the network on the first rows on every device, for rows/s and the time to expect; starts workers where
         there are none. False: nothing starts; speeds show where an earlier call of this process measured them.
+    fresh, shard
+        As for :func:`run`; without a target of no effect.
 
     Returns
     -------
@@ -155,9 +161,13 @@ def plan(
         "options": options,
         "fields": fields,
     }
-    how = partial(assemble, model, x) if target is None else partial(assemble_run, model, x, target)
+    how = partial(assemble, model, x)
+    if target is not None:
+        how = partial(assemble_run, model, x, target, fresh=fresh, shard=shard)
     work = how(**arguments)
-    if probe and work.layout.n_rows:
+    if probe and (n_missing(work.wanted, fresh=fresh) if work.wanted else work.layout.n_rows):
         driver.speeds(work.call())
         work = how(**arguments)  # with the weights that were measured
-    return work.plan()
+    found = work.plan()
+    said = notes(work.wanted, found, fresh=fresh) if work.wanted else ()
+    return replace(found, notes=(*found.notes, *said))

@@ -271,13 +271,13 @@ class _Cell:
         self._handle: Any = None
 
     def show(self, run: object, status: Status) -> None:
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        page = HTML(_page(status))  # type: ignore[no-untyped-call]
+        page = {"text/html": _page(status), "text/plain": sentence(status)}
         if self._handle is None:
-            self._handle = display(page, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle = display(page, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
-            self._handle.update(page)
+            self._handle.update(page, raw=True)
 
     end = show
 

@@ -184,4 +184,4 @@ def test_devices_that_end_apart_are_unbalanced() -> None:
     none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
     done = [receipt(i, i + 1, device).timed(**none, ended=at) for i, (device, at) in enumerate(ended)]
     found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
-    assert found.verdict == "unbalanced: the last device was done 7.0 s after the first; leave the shares to 'auto'"
+    assert found.verdict == "unbalanced: the last device ended 7.0 s after the first; leave the shares to 'auto'"
