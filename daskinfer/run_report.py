@@ -225,9 +225,7 @@ class RunReport:
         if computed >= MOST:
             return f"compute-bound: devices computed {computed:.0%} of the time"
         if self.tail_seconds >= MUCH * self.seconds:
-            return (
-                f"unbalanced: the last device ended {self.tail_seconds:.1f} s after the first; leave the shares to 'auto'"
-            )
+            return f"unbalanced: the last device ended {self.tail_seconds:.1f} s after the first; leave the shares to 'auto'"
         if wrote >= MOST:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
         return f"overhead-bound: devices computed {computed:.0%} of the time; use larger chunks or fewer devices"
