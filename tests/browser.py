@@ -34,6 +34,7 @@ _FLAGS = (
     "--remote-debugging-port=0",
     "--window-size=1280,900",
 )
+_OF_BOKEH = "could not set initial ranges"  # what it says of a plot that has no data yet
 # All text of a page, that in the shadow trees of bokeh's models included.
 _TEXT = """
 (() => {
@@ -90,9 +91,12 @@ class Tab:
 
     def close(self) -> None:
         """End the connection."""
-        self._socket.close()
-        self._run(asyncio.sleep(0))
+        self._run(self._hang_up())
         self._loop.close()
+
+    async def _hang_up(self) -> None:
+        self._socket.close()
+        await asyncio.sleep(0)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(work)
@@ -113,6 +117,8 @@ class Tab:
         if event == "Runtime.exceptionThrown":
             self.complaints.append(str(told["exceptionDetails"]))
         elif event == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
+            if any(_OF_BOKEH in str(argument.get("value")) for argument in told["args"]):
+                return
             self.complaints.append(str(told["args"]))
         elif event == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
             self.complaints.append(str(told["entry"]))

@@ -304,5 +304,5 @@ def test_it_works_in_a_notebook(in_folder: Path) -> None:
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     ran = nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    outputs = [output for cell in ran.cells for output in cell.outputs]
-    assert [o["data"]["text/plain"] for o in outputs] == ["[2.0, 2.0, 2.0]", "True"]
+    results = [output for cell in ran.cells for output in cell.outputs if output.output_type == "execute_result"]
+    assert [o["data"]["text/plain"] for o in results] == ["[2.0, 2.0, 2.0]", "True"]

@@ -568,7 +568,7 @@ def test_missing_rows_on_the_command_line(in_folder: Path, monkeypatch: pytest.M
     x = X.copy()
     x[3, 0] = np.nan
     np.save("x.npy", x)
-    how = ["--devices", "inline", "--batch-size", "50", "--on-error", "skip", "--nan-is-failure"]
+    how = ["--devices", "inline", "--batch-size", "50", "--on-error", "skip", "--nan-is-failure", "--no-progress"]
     for _ in range(2):
         done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", *how])
         assert done.exit_code == 3, done.stderr

@@ -22,7 +22,7 @@ from distributed import Client
 from torch import nn
 
 import daskinfer as di
-from daskinfer import driver, model_file, preflight, variables
+from daskinfer import model_file, preflight, ready, variables
 from daskinfer.cli import main
 from daskinfer.errors import ModelError
 from daskinfer.model import Model, Recipe, ShippedModel
@@ -176,7 +176,7 @@ def test_a_swapped_file_is_not_run_by_workers(
         EVIL["zip.pth"](path, tmp_path / "marker")
         return answers
 
-    monkeypatch.setattr(driver.preflight, "ask", ask)
+    monkeypatch.setattr(ready.preflight, "ask", ask)
     with pytest.raises(ModelError, match="has the SHA-256"):
         di.predict(Model(path, **GIVEN), X, client=cluster_client)
     assert not (tmp_path / "marker").exists()
@@ -359,7 +359,7 @@ def test_workers_compare_before_the_first_chunk(
         flip(weights)
         return asked(*given)
 
-    monkeypatch.setattr(driver.preflight, "ask", ask)
+    monkeypatch.setattr(ready.preflight, "ask", ask)
     with pytest.raises(di.DaskInferError, match=r"(?s)for 2 reasons:.*sees another file: .* has the SHA-256"):
         di.predict(Model(weights, **GIVEN), X, client=cluster_client)
 
@@ -372,7 +372,7 @@ def test_workers_without_the_file(weights: Path, cluster_client: Client, monkeyp
         weights.unlink()
         return asked(*given)
 
-    monkeypatch.setattr(driver.preflight, "ask", ask)
+    monkeypatch.setattr(ready.preflight, "ask", ask)
     with pytest.raises(di.DaskInferError, match=r"cannot read '.*w\.safetensors'; every worker has to"):
         di.predict(Model(weights, **GIVEN), X, client=cluster_client)
 
@@ -413,7 +413,7 @@ def test_a_change_between_two_loads(weights: Path, cluster_client: Client, monke
         return Told(3, 2)
 
     made = Model(weights, factory=make)
-    monkeypatch.setattr(driver.preflight, "ask", ask)
+    monkeypatch.setattr(ready.preflight, "ask", ask)
     with pytest.raises(ModelError, match="has the SHA-256"):
         di.predict(made, np.ones((4000, 3), np.float32), client=cluster_client, device_weights=[1, 1], batch_size=10)
     assert loaded == [1]
