@@ -230,7 +230,7 @@ def test_a_run_that_goes_on() -> None:
     _, text = seen(board)
     assert "<b>&lt;b&gt;Net</b>" in text
     assert "10.0%, 10 of 100 rows, 2 rows/s, 0:00:04 so far, 0:00:36 left, 1 chunks in flight, failed rows: 1" in text
-    assert "tries that came back: 1" in text
+    assert "tried again: 1" in text
     assert "&lt;i&gt;no" in text
     assert "<i>" not in text
 
@@ -528,6 +528,22 @@ def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tm
     finally:
         enough.touch()
         run.result()
+
+
+@in_browser
+def test_no_run_yet_in_a_browser() -> None:
+    """A page that has nothing to show yet is as quiet in a browser, and fills when the first run is heard of."""
+    how = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(**how) as cluster, Client(cluster, set_as_default=False) as client:
+        client.register_plugin(plugin.Page())
+        with browser.opened(f"http://127.0.0.1:{cluster.scheduler.http_server.port}/daskinfer") as tab:
+            tab.wait_for(lambda: "No run yet" in tab.text)
+            found = told(started(0, 10), done(0, 10, 3))
+            found.connected(client)
+            tab.wait_for(lambda: "10 of 100 rows" in tab.text)
+            found(RunEnded("a", 13.0, "ValueError: no"))
+            tab.wait_for(lambda: "ended after 0:00:03, 3 rows/s, failed rows: 1, ValueError: no" in tab.text)
+            assert not tab.complaints
 
 
 @in_browser

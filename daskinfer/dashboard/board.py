@@ -105,7 +105,7 @@ class Board:
         shown = self._runs.pop(status.run) if status.run in self._runs else Shown(snapshot, now, now)
         self._runs[status.run] = shown
         shown.snapshot, shown.last_heard, shown.n_heard = snapshot, now, shown.n_heard + 1
-        if status.seconds is not None:
+        if status.seconds is not None and status.seconds >= STEP_SECONDS:  # before, one chunk makes any speed
             shown.course.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
         while len(self._runs) > MAX_RUNS:
             del self._runs[next(iter(self._runs))]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from bokeh.application import Application
 from bokeh.layouts import column, row
-from bokeh.models import ColumnDataSource, Div, FactorRange, HoverTool, NumeralTickFormatter, Select
+from bokeh.models import ColumnDataSource, Div, FactorRange, HoverTool, NumeralTickFormatter, Range1d, Select
 from bokeh.plotting import figure
 from bokeh.server.contexts import ApplicationContext
 from bokeh.server.tornado import BokehTornado
@@ -46,6 +46,9 @@ SILENT_SECONDS = 15.0  # without news until a run is said to be silent: thirty t
 # Neither red nor orange, which are what went wrong; neighbours differ in lightness too.
 _COLOURS = ("#4e79a7", "#59a14f", "#b07aa1", "#76b7b2", "#9c755f", "#2f4b7c", "#8cd17d", "#d4a6c8", "#499894", "#b6992d")
 _OTHERS, _FAILED, _AGAIN, _WAITS, _ALL = "#79706e", "#d62728", "#ff9d1c", "#e6e6e6", "#404040"
+_HEIGHT, _LABEL, _AXES = 230, 15, 70  # pixels: of a plot, of a label, and of what is around a plot's frame
+_NARROW = 400  # pixels; in a window that is narrower than two of them, as JupyterLab's are, one stands below the other
+_NAME_CHARACTERS = 80  # of a network; arbitrary
 _FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px"
 
 
@@ -97,21 +100,20 @@ class View:
         self._seen: tuple[object, ...] = ()
         self._choice = Select(title="run", value="", options=[("", "the latest")], width=320)
         self._choice.on_change("value", lambda attr, old, new: self.update())
-        self._head = Div(text=_NOTHING, sizing_mode="stretch_width", stylesheets=[_WIDE])
+        self._head = Div(text=_NOTHING, sizing_mode="stretch_width", min_width=_NARROW, stylesheets=[_WIDE])
         self._speeds, self._shares, self._cells = _Speeds(), _Shares(), _Cells()
         self._devices = Div(sizing_mode="stretch_width")
         self._troubles = Div(sizing_mode="stretch_width")
         self._body = column(
-            row(self._speeds.root, self._shares.root, sizing_mode="stretch_width"),
+            row(self._speeds.root, self._shares.root, sizing_mode="stretch_width", stylesheets=[_WRAPS]),
             self._cells.root,
             self._devices,
             self._troubles,
             sizing_mode="stretch_width",
             visible=False,
         )
-        self.root = column(
-            row(self._choice, self._head, sizing_mode="stretch_width"), self._body, sizing_mode="stretch_width"
-        )
+        top = row(self._choice, self._head, sizing_mode="stretch_width", stylesheets=[_WRAPS])
+        self.root = column(top, self._body, sizing_mode="stretch_width")
 
     def update(self) -> None:
         """Draw again, where there is news."""
@@ -144,20 +146,21 @@ class _Speeds:
     """Rows/s of each device over time."""
 
     def __init__(self) -> None:
-        self._source = ColumnDataSource(
-            {"xs": [], "ys": [], "colour": [], "device": [], "width": []}, name="daskinfer-speeds"
-        )
+        names = ("xs", "ys", "colour", "device", "width")
+        self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-speeds")
         self.root = figure(
             title=f"rows/s, over {SPEED_SECONDS:.0f} s each (dark: all devices)",
             x_axis_label="seconds",
-            height=230,
+            x_range=Range1d(0, 1),
+            y_range=Range1d(0, 1),
+            height=_HEIGHT,
+            min_width=_NARROW,
             sizing_mode="stretch_width",
             tools="",
             toolbar_location=None,
         )
         lines = self.root.multi_line("xs", "ys", color="colour", line_width="width", source=self._source)
         self.root.add_tools(HoverTool(renderers=[lines], tooltips=[("device", "@device"), ("rows/s", "$y{0,0}")]))
-        self.root.y_range.start = 0
         self.root.yaxis.formatter = NumeralTickFormatter(format="0,0")
 
     def draw(self, shown: Shown, colours: Sequence[str]) -> None:
@@ -167,9 +170,12 @@ class _Speeds:
         speeds = np.zeros((len(devices), len(points)))
         for i, (_, known) in enumerate(points):  # devices that came later were not there yet
             speeds[: len(known), i] = known
+        together = speeds.sum(axis=0)
+        self.root.x_range.end = max([1.0, *seconds])
+        self.root.y_range.end = max([1.0, *1.05 * together])
         self._source.data = {
             "xs": [seconds] * (len(devices) + 1),
-            "ys": [speeds.sum(axis=0), *speeds],
+            "ys": [together, *speeds],
             "colour": [_ALL, *colours],
             "device": ["all", *(device.device for device in devices)],
             "width": [1.5] + [2.5] * len(devices),
@@ -184,8 +190,10 @@ class _Shares:
         self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-shares")
         self.root = figure(
             title="share of the rows (grey: asked for, coloured: done)",
-            y_range=FactorRange(),
-            height=230,
+            x_range=Range1d(0, 1),
+            y_range=FactorRange(" "),
+            height=_HEIGHT,
+            min_width=_NARROW,
             sizing_mode="stretch_width",
             tools="",
             toolbar_location=None,
@@ -194,7 +202,6 @@ class _Shares:
         self.root.hbar("device", right="done", height=0.4, color="colour", source=self._source)
         tooltips = [("device", "@device"), ("asked for", "@asked{0.0%}"), ("done", "@done{0.0%}")]
         self.root.add_tools(HoverTool(tooltips=tooltips))
-        self.root.x_range.start = 0
         self.root.xaxis.formatter = NumeralTickFormatter(format="0%")
         self.root.ygrid.visible = False
 
@@ -202,6 +209,9 @@ class _Shares:
         names = [device.device for device in devices]
         if self.root.y_range.factors != names[::-1]:
             self.root.y_range.factors = names[::-1]  # the first on top
+            self.root.height = max(_HEIGHT, _LABEL * len(names) + _AXES)
+        shares = [share for device in devices for share in (device.asked_share, device.done_share)]
+        self.root.x_range.end = 1.05 * max(shares, default=0.0) or 1.0
         self._source.data = {
             "device": names,
             "asked": [device.asked_share for device in devices],
@@ -217,10 +227,11 @@ class _Cells:
         names = ("left", "right", "zero", "done", "in_flight", "failed", "again", "colour")
         self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-cells")
         self.root = figure(
-            title="rows: done in the device's colour, in flight lighter, waiting grey, tried again orange, failed red",
+            title="rows: done, in flight (lighter), waiting (grey), tried again (orange), failed (red)",
             x_axis_label="row",
+            x_range=Range1d(0, 1),
+            y_range=Range1d(0, 1),
             height=150,
-            y_range=(0, 1),
             sizing_mode="stretch_width",
             tools="",
             toolbar_location=None,
@@ -233,7 +244,6 @@ class _Cells:
         self.root.quad(bottom="again", top=1.0, color=_AGAIN, **quads)
         self.root.xaxis.formatter = NumeralTickFormatter(format="0,0")
         self.root.yaxis.visible = self.root.grid.visible = False
-        self.root.x_range.range_padding = 0
 
     def draw(self, shown: Shown, colours: Sequence[str]) -> None:
         cells = shown.snapshot.cells
@@ -243,6 +253,7 @@ class _Cells:
         done, in_flight, failed, again = bars[:4, first] / 100
         edges = np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
         by_number = dict(enumerate(colours)) | {UNKNOWN: _WAITS}
+        self.root.x_range.end = max(1, cells.n_rows)
         self._source.data = {
             "left": edges[:-1],
             "right": edges[1:],
@@ -268,7 +279,11 @@ def _title(shown: Shown) -> str:
     """A run among others; its words do not change each time, or the list could not be chosen from."""
     status = shown.snapshot.status
     state = ("failed" if status.error else "done") if status.ended else "silent" if _is_silent(shown) else "goes on"
-    return f"{time.strftime('%H:%M:%S', time.localtime(shown.first_heard))} {status.model[:40]} ({state})"
+    return f"{time.strftime('%H:%M:%S', time.localtime(shown.first_heard))} {_short(status.model)} ({state})"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…"
 
 
 _NOTHING = f'<div style="{_FONT}; padding: 1em">No run yet: this page fills when daskinfer computes on this cluster.</div>'
@@ -282,7 +297,7 @@ def _headline(status: Status, silent: bool) -> str:
     share = status.n_done / status.n_rows if status.n_rows else 1.0
     bar = _BAR.format(percent=100 * share, colour=_FAILED if status.error else _COLOURS[0])
     said = html.escape(", ".join(_said(status, share, silent)))
-    return f'<div style="{_FONT}; padding: 4px 1em"><b>{html.escape(status.model)}</b>{bar}{said}</div>'
+    return f'<div style="{_FONT}; padding: 4px 1em"><b>{html.escape(_short(status.model))}</b>{bar}{said}</div>'
 
 
 def _said(status: Status, share: float, silent: bool) -> Iterator[str]:
@@ -302,7 +317,7 @@ def _said(status: Status, share: float, silent: bool) -> Iterator[str]:
     if status.n_failed:
         yield f"failed rows: {status.n_failed:,}"
     if status.n_retried:
-        yield f"tries that came back: {status.n_retried:,}"
+        yield f"tried again: {status.n_retried:,}"
     if silent:
         yield "nothing was heard of it for a while: its process may have ended"
     if status.error:
@@ -319,7 +334,7 @@ _HEADERS = ("device", "name", "rows", "rows/s", "micro-batch", "asked", "done", 
 def _row(device: DeviceStatus, status: Status) -> tuple[str, ...]:
     said = [device.state] if device.state else []
     said += [f"failed rows: {device.n_failed:,}"] if device.n_failed else []
-    said += [f"tries that came back: {device.n_retried:,}"] if device.n_retried else []
+    said += [f"tried again: {device.n_retried:,}"] if device.n_retried else []
     # Once it is over, that of the whole run says more than that of its last seconds.
     speed = device.n_rows / status.seconds if status.ended and status.seconds else device.rows_per_second
     return (
@@ -335,6 +350,7 @@ def _row(device: DeviceStatus, status: Status) -> tuple[str, ...]:
     )
 
 
+_WRAPS = ":host { flex-wrap: wrap }"
 _WIDE = ":host, .bk-clearfix { width: 100% }"
 _TABLE = f"""
 table {{ {_FONT}; border-collapse: collapse; margin: 4px 1em }}
