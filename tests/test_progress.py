@@ -38,7 +38,7 @@ import numpy as np
 import daskinfer as di
 
 def slow(rows):
-    time.sleep(0.05)
+    time.sleep(0.1)
     return rows
 
 def call(**how):
