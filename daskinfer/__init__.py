@@ -3,8 +3,8 @@
 The rooms of the house, lower floors first; a room imports from its own floor and below, never from above::
 
     0  errors  tables  records  options  structure             plain Python
-       events  timeline  status  variables  own_code  allocator  owned  ranges
-       reported  pictures
+       events  timeline  status  status_words  reported
+       pictures  variables  own_code  allocator  owned  ranges
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying

@@ -299,7 +299,8 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
 
 def progress_of(asked: bool | None) -> Any:
     """What ``progress=`` is to be: False, a bar where a terminal shows it, else lines of the log every few seconds."""
-    from daskinfer.progress import lines, sentence
+    from daskinfer.progress import lines
+    from daskinfer.status_words import sentence
 
     def say(status: Status) -> None:
         log_lines.progress_logger.info("%s", sentence(status), extra={"fields": asdict(status)})

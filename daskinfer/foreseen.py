@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from daskinfer.manifest import Header, Progress, read_lines, shard_rows
 from daskinfer.plan_record import Plan
-from daskinfer.progress import clock
 from daskinfer.ranges import in_all, left_over
 from daskinfer.stored import COMPLETE, begun, manifest_of, read_record, receipts_name
+from daskinfer.tables import format_seconds
 from daskinfer.wanted import Wanted
 
 
@@ -61,5 +61,5 @@ def notes(wanted: Wanted, plan: Plan, *, fresh: bool) -> Iterator[str]:
     elif not n_left:
         yield f"nothing to do: all {stop - start:,} rows are at {where} already"
     else:
-        time = f", {clock(plan.seconds * n_left / plan.n_rows)} to expect" if plan.seconds is not None else ""
+        time = f", {format_seconds(plan.seconds * n_left / plan.n_rows)} to expect" if plan.seconds is not None else ""
         yield f"what lies at {where} is continued: {n_left:,} of {stop - start:,} rows are left{time}"

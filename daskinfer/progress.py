@@ -27,7 +27,8 @@ from typing import Any, Protocol
 from daskinfer.dashboard import Sender
 from daskinfer.errors import OptionError
 from daskinfer.events import Event, Listener, Listeners, RunEnded, RunStarted
-from daskinfer.status import DeviceStatus, Standing, Status
+from daskinfer.status import Standing, Status
+from daskinfer.status_words import HEADERS, cells, sentence, words
 from daskinfer.tables import html_table
 
 logger = logging.getLogger(__name__)
@@ -71,47 +72,6 @@ def _shown(progress: Progress) -> list[Listener]:
 def lines(write: Callable[[Status], None], every: float = LINE_SECONDS) -> Listener:
     """A listener that has the status of a run written every so many seconds, and once when it has ended."""
     return Drawn(_Lines(write), every, every)
-
-
-def sentence(status: Status) -> str:
-    """A run's status in one line.
-
-    Examples
-    --------
-    >>> sentence(Status("a", "Net", 2000, 500, 3, 0, 10.0, 30.0, 50.0, 10, (), False, ""))
-    'Net: 25%, 500 of 2,000 rows, 50 rows/s, 0:30 left, 3 failed'
-    """
-    share = status.n_done / status.n_rows if status.n_rows else 1.0
-    said = [f"{status.model}: {share:.0%}", f"{status.n_done:,} of {status.n_rows:,} rows", *_pace(status)]
-    said += [f"{d.device} {d.rows_per_second:,.0f} rows/s {d.done_share:.0%}" for d in status.devices if d.n_rows]
-    return ", ".join(said)
-
-
-def _pace(status: Status) -> list[str]:
-    """Speed and what is left of a run, in words; and what went wrong."""
-    if status.seconds is None:
-        said = ["workers start" if not status.ended else "nothing was computed"]
-    elif status.ended:
-        said = [f"{'done' if not status.error else 'ended'} after {clock(status.seconds)}"]
-    else:
-        said = [f"{status.rows_per_second:,.0f} rows/s"]
-        said += [f"{clock(status.seconds_left)} left"] if status.seconds_left is not None else []
-    said += [f"{status.n_failed:,} failed"] if status.n_failed else []
-    said += [f"{status.n_retried:,} tried again"] if status.n_retried else []
-    return [*said, status.error] if status.error else said
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people read them.
-
-    Examples
-    --------
-    >>> clock(9.4), clock(3725)
-    ('0:09', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class View(Protocol):
@@ -218,26 +178,6 @@ def _live() -> Any:
     return Live(console=Console(stderr=True), auto_refresh=False)
 
 
-_HEADERS = ("device", "name", "rows", "rows/s", "micro-batch", "asked", "done", "in flight", "")
-
-
-def _cells(device: DeviceStatus) -> tuple[str, ...]:
-    said = [device.state] if device.state else []
-    said += [f"{device.n_failed:,} failed"] if device.n_failed else []
-    said += [f"{device.n_retried:,} tried again"] if device.n_retried else []
-    return (
-        device.device,
-        device.label,
-        f"{device.n_rows:,}",
-        f"{device.rows_per_second:,.0f}",
-        f"{device.batch_size:,}" if device.batch_size else "",
-        f"{device.asked_share:.0%}",
-        f"{device.done_share:.0%}",
-        f"{device.n_in_flight:,}",
-        ", ".join(said),
-    )
-
-
 def _rendered(statuses: list[Status]) -> Any:
     """Statuses as rich draws them: each a table of devices, and a bar of all rows."""
     from rich.console import Group
@@ -248,17 +188,15 @@ def _rendered(statuses: list[Status]) -> Any:
     parts: list[Any] = []
     for status in statuses:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for header in _HEADERS:
+        for header in HEADERS:
             table.add_column(header, justify="left" if header in ("device", "name", "") else "right", no_wrap=True)
         for device in status.devices:
-            table.add_row(*map(Text, _cells(device)))
+            table.add_row(*map(Text, cells(device, status)))
         total = Table.grid(padding=(0, 1))
-        share = status.n_done / status.n_rows if status.n_rows else 1.0
         total.add_row(
             Text(status.model, style="bold"),
-            ProgressBar(total=max(1, status.n_rows), completed=status.n_done, width=30),
-            Text(f"{share:.0%}"),
-            Text(f"{status.n_done:,} of {status.n_rows:,} rows, {', '.join(_pace(status))}"),
+            ProgressBar(total=1.0, completed=status.share, width=30),
+            Text(", ".join(words(status))),
         )
         parts += [table, total] if status.devices else [total]
     return Group(*parts)
@@ -284,10 +222,9 @@ class _Cell:
 
 def _page(status: Status) -> str:
     """A status as HTML."""
-    share = status.n_done / status.n_rows if status.n_rows else 1.0
-    said = f"{share:.0%}, {status.n_done:,} of {status.n_rows:,} rows, {', '.join(_pace(status))}"
-    bar = f'<progress max="{max(1, status.n_rows)}" value="{status.n_done}" style="width: 20em"></progress>'
-    table = html_table(_HEADERS, [_cells(device) for device in status.devices]) if status.devices else ""
+    said = ", ".join(words(status))
+    bar = f'<progress max="1" value="{status.share:.4g}" style="width: 20em"></progress>'
+    table = html_table(HEADERS, [cells(device, status) for device in status.devices]) if status.devices else ""
     return f"<div><b>{html.escape(status.model)}</b> {bar} {html.escape(said)}</div>{table}"
 
 

@@ -46,6 +46,11 @@ class Receipt:
     ended: float = 0.0
     peak_nbytes: int = 0
 
+    @property
+    def given_up(self) -> bool:
+        """Whether no attempt came to an answer: nothing is known of when and how it was computed."""
+        return not self.began
+
     def timed(
         self, *, read_began: float, ended: float, read_seconds: float, write_seconds: float, waited_seconds: float
     ) -> Receipt:

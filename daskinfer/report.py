@@ -59,7 +59,6 @@ def page(report: Reported) -> str:
         tail=_tail(report),
         failures=Markup(html_table(_FAILURE_HEADERS, _failure_cells(report))),
         n_more=max(0, len(report.failures) - MAX_FAILURES),
-        n_retried=sum(device.n_retried for device in report.devices),
         facts=Markup(html_table(("", ""), [[name, said] for name, said in report.facts.items() if said])),
     )
 
@@ -323,7 +322,7 @@ td:last-child { overflow-wrap: anywhere; }
 {% endif %}
 <h2>Retries and rows without an answer</h2>
 <p>
-Attempts at a chunk that came to nothing: {{ "{:,}".format(n_retried) }}.
+Attempts at a chunk that came to nothing: {{ "{:,}".format(report.n_retried) }}.
 Rows without an answer: {{ "{:,}".format(report.failed_rows|length) }}.
 </p>
 {% if report.failures %}

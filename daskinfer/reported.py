@@ -72,3 +72,6 @@ class Reported(Protocol):
 
     @property
     def tail_seconds(self) -> float: ...
+
+    @property
+    def n_retried(self) -> int: ...

@@ -67,6 +67,11 @@ class Status:
     ended: bool
     error: str
 
+    @property
+    def share(self) -> float:
+        """How much of the run is done, a fraction."""
+        return self.n_done / self.n_rows if self.n_rows else 1.0
+
 
 class Standing:
     """Sums a run's events up; :meth:`status` says how it stands.
@@ -201,10 +206,11 @@ class _Device:
         self.n_in_flight += 1
 
     def done(self, event: ChunkDone, n_rows: int) -> None:
-        self.n_in_flight -= 1
         self.n_rows += n_rows
         self.n_failed += event.n_failed
-        self.batch_size = event.receipt.batch_size
+        if not event.receipt.given_up:  # it has come back before
+            self.n_in_flight -= 1
+            self.batch_size = event.receipt.batch_size
         self.label = event.receipt.device_name or self.label
         self.speed.count(event.at, n_rows)
 

@@ -68,6 +68,19 @@ def byte_unit(nbytes: int) -> tuple[str, int]:
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+def format_seconds(seconds: float) -> str:
+    """A time for people, to the second.
+
+    Examples
+    --------
+    >>> format_seconds(9.4), format_seconds(3725)
+    ('0:09', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _html_cell(cell: str, numeric: bool, tag: str = "td") -> str:
     style = ' style="text-align:right"' if numeric else ' style="white-space:pre-wrap"' if "\n" in cell else ""
     return f"<{tag}{style}>{html.escape(cell)}</{tag}>"

@@ -76,7 +76,7 @@ class Timeline:
 
     def add(self, receipt: Receipt) -> None:
         """One more chunk is done; one that was given up took no time that is known."""
-        if not receipt.began:
+        if receipt.given_up:
             return
         self._by_device.setdefault(receipt.device, []).append(Span.of(receipt))
         self._n_spans += 1

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pytest
 
@@ -26,6 +27,7 @@ from daskinfer.events import (
     RunEnded,
     RunStarted,
 )
+from daskinfer.status import Standing
 from tests import faulty
 
 X = np.arange(1000, dtype=np.float32)
@@ -113,6 +115,31 @@ def test_attempts_that_failed_are_told(two_cpus: list[str], tmp_path: Path) -> N
     assert all("bad 1234" in event.exception for event in failed)
     assert kinds(told)["ChunkStarted"] == kinds(told)["ChunkDone"] + len(failed)
     assert report.n_retried == len(failed)
+
+
+@pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
+def test_what_starts_comes_back(two_cpus: list[str], devices: Any) -> None:
+    """Chunks that cannot be read are given up: none is in flight at the end, and never less than none."""
+
+    def block(block_id: tuple[int]) -> Any:
+        if block_id == (3,):
+            raise OSError("no such block")
+        return X[:100]
+
+    standing, seen, told = Standing(), [], list[Event]()
+
+    def look(event: Event) -> None:
+        standing(event)
+        told.append(event)
+        if not isinstance(event, RunEnded):
+            seen.append(sum(device.n_in_flight for device in standing.status(event.at).devices))
+
+    x = da.map_blocks(block, chunks=((100,) * 10,), dtype="f4", meta=X[:0])
+    how = {"on_error": "skip", "retries": 1, "return_report": True}
+    _, report = di.predict(double, x, devices=devices, progress=look, **how)
+    assert report.failed_rows == tuple(range(300, 400))
+    assert report.n_retried == kinds(told)["ChunkFailed"] >= 2
+    assert min(seen) == seen[-1] == 0
 
 
 def test_what_ended_a_run_is_told() -> None:

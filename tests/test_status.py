@@ -24,7 +24,7 @@ DEVICES = (Asked("cuda:0", "L4", "cuda", 0.75), Asked("cpu:0", "", "cpu", 0.25))
 def done(start: int, stop: int, at: float, device: str = "cuda:0", n_failed: int = 0) -> ChunkDone:
     """Rows ``start:stop`` are done, but for the first ``n_failed``."""
     failures = (Failure(start, start + n_failed, device, "ValueError: no"),) if n_failed else ()
-    return ChunkDone("a", at, start, stop, device, Receipt(start, stop, device, "EPYC", 4, 1.0, "w"), failures, 1)
+    return ChunkDone("a", at, start, stop, device, Receipt(start, stop, device, "EPYC", 4, 1.0, "w", began=1.0), failures, 1)
 
 
 def standing(*events: Event, n_before: int = 0) -> Standing:
@@ -70,6 +70,14 @@ def test_what_failed_is_in_flight_no_more() -> None:
     )
     cpu = found.status(3.0).devices[1]
     assert (cpu.n_in_flight, cpu.n_retried, cpu.state, found.status(3.0).n_retried) == (2, 1, "replaced", 1)
+
+
+def test_what_was_given_up_is_not_counted_twice() -> None:
+    """A chunk that is given up after its last attempt came back is in flight no more, and once only."""
+    given_up = ChunkDone("a", 3.0, 0, 1, "cpu:0", Receipt(0, 1, "cpu:0", "", 0, 0.0, ""), (), 1)
+    found = standing(ChunkStarted("a", 1.0, 0, 1, "cpu:0"), ChunkFailed("a", 2.0, 0, 1, "cpu:0", "OSError: no"), given_up)
+    cpu = found.status(4.0).devices[1]
+    assert (cpu.n_in_flight, cpu.n_rows, found.status(4.0).n_done) == (0, 1, 1)
 
 
 def test_devices_and_micro_batches_that_came_later() -> None:

@@ -63,7 +63,7 @@ class ChunkMap:
 
     def done(self, event: ChunkDone, device: int) -> None:
         """It needs nothing more: its rows have their answer, or failed for good."""
-        given_up = not event.receipt.began  # and so has come back before
+        given_up = event.receipt.given_up  # and so has come back before
         for cell, n_rows in self._parts(event.start, event.stop):
             self._in_flight[cell] -= 0 if given_up else n_rows
             self._done[cell] += n_rows

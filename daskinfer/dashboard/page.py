@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
 from typing import Any
@@ -36,6 +35,7 @@ from tornado.ioloop import IOLoop
 from daskinfer.dashboard.board import OTHERS, Board, Shown
 from daskinfer.dashboard.chunk_map import UNKNOWN
 from daskinfer.status import SPEED_SECONDS, DeviceStatus, Status
+from daskinfer.status_words import HEADERS, cells, words
 from daskinfer.tables import html_table
 
 PAGE, PLOT = "/daskinfer", "/individual-daskinfer"
@@ -137,7 +137,7 @@ class View:
         self._shares.draw(status.devices, colours)
         self._cells.draw(shown, colours)
         self._devices.stylesheets = [_TABLE, *_swatches(colours)]
-        self._devices.text = html_table(_HEADERS, [_row(device, status) for device in status.devices])
+        self._devices.text = html_table(HEADERS, [cells(device, status) for device in status.devices])
         self._troubles.stylesheets = [_TABLE]
         self._troubles.text = _troubles(shown)
 
@@ -294,60 +294,14 @@ _BAR = (
 
 
 def _headline(status: Status, silent: bool) -> str:
-    share = status.n_done / status.n_rows if status.n_rows else 1.0
-    bar = _BAR.format(percent=100 * share, colour=_FAILED if status.error else _COLOURS[0])
-    said = html.escape(", ".join(_said(status, share, silent)))
-    return f'<div style="{_FONT}; padding: 4px 1em"><b>{html.escape(_short(status.model))}</b>{bar}{said}</div>'
-
-
-def _said(status: Status, share: float, silent: bool) -> Iterator[str]:
-    yield f"{share:.1%}"
-    yield f"{status.n_done:,} of {status.n_rows:,} rows"
-    if status.seconds is None:
-        yield "workers start"
-    elif status.ended:
-        yield f"{'ended' if status.error else 'done'} after {_clock(status.seconds)}"
-        yield f"{sum(device.n_rows for device in status.devices) / max(status.seconds, 1e-3):,.0f} rows/s"
-    else:
-        yield f"{status.rows_per_second:,.0f} rows/s"
-        yield f"{_clock(status.seconds)} so far"
-        if status.seconds_left is not None:
-            yield f"{_clock(status.seconds_left)} left"
-        yield f"{sum(device.n_in_flight for device in status.devices):,} chunks in flight"
-    if status.n_failed:
-        yield f"failed rows: {status.n_failed:,}"
-    if status.n_retried:
-        yield f"tried again: {status.n_retried:,}"
+    bar = _BAR.format(percent=100 * status.share, colour=_FAILED if status.error else _COLOURS[0])
+    said = words(status)
     if silent:
-        yield "nothing was heard of it for a while: its process may have ended"
-    if status.error:
-        yield status.error
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-_HEADERS = ("device", "name", "rows", "rows/s", "micro-batch", "asked", "done", "chunks in flight", "")
-
-
-def _row(device: DeviceStatus, status: Status) -> tuple[str, ...]:
-    said = [device.state] if device.state else []
-    said += [f"failed rows: {device.n_failed:,}"] if device.n_failed else []
-    said += [f"tried again: {device.n_retried:,}"] if device.n_retried else []
-    # Once it is over, that of the whole run says more than that of its last seconds.
-    speed = device.n_rows / status.seconds if status.ended and status.seconds else device.rows_per_second
-    return (
-        device.device,
-        device.label,
-        f"{device.n_rows:,}",
-        f"{speed:,.0f}",
-        f"{device.batch_size:,}" if device.batch_size else "",
-        f"{device.asked_share:.1%}",
-        f"{device.done_share:.1%}",
-        f"{device.n_in_flight:,}",
-        ", ".join(said),
-    )
+        said.append("nothing was heard of it for a while: its process may have ended")
+    elif status.seconds is not None and not status.ended:
+        said.append(f"{sum(device.n_in_flight for device in status.devices):,} chunks in flight")
+    head = f"<b>{html.escape(_short(status.model))}</b>{bar}{html.escape(', '.join(said))}"
+    return f'<div style="{_FONT}; padding: 4px 1em">{head}</div>'
 
 
 _WRAPS = ":host { flex-wrap: wrap }"
