@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ import cloudpickle
 import dask
 import psutil
 from distributed import Nanny
+from distributed.core import Status
 from distributed.deploy.spec import ProcessInterface
 
 # A worker that is not in the middle of a chunk ends within 1 s, most of it torch's clean-up (measured); one that is may
@@ -40,6 +42,7 @@ _START = (
     "from daskinfer.nanny_process import main; main()"
 )
 _LENGTH_NBYTES = 8
+_POLL_SECONDS = 0.005
 _CURRENT_CLIENT = "scheduler"  # what a current Client sets in the configuration: not for the workers of another cluster
 
 
@@ -141,11 +144,25 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """Kill those that are still there, but let Python's tracker of semaphores remove those of the killed and end itself."""
+    """Kill those that are still there and all that they have started, but let Python's trackers of semaphores be.
+
+    Those remove the semaphores of the killed and end by themselves. Each process is stopped before its children are
+    looked for and dies after them: none is started unseen, or finds its semaphores gone and says so on stderr.
+    """
+    doomed: list[psutil.Process] = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in word for word in process.cmdline()):
+            if not _is_tracker(process):
+                process.suspend()
+                doomed += [process, *process.children(recursive=True)]
+    for process in reversed(doomed):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not _is_tracker(process):
                 process.kill()
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    return any("resource_tracker" in word for word in process.cmdline())
 
 
 async def _serve(scheduler: str, options: dict[str, Any], answers: int) -> None:
@@ -159,25 +176,48 @@ async def _serve(scheduler: str, options: dict[str, Any], answers: int) -> None:
         closed.set_result(None)
 
     loop.add_reader(sys.stdin.fileno(), end_of_client)
-    started = asyncio.ensure_future(_started(scheduler, options))
+    try:
+        nanny = Nanny(scheduler, **options)
+    except Exception as error:
+        _answer(answers, error=f"{type(error).__name__}: {error}")
+        return
+    started = asyncio.ensure_future(_started(nanny))
     await asyncio.wait([started, closed], return_when=asyncio.FIRST_COMPLETED)
     if not started.done():
+        started.cancel()
+        await asyncio.wait([started], timeout=GRACE_SECONDS)
+        await _spawned(nanny)
         return  # a nanny cannot be closed while it starts: main() kills what it started
-    if error := started.exception():
-        while error.__cause__ is not None:  # Dask's own says no more than that the nanny failed to start
-            error = error.__cause__
-        os.write(answers, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+    if failure := started.exception():
+        while failure.__cause__ is not None:  # Dask's own says no more than that the nanny failed to start
+            failure = failure.__cause__
+        _answer(answers, error=f"{type(failure).__name__}: {failure}")
         return
-    nanny = started.result()
-    os.write(answers, json.dumps({"ready": nanny.worker_address}).encode() + b"\n")
+    _answer(answers, ready=nanny.worker_address)
     ended = asyncio.ensure_future(nanny.finished())
     await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(nanny.close(timeout=GRACE_SECONDS / 2), GRACE_SECONDS)
 
 
-async def _started(scheduler: str, options: dict[str, Any]) -> Nanny:
-    return await Nanny(scheduler, **options)
+async def _started(nanny: Nanny) -> None:
+    await nanny
+
+
+async def _spawned(nanny: Nanny) -> None:
+    """Let a worker's process that a thread is just starting be there, so that it can be killed.
+
+    Started any later, it would look for semaphores that have gone with this process, and say so on stderr.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    while nanny.process is not None and nanny.process.status == Status.starting and nanny.pid is None:
+        if time.monotonic() > deadline:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _answer(answers: int, **said: str) -> None:
+    os.write(answers, json.dumps(said).encode() + b"\n")
 
 
 def main() -> None:
