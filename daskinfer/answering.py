@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib import metadata
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from daskinfer.errors import DaskInferError, Partial
 from daskinfer.events import Asked, Listeners, RunEnded, RunStarted
 from daskinfer.fetching import Finished
 from daskinfer.in_order import InOrder
+from daskinfer.ranges import Range, Ranges, left_over
 from daskinfer.run_report import RunReport, Tally
 from daskinfer.stopping import drained
 
@@ -29,17 +30,17 @@ class Runs(Protocol):
     tell: Listeners
 
     @property
-    def n_missing(self) -> int: ...
+    def missing(self) -> Sequence[Range]: ...
 
     def __iter__(self) -> Generator[Finished, None, None]: ...
 
 
-def compute(work: Work, keep: Callable[[Finished], None], run: Runs, n_before: int = 0) -> RunReport:
-    """Compute every chunk, give each to ``keep``, and sum the events up; ``n_before`` rows were done by earlier calls."""
+def compute(work: Work, keep: Callable[[Finished], None], run: Runs, rows: Range | None = None) -> RunReport:
+    """Compute every chunk, give each to ``keep``, and sum the events up; ``rows`` are the call's part, None: all."""
     tally = Tally()
     run.tell.add(tally)
     began = time.perf_counter()
-    with _told(work, run, n_before), drained(run), closing(iter(run)) as found:
+    with _told(work, run, rows), drained(run), closing(iter(run)) as found:
         for finished in found:
             keep(finished)
     return tally.report(seconds=time.perf_counter() - (run.began or began), facts=_facts(work))
@@ -48,7 +49,7 @@ def compute(work: Work, keep: Callable[[Finished], None], run: Runs, n_before: i
 def nothing_to_do(work: Work) -> RunReport:
     """The report of a run whose output is complete."""
     tally = Tally()
-    tally(_started(work, "", work.layout.n_rows, work.layout.n_rows))
+    tally(_started(work, "", everything := (0, work.layout.n_rows), [everything]))
     return tally.report(seconds=0.0, facts=_facts(work))
 
 
@@ -75,16 +76,17 @@ def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
 
 def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None]:
     """The answer block by block, in order."""
-    with _told(work, run, 0), closing(iter(run)) as finished:
+    with _told(work, run, None), closing(iter(run)) as finished:
         for arrays in order.blocks(finished):
             yield work.answer(arrays)
 
 
 @contextmanager
-def _told(work: Work, run: Runs, n_before: int) -> Iterator[None]:
+def _told(work: Work, run: Runs, rows: Range | None) -> Iterator[None]:
     """Tell when the run begins, and how it ends."""
     tell, error = run.tell, ""
-    tell(_started(work, tell.run, run.n_missing + n_before, n_before))
+    part = (0, work.layout.n_rows) if rows is None else rows
+    tell(_started(work, tell.run, part, list(left_over(part, run.missing))))
     try:
         yield
     except GeneratorExit:
@@ -97,10 +99,10 @@ def _told(work: Work, run: Runs, n_before: int) -> Iterator[None]:
         tell(RunEnded(tell.run, time.time(), error))
 
 
-def _started(work: Work, run: str, n_rows: int, n_before: int) -> RunStarted:
+def _started(work: Work, run: str, rows: Range, done: Ranges) -> RunStarted:
     plan, kinds = work.plan(), [device.kind for device in work.placement.devices]
     devices = tuple(Asked(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
-    return RunStarted(run, time.time(), plan.model, plan.inputs, plan.outputs, n_rows, n_before, plan.batch_size, devices)
+    return RunStarted(run, time.time(), plan.model, plan.inputs, plan.outputs, rows, tuple(done), plan.batch_size, devices)
 
 
 def _facts(work: Work) -> dict[str, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -65,7 +66,7 @@ class Borrowed(Elsewhere):
     def __getitem__(self, rows: slice) -> Borrowed:
         start, stop, step = rows.indices(len(self))
         assert step == 1  # what the runner asks for
-        row_nbytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        row_nbytes = self.dtype.itemsize * math.prod(self.shape[1:])
         shape = (max(0, stop - start), *self.shape[1:])
         return Borrowed(self.pid, self.address + start * row_nbytes, shape, self.dtype)
 
@@ -114,20 +115,20 @@ def read(pid: int, address: int, out: Array) -> None:
     UnreadableError
         Where it cannot, or the system has no way.
     """
-    copied, wanted = 0, out.nbytes
+    copied, wanted, start = 0, out.nbytes, out.__array_interface__["data"][0]
     while copied < wanted:
-        here, there = (_Bytes(start + copied, wanted - copied) for start in (out.ctypes.data, address))
-        n_copied = _reader()(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        left = wanted - copied
+        places = _Places(start + copied, left, address + copied, left)
+        n_copied = _reader()(pid, ctypes.byref(places), 1, ctypes.byref(places, _PLACE_NBYTES), 1, 0)
         if n_copied <= 0:
             number = ctypes.get_errno()
             raise UnreadableError(number, f"the memory of process {pid} cannot be read: {os.strerror(number)}")
         copied += n_copied
 
 
-class _Bytes(ctypes.Structure):
-    """The C type ``iovec``."""
-
-    _fields_ = (("start", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
+# Two of the C type ``iovec``: where the bytes go to and how many they are, where they come from and how many.
+_Places = ctypes.c_size_t * 4
+_PLACE_NBYTES = ctypes.sizeof(_Places) // 2
 
 
 @functools.cache

@@ -44,6 +44,7 @@ from daskinfer.io import Target
 from daskinfer.kept import kept
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
+from daskinfer.ranges import Ranges, left_over
 from daskinfer.ready import asked, dealer_of, feeder_of, opened, order_of, ready
 from daskinfer.records import Chunk, Failure, Receipt
 from daskinfer.replacing import Replacer
@@ -84,9 +85,9 @@ class Run:
         self.draining = False
 
     @property
-    def n_missing(self) -> int:
+    def missing(self) -> Ranges:
         """Rows to compute."""
-        return self._call.layout.n_rows - sum(stop - start for start, stop in self._call.done)
+        return list(left_over((0, self._call.layout.n_rows), self._call.done))
 
     @property
     def batch_size(self) -> int:
@@ -101,7 +102,7 @@ class Run:
     def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
         allowed = call.job.options.failures_allowed(call.layout.n_rows)
-        n_missing = self.n_missing
+        n_missing, known = sum(stop - start for start, stop in self.missing), memory.of(call.key)
         for finished in self._finished():
             self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
             if self._n_failed > allowed:
@@ -110,6 +111,7 @@ class Run:
                     f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
                 )
             n_missing -= finished.chunk.n_rows
+            known.n_rows += finished.chunk.n_rows
             self._tell_done(finished)
             yield finished
         if n_missing > 0 and not self.draining:  # better no answer than one with holes
@@ -314,8 +316,8 @@ def speeds(call: Call) -> dict[str, float]:
         found = {call.placement.devices[0].name: speed}
     else:
         with opened(call.placement) as client, ready(call, client) as (lanes, feeder, recipe, _):
-            sizes = call.tried_sizes[:1]
-            by_lane = measured(call, client, order_of(call, recipe), lanes, feeder.task, sizes)
+            sizes, n_rows = call.tried_sizes[:1], call.layout.n_rows // len(lanes)
+            by_lane = measured(call, client, order_of(call, recipe), lanes, feeder.task, sizes, n_rows)
             found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
     memory.of(call.key).speeds.update(found)
     return found

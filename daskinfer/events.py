@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from daskinfer.ranges import Range
 from daskinfer.records import Failure, Receipt
 
 logger = logging.getLogger(__name__)
@@ -43,17 +44,27 @@ class Asked:
 class RunStarted(Event):
     """A run begins: workers may still have to start.
 
-    ``n_rows`` are all rows of the input, of which ``n_rows_before`` need not be computed: an earlier call did, or another
-    shard does. ``model``, ``inputs`` and ``outputs`` say in words what is computed.
+    ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of these that
+    earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` say in words what is computed.
     """
 
     model: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    n_rows: int
-    n_rows_before: int
+    rows: Range
+    done: tuple[Range, ...]
     batch_size: int
     devices: tuple[Asked, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the run's part."""
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def n_rows_before(self) -> int:
+        """Of these, the rows that earlier calls computed."""
+        return sum(stop - start for start, stop in self.done)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def run(
         def keep(finished: Finished) -> None:
             outputs.keep(finished, call.batch_size, call.by_kind)
 
-        report = compute(work, keep, call, outputs.n_before) if outputs.missing else nothing_to_do(work)
+        report = compute(work, keep, call, outputs.rows) if outputs.missing else nothing_to_do(work)
         outputs.finish()
     return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
 

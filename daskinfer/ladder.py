@@ -2,7 +2,8 @@
 
 The ladder, first match wins, at each step; the exit is one DEBUG line:
 
-1. Everything that there is to do ends within ``WORTH_SECONDS`` at the speed of the first step: the first size.
+1. Everything that there is to do, and that was done before, takes less than ``WORTH_SECONDS`` at the speed of the first
+   step: the first size. So of many short runs one measures, for all that come.
 2. Memory would not hold the next size: the last size.
 3. The next size is not faster by ``PAYS``: the last size.
 4. There is no larger one to try: the last size.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 logger = logging.getLogger(__name__)
 
-WORTH_SECONDS = 2.0  # a shorter run gains less than measuring costs; arbitrary
+WORTH_SECONDS = 2.0  # less gains less than measuring costs; arbitrary
 PAYS = 1.05  # times as many rows/s; arbitrary, below it is noise
 STEP_SECONDS = 0.02  # that a size is measured for at least; arbitrary, well above the clock and a context switch
 TIMER_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, keeps speeds finite
@@ -38,7 +39,7 @@ def best_size(run: RunOne, tried: Sequence[int], n_rows: int) -> tuple[int, floa
     tried
         Micro-batches in rows, ascending; the first is what is used where nothing else pays.
     n_rows
-        Rows that the device is going to get.
+        Rows that the device is going to get, and those that it had of the same network before.
 
     Returns
     -------

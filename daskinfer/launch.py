@@ -117,7 +117,8 @@ class Start:
         return {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 
     def scheduler_options(self) -> dict[str, Any]:
-        """Keywords of the scheduler."""
+        """Keywords of the scheduler; its dashboard has our page from the start, unless others' preloads are configured."""
+        preload = dask.config.get("distributed.scheduler.preload") or ["daskinfer.dashboard.plugin"]
         return {
             "host": LOOPBACK,
             "port": 0,
@@ -128,4 +129,5 @@ class Start:
             # Without a dashboard the scheduler still serves its health there, by default on every interface.
             "dashboard_address": self.dashboard_address or f"{LOOPBACK}:0",
             "allowed_failures": 0,
+            "preload": preload if self.dashboard_address is not None else [],
         }

@@ -55,23 +55,23 @@ class WithoutAnswer(TypedDict):
 
 
 class Outputs:
-    """What is stored where: ``targets`` for the workers, ``done`` rows that need not be computed."""
+    """What is stored where: ``targets`` for workers, the run's part of the ``rows``, ``done`` that need not be computed."""
 
     def __init__(self, ledgers: Sequence[Ledger], targets: Sequence[Target], wanted: Wanted) -> None:
         self.targets, self.header = tuple(targets), ledgers[0].header
         self._ledgers = ledgers
-        self._rows = shard_rows(self.header.n_rows, self.header.unit_rows, wanted.shard)
+        self.rows = shard_rows(self.header.n_rows, self.header.unit_rows, wanted.shard)
         done = in_all([ledger.done for ledger in ledgers], self.header.n_rows)
-        n_done = sum(b - a for a, b in in_all([done, [self._rows]], self.header.n_rows))
+        n_done = sum(b - a for a, b in in_all([done, [self.rows]], self.header.n_rows))
         self.n_before = n_done - len(self.without_answer["failed_rows"])
         # What belongs to others counts as done.
-        start, stop = self._rows
+        start, stop = self.rows
         self.done = tuple(merged([*done, (0, start), (stop, self.header.n_rows)]))
 
     @property
     def missing(self) -> bool:
         """Whether there is anything to compute."""
-        return any(left_over(self._rows, self.done))
+        return any(left_over(self.rows, self.done))
 
     def keep(self, finished: Finished, batch_size: int, by_kind: Mapping[str, int]) -> None:
         """Commit a chunk that workers have written, computed with these micro-batches."""
@@ -115,7 +115,7 @@ class Outputs:
     @property
     def without_answer(self) -> WithoutAnswer:
         """Rows of this run's part that are done and have no answer, in the report's words."""
-        failures = [f for f in self._ledgers[0].failures if self._rows[0] <= f.start < self._rows[1]]
+        failures = [f for f in self._ledgers[0].failures if self.rows[0] <= f.start < self.rows[1]]
         rows = sorted(row for failure in failures for row in range(failure.start, failure.stop))
         return {"failed_rows": tuple(rows), "failures": tuple(failures)}
 

@@ -16,10 +16,14 @@ MAX_KNOWN = 64  # networks and shapes; arbitrary, a record is some hundred bytes
 
 @dataclass
 class Known:
-    """What is known of one network on rows of one shape: rows/s by layout or device, rows of a micro-batch by kind."""
+    """What is known of one network on rows of one shape: rows/s by layout or device, rows of a micro-batch by kind.
+
+    ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them.
+    """
 
     speeds: dict[str, float] = field(default_factory=dict)
     batch_sizes: dict[str, int] = field(default_factory=dict)
+    n_rows: int = 0
 
 
 class Memory:

@@ -81,7 +81,7 @@ class Standing:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._started = RunStarted("", 0.0, "", (), (), 0, 0, 0, ())
+        self._started = RunStarted("", 0.0, "", (), (), (0, 0), (), 0, ())
         self._began: float | None = None
         self._ended: RunEnded | None = None
         self._batch_size = 0

@@ -22,7 +22,7 @@ from daskinfer.call import Call
 from daskinfer.errors import ChunkError
 from daskinfer.ladder import WORTH_SECONDS
 from daskinfer.lane import Feed, Lane
-from daskinfer.pace import memory
+from daskinfer.pace import Known, memory
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
 from daskinfer.task import measure, measure_task
@@ -42,14 +42,14 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
     worker that ends or rows that fail is the window's to say.
     """
-    tried, known = call.tried_sizes, memory.of(call.key).batch_sizes
+    tried, known = call.tried_sizes, memory.of(call.key)
     by_kind = {lane.kind: lane for lane in reversed(lanes)}
-    asked = [lane for kind, lane in by_kind.items() if kind not in known]
-    if not call.tunable or len(tried) < 2 or (asked and _is_short(call)):
+    asked = [lane for kind, lane in by_kind.items() if kind not in known.batch_sizes]
+    if not call.tunable or len(tried) < 2 or (asked and _is_short(call, known)):
         return call
-    n_rows = call.layout.n_rows // len(lanes)
+    n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
     try:
-        found = measured(call, client, order, asked, feed, tried)
+        found = measured(call, client, order, asked, feed, tried, n_rows)
     except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:
         logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
         return call
@@ -57,32 +57,32 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
         size, speed = found[lane.device]
         if size == tried[0] and n_rows / speed < WORTH_SECONDS:
             return call  # measured again where there is more to do
-        known[lane.kind] = size
-    return call.with_batch_sizes({kind: _at_most(known[kind], tried) for kind in by_kind})
+        known.batch_sizes[lane.kind] = size
+    return call.with_batch_sizes({kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind})
 
 
-def _is_short(call: Call) -> bool:
-    """Whether the speeds of an earlier run say that there is not enough to do."""
-    known = memory.of(call.key).speeds
-    speeds = [known.get(d.name, 0.0) for d, weight in zip(call.placement.devices, call.weights, strict=True) if weight]
-    return all(speeds) and call.layout.n_rows / sum(speeds) < WORTH_SECONDS
+def _is_short(call: Call, known: Known) -> bool:
+    """Whether the speeds of an earlier run say that this one, and all before it, are not enough to do."""
+    devices = zip(call.placement.devices, call.weights, strict=True)
+    speeds = [known.speeds.get(device.name, 0.0) for device, weight in devices if weight]
+    return all(speeds) and (known.n_rows + call.layout.n_rows) / sum(speeds) < WORTH_SECONDS
 
 
 def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> Call:
     """The same in this process, once its first rows have shown, at ``speed`` rows/s, that there is enough to do."""
-    known, tried = memory.of(call.key).batch_sizes, call.tried_sizes
-    if "inline" not in known:
-        if n_rows_left < WORTH_SECONDS * speed:
+    known, tried = memory.of(call.key), call.tried_sizes
+    if "inline" not in known.batch_sizes:
+        n_rows = known.n_rows + n_rows_left
+        if n_rows < WORTH_SECONDS * speed:
             return call
-        known["inline"], _ = measure_here(call, rows, here, tried, n_rows_left)
-    return replace(call, job=replace(call.job, batch_size=_at_most(known["inline"], tried)), tunable=False)
+        known.batch_sizes["inline"], _ = measure_here(call, rows, here, tried, n_rows)
+    return replace(call, job=replace(call.job, batch_size=_at_most(known.batch_sizes["inline"], tried)), tunable=False)
 
 
 def measured(
-    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, tried: Sequence[int]
+    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, tried: Sequence[int], n_rows: int
 ) -> dict[int, tuple[int, float]]:
-    """By device, which of these micro-batches pays there and its rows/s; on all lanes at once."""
-    n_rows = call.layout.n_rows // max(1, len(lanes))
+    """By device, which of these micro-batches pays there for so many rows, and its rows/s; on all lanes at once."""
     chunk, slots, futures = _first(call, tried[-1]), [], {}
     until = time.monotonic() + (call.job.options.chunk_timeout or inf) * len(tried)
     for lane in lanes:

@@ -137,8 +137,8 @@ def test_a_system_that_reads_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reads_five(pid: int, here: Any, n: int, there: Any, m: int, flags: int) -> int:
         n_calls.append(1)
-        for piece in (here._obj, there._obj):
-            piece.nbytes = min(5, piece.nbytes)
+        places = here._obj
+        places[1] = places[3] = min(5, places[1])
         return reader(pid, here, n, there, m, flags)
 
     monkeypatch.setattr(borrowed, "_reader", lambda: reads_five)

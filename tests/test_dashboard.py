@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from daskinfer.dashboard.board import (
 from daskinfer.dashboard.chunk_map import N_CELLS, UNKNOWN, ChunkMap
 from daskinfer.dashboard.sender import MAX_TROUBLES, PATIENCE_SECONDS, Sender
 from daskinfer.events import Asked, ChunkDone, ChunkFailed, ChunkStarted, Event, RunEnded, RunStarted
+from daskinfer.launch import Start
 from daskinfer.records import Failure, Receipt
 from tests import browser
 from tests.conftest import wait_until
@@ -78,7 +80,7 @@ def told(*events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", 
     """A sender that has heard of a run."""
     found = Sender()
     asked = tuple(Asked(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
-    found(RunStarted(run, 9.0, model, ("x",), ("y",), n_rows, 0, 8, asked))
+    found(RunStarted(run, 9.0, model, ("x",), ("y",), (0, n_rows), (), 8, asked))
     for event in events:
         found(event)
     return found
@@ -109,12 +111,17 @@ def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
     n_rows = data.draw(st.integers(1, 3 * N_CELLS))
     cuts = data.draw(st.sets(st.integers(1, n_rows), max_size=12))
     rows = {state: np.zeros(n_rows, bool) for state in ("done", "in_flight", "failed", "again")}
-    drawn = ChunkMap(n_rows)
+    first = data.draw(st.sampled_from([0, 1000]))  # of a shard
     edges = sorted(cuts | {0, n_rows})
-    for start, stop in itertools.pairwise(edges):
-        here = slice(start, stop)
-        fate = data.draw(st.sampled_from(["waits", "begins", "comes back", "begins again", "done", "given up"]))
-        if fate == "waits":
+    fates = ["waits", "was done before", "begins", "comes back", "begins again", "done", "given up"]
+    parts = [(a, b, data.draw(st.sampled_from(fates))) for a, b in itertools.pairwise(edges)]
+    before = [(first + a, first + b) for a, b, fate in parts if fate == "was done before"]
+    drawn = ChunkMap((first, first + n_rows), before)
+    for a, b, fate in parts:
+        here, start, stop = slice(a, b), first + a, first + b
+        if fate == "was done before":
+            rows["done"][here] = True
+        if fate in ("waits", "was done before"):
             continue
         drawn.began(started(start, stop), 1)
         rows["in_flight"][here] = True
@@ -133,7 +140,7 @@ def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
         elif fate == "done":
             drawn.done(done(start, stop, start), 1)
             rows["in_flight"][here], rows["done"][here] = False, True
-            rows["done"][start], rows["failed"][start] = False, True
+            rows["done"][a], rows["failed"][a] = False, True
     cells = drawn.cells()
     assert {state: list(getattr(cells, state)) for state in rows} == {
         state: by_hand(counts) for state, counts in rows.items()
@@ -144,13 +151,14 @@ def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
 
 def test_cells_know_who_was_there() -> None:
     """A cell has the number of the last device that was there; those beyond the last number are not told apart."""
-    drawn = ChunkMap(4)
+    drawn = ChunkMap((0, 4))
     drawn.began(started(0, 1), 0)
     drawn.began(started(1, 2), 3)
     drawn.done(done(1, 2), 2)
     drawn.began(started(2, 3), 1000)
     assert list(drawn.cells().device) == [0, 2, UNKNOWN, UNKNOWN]
-    assert ChunkMap(0).cells().done == b""
+    assert list(ChunkMap((10, 14), [(10, 12)]).cells().device) == [UNKNOWN] * 4
+    assert ChunkMap((0, 0)).cells().done == b""
 
 
 def test_a_course_is_halved_when_it_grows_too_long() -> None:
@@ -332,6 +340,24 @@ def rows(n_rows: int, per_chunk: int = 4) -> da.Array:
     return da.from_array(np.arange(n_rows, dtype=np.float32), chunks=per_chunk)
 
 
+def test_a_cluster_of_ours_has_the_page_from_its_start() -> None:
+    """Whoever opens it before the first run finds it."""
+    with di.LocalDeviceCluster("cpu") as cluster:
+        dashboard = cluster.dashboard_link.removesuffix("/status")
+        assert plots(dashboard)["Individual Daskinfer"] == page.PLOT
+        with urllib.request.urlopen(dashboard + page.PAGE, timeout=30) as answer:
+            assert answer.read().count(b'href="daskinfer"') == 1
+
+
+def test_preloads_that_are_configured_stay() -> None:
+    """A configured preload of the scheduler is not replaced by our page's, which then comes with the first run."""
+    start = Start(2**30, ".", "127.0.0.1:0", 1.0)
+    assert start.scheduler_options()["preload"] == ["daskinfer.dashboard.plugin"]
+    assert replace(start, dashboard_address=None).scheduler_options()["preload"] == []
+    with dask.config.set({"distributed.scheduler.preload": ["theirs"]}):
+        assert start.scheduler_options()["preload"] == ["theirs"]
+
+
 def test_a_scheduler_without_a_dashboard(caplog: pytest.LogCaptureFixture) -> None:
     """Where there is no dashboard the run goes on as ever, and one DEBUG line says why nothing is shown."""
     how = {"n_workers": 1, "dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
@@ -459,6 +485,17 @@ def test_the_page_of_a_scheduler_behind_a_proxy(tmp_path: Path) -> None:
             tab.wait_for(lambda: "100%, 80 of 80 rows, done after" in tab.text)
             assert "Daskinfer More..." in tab.text
             assert not tab.complaints
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_loads_the_page_itself(tmp_path: Path) -> None:
+    """Others can have the page from their scheduler's start; a client's first run adds no second one."""
+    with others(tmp_path, "--preload", "daskinfer.dashboard.plugin") as (client, _):
+        dashboard = client.dashboard_link.removesuffix("/status")
+        assert (before := plots(dashboard))["Individual Daskinfer"] == "/individual-daskinfer"
+        di.predict(slow(0.05), rows(80), client=client, batch_size=4)
+        wait_until(lambda: client in sender._showing)
+        assert plots(dashboard) == before
 
 
 def plots(dashboard: str) -> dict[str, str]:

@@ -165,14 +165,30 @@ def test_a_run_that_goes_on_tells_what_was_done_before(tmp_path: Path) -> None:
     """Rows of earlier calls are in the first event; a shard tells of its own part only."""
     np.save(tmp_path / "x.npy", X)
     told: list[Event] = []
-    for shard, n_rows in [((1, 2), 500), ((2, 2), 500)]:
+    for shard, rows in [((1, 2), (0, 500)), ((2, 2), (500, 1000))]:
         told.clear()
         target = tmp_path / "y.npy"
         di.run(double, tmp_path / "x.npy", target, devices="inline", batch_size=50, shard=shard, progress=told.append)
         assert isinstance(told[0], RunStarted)
-        assert (told[0].n_rows, told[0].n_rows_before) == (n_rows, 0)
+        assert (told[0].rows, told[0].done, told[0].n_rows_before) == (rows, (), 0)
     told.clear()
     assert di.run(double, tmp_path / "x.npy", target, devices="inline", batch_size=50, shard=(1, 2)).rows_before == 500
+
+    def careful(rows: Any) -> Any:
+        if rows[-1] >= 500 and not (tmp_path / "go on").exists():
+            raise ValueError("not yet")
+        return rows
+
+    how = {"devices": "inline", "batch_size": 50, "retries": 0, "output": X[:0], "progress": told.append}
+    with pytest.raises(di.DaskInferError, match="not yet"):
+        di.run(careful, tmp_path / "x.npy", tmp_path / "careful.npy", **how)
+    n_done = sum(event.stop - event.start for event in told if isinstance(event, ChunkDone))
+    (tmp_path / "go on").touch()
+    told.clear()
+    di.run(careful, tmp_path / "x.npy", tmp_path / "careful.npy", **how)
+    assert isinstance(told[0], RunStarted)
+    assert (told[0].rows, told[0].done) == ((0, 1000), ((0, n_done),))
+    assert n_done > 0
 
 
 def test_the_micro_batch_that_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

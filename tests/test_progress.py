@@ -58,7 +58,7 @@ def events(run: str = "a", error: str = "") -> list[Event]:
     devices = (Asked("cuda:0", "<L4>", "cuda", 0.8), Asked("cpu:0", "EPYC", "cpu", 0.2))
     receipt = Receipt(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
     return [
-        RunStarted(run, 10.0, "Net", ("x",), ("y",), 100, 0, 8, devices),
+        RunStarted(run, 10.0, "Net", ("x",), ("y",), (0, 100), (), 8, devices),
         ChunkStarted(run, 11.0, 0, 50, "cuda:0"),
         ChunkStarted(run, 11.0, 50, 100, "cpu:0"),
         ChunkFailed(run, 11.5, 50, 100, "cpu:0", "ValueError: no"),

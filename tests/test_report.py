@@ -31,7 +31,7 @@ def made(devices: list[str], n_chunks: int, said: str = "ValueError: 3", label: 
     """The report of chunks of 10 rows, dealt in turns: read for 0.1 s, computed for 0.8, written for 0.1; one row failed."""
     tally = Tally()
     asked = tuple(Asked(device, label, "", 1 / len(devices)) for device in devices)
-    tally(RunStarted("a", 0.0, f"Net {said}", ("x: (9,) float32",), ("y: (9,) float32",), 10 * n_chunks, 0, 8, asked))
+    tally(RunStarted("a", 0.0, f"Net {said}", ("x: (9,) float32",), ("y: (9,) float32",), (0, 10 * n_chunks), (), 8, asked))
     for i in range(n_chunks):
         device, at = devices[i % len(devices)], 1000.0 + i // len(devices)
         receipt = Receipt(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)

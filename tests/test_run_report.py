@@ -21,7 +21,7 @@ def told(asked: dict[str, float]) -> Tally:
     """A tally of a run that has begun on devices with these shares."""
     tally = Tally()
     devices = tuple(Asked(name, "", name.partition(":")[0], share) for name, share in asked.items())
-    tally(RunStarted("a", 0.0, "Net", ("x: (100,) float32",), ("y: (100,) float32",), 100, 0, 8, devices))
+    tally(RunStarted("a", 0.0, "Net", ("x: (100,) float32",), ("y: (100,) float32",), (0, 100), (), 8, devices))
     return tally
 
 

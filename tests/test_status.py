@@ -30,7 +30,7 @@ def done(start: int, stop: int, at: float, device: str = "cuda:0", n_failed: int
 def standing(*events: Event, n_before: int = 0) -> Standing:
     """A run of 100 rows in which this happened."""
     found = Standing()
-    found(RunStarted("a", 10.0, "Net", ("x",), ("y",), 100, n_before, 8, DEVICES))
+    found(RunStarted("a", 10.0, "Net", ("x",), ("y",), (0, 100), ((0, n_before),), 8, DEVICES))
     for event in events:
         found(event)
     return found

@@ -11,20 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from daskinfer.events import ChunkDone, ChunkFailed, ChunkStarted
+from daskinfer.ranges import Range, Ranges
 
 N_CELLS = 400  # half a screen's columns; arbitrary
-UNKNOWN = 255  # the device of a cell of which nothing is known yet
+UNKNOWN = 255  # the device of a cell where none was: its rows wait, or earlier calls computed them
 _FULL = 100  # what a cell's parts are told in: percent of its rows
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """A picture of ``n_rows`` rows: cell i stands for an even share of them; the fields have a byte per cell.
+    """A picture of ``n_rows`` rows from ``start``: cell i stands for an even share of them; the fields have a byte per cell.
 
     ``done``, ``in_flight`` and ``failed`` are percent of the cell's rows, what is left of them waits; ``again`` is percent
-    of rows that came back without an answer and are tried again. ``device`` is the number of the last device that was there.
+    of rows that came back without an answer and are tried again. ``device`` is the number of the last device that was
+    there, ``UNKNOWN`` where none was.
     """
 
+    start: int = 0
     n_rows: int = 0
     done: bytes = b""
     in_flight: bytes = b""
@@ -34,12 +37,13 @@ class Cells:
 
 
 class ChunkMap:
-    """Counts rows by cell and state as chunks begin and end.
+    """Counts ``rows`` (start, stop) by cell and state as chunks begin and end; earlier calls have ``computed`` some.
 
     Devices are numbers from 0; from ``UNKNOWN`` on they are not told apart. Not for several threads at a time.
     """
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, rows: Range, computed: Ranges = ()) -> None:
+        self.start, n_rows = rows[0], rows[1] - rows[0]
         self.n_rows = n_rows
         n_cells = min(N_CELLS, n_rows)
         self._edges = [i * n_rows // n_cells for i in range(n_cells + 1)] if n_cells else [0]
@@ -48,6 +52,9 @@ class ChunkMap:
         self._failed = [0] * n_cells
         self._again = [0] * n_cells
         self._device = bytearray([UNKNOWN]) * n_cells
+        for start, stop in computed:
+            for cell, n_done in self._parts(start, stop):
+                self._done[cell] += n_done
 
     def began(self, event: ChunkStarted, device: int) -> None:
         """A chunk is on its way."""
@@ -82,11 +89,11 @@ class ChunkMap:
     def cells(self) -> Cells:
         """The picture as it is now."""
         done, in_flight, failed, again = map(self._percent, (self._done, self._in_flight, self._failed, self._again))
-        return Cells(self.n_rows, done, in_flight, failed, again, bytes(self._device))
+        return Cells(self.start, self.n_rows, done, in_flight, failed, again, bytes(self._device))
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The cells that rows ``start:stop`` lie in, and how many rows in each."""
-        edges, stop = self._edges, min(stop, self.n_rows)
+        edges, start, stop = self._edges, start - self.start, min(stop - self.start, self.n_rows)
         cell = bisect_right(edges, start) - 1
         while start < stop:
             end = min(stop, edges[cell + 1])

@@ -45,7 +45,7 @@ SILENT_SECONDS = 15.0  # without news until a run is said to be silent: thirty t
 
 # Neither red nor orange, which are what went wrong; neighbours differ in lightness too.
 _COLOURS = ("#4e79a7", "#59a14f", "#b07aa1", "#76b7b2", "#9c755f", "#2f4b7c", "#8cd17d", "#d4a6c8", "#499894", "#b6992d")
-_OTHERS, _FAILED, _AGAIN, _WAITS, _ALL = "#79706e", "#d62728", "#ff9d1c", "#e6e6e6", "#404040"
+_OTHERS, _FAILED, _AGAIN, _WAITS, _BEFORE, _ALL = "#79706e", "#d62728", "#ff9d1c", "#e6e6e6", "#a3a3a3", "#404040"
 _HEIGHT, _LABEL, _AXES = 230, 15, 70  # pixels: of a plot, of a label, and of what is around a plot's frame
 _NARROW = 400  # pixels; in a window that is narrower than two of them, as JupyterLab's are, one stands below the other
 _NAME_CHARACTERS = 80  # of a network; arbitrary
@@ -227,7 +227,7 @@ class _Cells:
         names = ("left", "right", "zero", "done", "in_flight", "failed", "again", "colour")
         self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-cells")
         self.root = figure(
-            title="rows: done, in flight (lighter), waiting (grey), tried again (orange), failed (red)",
+            title="rows: done, in flight (lighter), waiting (grey), done before (dark), tried again (orange), failed (red)",
             x_axis_label="row",
             x_range=Range1d(0, 1),
             y_range=Range1d(0, 1),
@@ -251,9 +251,9 @@ class _Cells:
         # Neighbours that look the same are one bar: seams between them show.
         first = np.flatnonzero(np.any(bars != np.roll(bars, 1, axis=1), axis=0) | (np.arange(bars.shape[1]) == 0))
         done, in_flight, failed, again = bars[:4, first] / 100
-        edges = np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
-        by_number = dict(enumerate(colours)) | {UNKNOWN: _WAITS}
-        self.root.x_range.end = max(1, cells.n_rows)
+        edges = cells.start + np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
+        by_number = dict(enumerate(colours)) | {UNKNOWN: _BEFORE}
+        self.root.x_range.start, self.root.x_range.end = cells.start, cells.start + max(1, cells.n_rows)
         self._source.data = {
             "left": edges[:-1],
             "right": edges[1:],

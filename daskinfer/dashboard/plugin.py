@@ -1,4 +1,4 @@
-"""What a client has set up at a scheduler: the page on its dashboard, and who takes what clients tell of their runs."""
+"""What is set up at a scheduler, by itself or by a client: the page on its dashboard, and who takes what is told of runs."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class Page(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annot
             return why
 
         scheduler.handlers[HANDLER] = take
+
+
+def dask_setup(scheduler: Scheduler) -> None:
+    """Have the page there before the first run: what ``dask scheduler --preload daskinfer.dashboard.plugin`` calls.
+
+    The scheduler starts its plugins right after this.
+    """
+    scheduler.add_plugin(Page(), idempotent=True)
 
 
 def _installed(scheduler: Scheduler, board: Board) -> str:

@@ -41,7 +41,7 @@ class Sender:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._standing = Standing()
-        self._map = ChunkMap(0)
+        self._map = ChunkMap((0, 0))
         self._numbers: dict[str, int] = {}  # of devices, in the order in which Standing has them
         self._troubles: deque[Trouble] = deque(maxlen=MAX_TROUBLES)
         self._client: Client | None = None
@@ -72,7 +72,7 @@ class Sender:
         return Snapshot(replace(status, devices=folded(status.devices), model=model, error=error), cells, told)
 
     def _run_started(self, event: RunStarted) -> None:
-        self._map = ChunkMap(event.n_rows)
+        self._map = ChunkMap(event.rows, event.done)
         self._numbers = {asked.device: number for number, asked in enumerate(event.devices)}
 
     def _chunk_started(self, event: ChunkStarted) -> None:
