@@ -283,6 +283,20 @@ def test_a_short_run_keeps_the_first_micro_batch(two_cpus: list[str], devices: A
     assert known().batch_sizes == {}
 
 
+@pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
+def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any) -> None:
+    """What was computed with a network before counts as what there is to do: in time, short runs get what pays, too."""
+    short = LARGE[:50_000]
+    for n_calls in range(1, 200):
+        _, report = computed(fixed_cost, short, devices=devices, batch_size="auto")
+        if n_calls == 1:
+            assert (report.batch_size, known().batch_sizes) == (1024, {})
+        if known().batch_sizes:
+            break
+    assert known().n_rows == n_calls * len(short)
+    assert computed(fixed_cost, short, devices=devices, batch_size="auto")[1].batch_size > 1024
+
+
 def test_a_given_micro_batch_is_not_measured(two_cpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Who names the micro-batch gets it."""
     monkeypatch.setattr(tuning, "measured", None)  # measuring would fail
