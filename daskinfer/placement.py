@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.launch import memory_per_worker, resource
 
 logger = logging.getLogger(__name__)
+
+_checked: weakref.WeakSet[Client] = weakref.WeakSet()  # clients whose cluster has daskinfer
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
     DeviceError
         Where a device is unknown, doubled, absent or not drivable, or where both a client and devices are given.
     ClusterError
-        Where the client is closed or asynchronous, or has no workers.
+        Where the client is closed or asynchronous, or has no workers, or where its cluster has no daskinfer.
     """
     automatic = isinstance(devices, str) and devices.strip().lower() == "auto"
     if client is not None:
@@ -107,6 +111,7 @@ def _of_client(client: Client) -> Placement:
     if client.asynchronous or client.status != "running":
         state = "asynchronous" if client.asynchronous else client.status
         raise ClusterError(f"the client is {state}; a running synchronous one is needed. Make one with Client(cluster).")
+    _check_installed(client)
     found: dict[str, Device] = client.run(worker.describe)
     if not found:
         raise ClusterError(
@@ -117,6 +122,26 @@ def _of_client(client: Client) -> Placement:
     there = workers_of(client)
     nannies = tuple(_nanny(there.get(address, {}), device) for address, device in ordered)
     return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered), nannies)
+
+
+def _check_installed(client: Client) -> None:
+    """Refuse a cluster without daskinfer: its scheduler unpickles the tasks, and its workers run them."""
+    if client in _checked:
+        return
+    imported = client.run(import_module, "daskinfer", on_error="return")
+    lacking = {f"the worker {address}": why for address, why in imported.items() if isinstance(why, ImportError)}
+    try:
+        client.run_on_scheduler(import_module, "daskinfer")
+    except ImportError as why:
+        lacking = {f"the scheduler {client.scheduler.address}": why, **lacking}
+    if lacking:
+        who, why = next(iter(lacking.items()))
+        more = f", nor can {len(lacking) - 1} more," if len(lacking) > 1 else ""
+        raise ClusterError(
+            f"{who}{more} cannot import daskinfer ({why}); the scheduler and every worker have to. Install there what is "
+            "installed here: the same versions of Python, torch, dask and daskinfer."
+        )
+    _checked.add(client)
 
 
 def _nanny(info: Mapping[str, Any], device: Device) -> str | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-import os
 import pickle
-import subprocess
 import sys
 import time
 import urllib.request
@@ -47,6 +44,7 @@ from daskinfer.launch import Start
 from daskinfer.records import Failure, Receipt
 from tests import browser
 from tests.conftest import wait_until
+from tests.dask_commands import others
 
 OUTPUT = np.empty(0, np.float32)  # what the networks answer, so that they need not be tried
 SENDER = "daskinfer.dashboard.sender"
@@ -405,55 +403,6 @@ def test_insides_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --------------------------------------------------------------------------------------------- schedulers of other processes
-
-_WITHOUT = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, *more):
-        return None if name.partition(".")[0] == {!r} else self.finder.find_spec(name, *more)
-
-sys.meta_path[:] = map(Without, sys.meta_path)
-"""
-
-
-@contextlib.contextmanager
-def command(log: Path, *words: str, lacks: str = "") -> Iterator[None]:
-    """A ``dask`` command that runs meanwhile, in a Python where a package is not installed."""
-    environment = dict(os.environ)
-    if lacks:
-        folder = log.parent / f"without-{lacks}"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(_WITHOUT.format(lacks))
-        environment["PYTHONPATH"] = str(folder)
-    with (
-        log.open("wb") as out,
-        subprocess.Popen([sys.executable, "-m", "dask", *words], stderr=out, env=environment) as process,
-    ):
-        try:
-            yield
-        finally:
-            process.terminate()
-
-
-@contextlib.contextmanager
-def others(folder: Path, *words: str, lacks: str = "") -> Iterator[tuple[Client, Path]]:
-    """A client of a scheduler and a worker that others started, and the scheduler's log."""
-    file, log = folder / "scheduler.json", folder / "scheduler.log"
-    scheduler = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
-    worker = ["worker", "--nthreads", "2", "--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(command(log, *scheduler, "--scheduler-file", str(file), *words, lacks=lacks))
-        stack.enter_context(command(folder / "worker.log", *worker, "--scheduler-file", str(file)))
-        client = stack.enter_context(Client(scheduler_file=str(file), set_as_default=False, timeout=60))
-        client.wait_for_workers(1, timeout=60)
-        yield client, log
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.hardware import Device, machine
 from daskinfer.launch import memory_per_worker, resource
 from daskinfer.placement import Placement, place
+from tests.dask_commands import others
 from tests.nvml_stand_in import LIBRARY, build
 
 
@@ -177,3 +178,14 @@ def test_free_memory_of_a_gpu_counts_before_all_of_it() -> None:
     gpu = Device("cuda:0", "cuda", 0, memory_nbytes=16, free_nbytes=5)
     known = [gpu, replace(gpu, free_nbytes=0), replace(gpu, free_nbytes=0, memory_nbytes=0)]
     assert Placement(tuple(known)).limits == (5, 16, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["scheduler", "worker"])
+def test_a_cluster_without_daskinfer_is_refused(tmp_path: Path, who: str) -> None:
+    """Where the scheduler or a worker cannot import it, the error says who, why and what to do."""
+    lacks = {"lacks" if who == "scheduler" else "worker_lacks": "daskinfer"}
+    with others(tmp_path, **lacks) as (client, _):
+        match = rf"the {who} tcp://127\.0\.0\.1:\d+ cannot import daskinfer \(No module named 'daskinfer'\); .*Install"
+        with pytest.raises(ClusterError, match=match):
+            di.predict(abs, np.ones(3), client=client)

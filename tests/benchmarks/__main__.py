@@ -58,7 +58,11 @@ def main(
         table.check_plotting()  # now, not at the end of an hour
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=folder) as temporary:
         session = Session(Path(temporary), starts, scale, peers_python)
-        verdicts = list(_shown(session, [name for name in TARGETS if not only or name in only]))
+        verdicts: list[Verdict] = []
+        try:
+            verdicts.extend(_shown(session, [name for name in TARGETS if not only or name in only]))
+        except KeyboardInterrupt:
+            click.echo("interrupted; what was measured so far is kept")
     full = {work: race for work, race in session.raw.get("races", {}).items() if work in ("cnn", "mlp")}
     caption = table.caption(session.machine(), session.versions)
     if markdown:
