@@ -62,7 +62,7 @@ def main(
         try:
             verdicts.extend(_shown(session, [name for name in TARGETS if not only or name in only]))
         except KeyboardInterrupt:
-            click.echo("interrupted; what was measured so far is kept")
+            click.echo("interrupted; what was measured so far is kept", err=True)
     full = {work: race for work, race in session.raw.get("races", {}).items() if work in ("cnn", "mlp")}
     caption = table.caption(session.machine(), session.versions)
     if markdown:

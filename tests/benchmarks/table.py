@@ -58,6 +58,7 @@ def check_plotting() -> None:
 def plot(races: dict[str, Race], line: str, path: Path) -> None:
     """Horizontal bars, both works side by side; seconds on a logarithmic scale, as they span two decades."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found, titles = rows(races)[::-1], headers(races)
     figure = Figure(figsize=(5.5 * len(titles), 0.4 * len(found) + 1.4), layout="constrained")
@@ -65,6 +66,9 @@ def plot(races: dict[str, Race], line: str, path: Path) -> None:
     for index, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         _bars(axis, [(peer, seconds[index]) for peer, seconds in found])
         axis.set(title=title, xlabel="seconds, less is better", xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     figure.supxlabel(line, fontsize=6, wrap=True)
     figure.savefig(path, dpi=150)
 
