@@ -69,9 +69,19 @@ def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
     try:
         report = compute(work, keep, run)
     except DaskInferError as error:
+        for array in arrays:  # what is there is nobody's answer
+            array[~done] = _nothing(array.dtype, work.job.options.fill_value)
         error.partial = Partial(work.answer(arrays), done)
+        error.add_note(f"{int(done.sum()):,} of {len(done):,} rows have an answer: .partial.answer, where .partial.done.")
         raise
     return work.answer(arrays), report
+
+
+def _nothing(dtype: np.dtype[Any], fill_value: float | None) -> float:
+    """What stands where there is no answer: the fill value, else NaN, or 0 where a dtype has no NaN."""
+    if fill_value is not None:
+        return fill_value
+    return np.nan if dtype.kind in "fc" else 0
 
 
 def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None]:

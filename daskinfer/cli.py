@@ -43,6 +43,7 @@ from daskinfer.cli_options import (
 from daskinfer.command import FAILED, ROWS_MISSING, Command, Group
 from daskinfer.errors import StorageError
 from daskinfer.log_lines import adopt, say_rows_missing
+from daskinfer.stored import Shard, suffix
 
 _SHELLS = ("bash", "zsh", "fish")
 
@@ -80,19 +81,24 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
 
     done = call(stored, given)
     if report is not None:
-        _write(done, report)
+        _write(done, report, given["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
     if done.failed_rows:
         say_rows_missing(len(done.failed_rows), ROWS_MISSING)
         context.exit(ROWS_MISSING)
 
 
-def _write(done: Any, report: str) -> None:
+def _write(done: Any, report: str, shard: Shard | None) -> None:
+    """Write the report, each shard its own; that of the run that did the work is not replaced by one of nothing done."""
+    path = Path(report)
+    path = path.with_stem(f"{path.stem}{suffix(shard)}")
+    if not done.rows and path.exists():
+        return
     try:
-        done.to_html(report)
+        done.to_html(path)
     except OSError as error:
         raise StorageError(
-            f"the report {report!r} cannot be written: {error.strerror}; the output itself is stored. Make room, or "
+            f"the report {str(path)!r} cannot be written: {error.strerror}; the output itself is stored. Make room, or "
             "choose another path; repeating the command computes nothing again."
         ) from error
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 
 class Partial(NamedTuple):
-    """What was done when a call ended early: ``answer`` is whole, and filled where ``done``, (n,) bool, is True."""
+    """What was done when a call ended early: ``answer`` has all rows, NaN or the fill value where ``done`` is not."""
 
     answer: Any
     done: Any

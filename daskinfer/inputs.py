@@ -197,7 +197,7 @@ def _refuse_hidden(name: str, value: Any) -> None:
     if any(dask.is_dask_collection(item) for item in (value if isinstance(value, list) else [value])):
         raise InputError(
             f"{name} is or holds a dask {type(value).__name__}; one dask array is needed. "
-            "Pass its .data, .to_dask_array(lengths=True) or dask.array.stack(…)."
+            "Pass the .data of an xarray DataArray, .to_dask_array(lengths=True) of a DataFrame, or dask.array.stack(…)."
         )
 
 

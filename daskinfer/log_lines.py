@@ -90,6 +90,8 @@ def adopt() -> None:
     for name, other in list(logging.root.manager.loggerDict.items()):
         if isinstance(other, logging.Logger) and other.handlers and name.partition(".")[0] in _OTHERS:
             other.handlers[:] = logger.handlers
+            # What Dask tells of its own comings and goings would bury what is said of the run.
+            other.setLevel(max(other.level, logging.WARNING))
 
 
 def say_error(error: BaseException, exit_code: int, *, said: str = "", with_traceback: bool = False) -> None:

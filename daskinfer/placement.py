@@ -129,11 +129,11 @@ def _check_installed(client: Client) -> None:
     if client in _checked:
         return
     imported = client.run(import_module, "daskinfer", on_error="return")
-    lacking = {f"the worker {address}": why for address, why in imported.items() if isinstance(why, ImportError)}
+    lacking = {f"the worker {address}": said for address, said in imported.items() if isinstance(said, ImportError)}
     try:
         client.run_on_scheduler(import_module, "daskinfer")
-    except ImportError as why:
-        lacking = {f"the scheduler {client.scheduler.address}": why, **lacking}
+    except ImportError as error:
+        lacking = {f"the scheduler {client.scheduler.address}": error, **lacking}
     if lacking:
         who, why = next(iter(lacking.items()))
         more = f", nor can {len(lacking) - 1} more," if len(lacking) > 1 else ""

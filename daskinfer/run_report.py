@@ -225,10 +225,11 @@ class RunReport:
         if computed >= MOST:
             return f"compute-bound: devices computed {computed:.0%} of the time"
         if self.tail_seconds >= MUCH * self.seconds:
-            return f"unbalanced: the last device ended {self.tail_seconds:.1f} s after the first; leave the shares to 'auto'"
+            late = f"the last device ended {self.tail_seconds:.1f} s after the first"
+            return f"unbalanced: {late}; use weights of 'auto', or smaller micro-batches"
         if wrote >= MOST:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
-        return f"overhead-bound: devices computed {computed:.0%} of the time; use larger chunks or fewer devices"
+        return f"overhead-bound: devices computed {computed:.0%} of the time; give more rows per call, or use fewer devices"
 
 
 MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary

@@ -58,7 +58,7 @@ def drained(run: Drains) -> Iterator[None]:
 def interrupted(number: int) -> Interrupted:
     """What is raised after a signal."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return Interrupted(f"{name} ended the call before all rows had an answer; repeat it to go on.", number)
+    return Interrupted(f"{name} ended the call before all rows had an answer.", number)
 
 
 @contextlib.contextmanager

@@ -124,6 +124,16 @@ def is_stored(output: Path, part: Written) -> bool:
         return False
 
 
+def has_size(output: Path, part: Written) -> bool:
+    """Whether a part is there with all its bytes, whatever they are; nothing is read."""
+    try:
+        if ":" in part.name:
+            return output.stat().st_size >= int(part.name.partition(":")[0]) + part.nbytes
+        return (output / part.name).stat().st_size == part.nbytes
+    except OSError:
+        return False
+
+
 def foreign(path: str | Path) -> OutputExists:
     """An output that no manifest speaks of."""
     return OutputExists(

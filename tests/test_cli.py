@@ -342,6 +342,17 @@ def test_rows_are_missing(folder: Path) -> None:
     assert "<html" in Path("r.html").read_text()
 
 
+def test_reports_of_shards_and_of_runs_with_nothing_to_do(folder: Path) -> None:
+    """Each shard has a page of its own, and a run that finds everything done leaves the page of the one that did it."""
+    how = ("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--no-progress", "--batch-size", "10")
+    for shard in ("1/2", "2/2"):
+        assert invoke(*how, "--report", "r.html", "--shard", shard).exit_code == 0
+    pages = {path.name: path.read_text() for path in folder.glob("*.html")}
+    assert pages.keys() == {"r-1-of-2.html", "r-2-of-2.html"}
+    assert "nothing to do" in invoke(*how, "--report", "r.html", "--shard", "1/2").stdout
+    assert {path.name: path.read_text() for path in folder.glob("*.html")} == pages
+
+
 def test_report_is_written_after_a_run_that_was_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--report writes a page, over an older one; a disk that is full then ends with 1, and a run that fails writes none."""
     Path("r.HTML").write_text("older")

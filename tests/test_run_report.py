@@ -118,7 +118,7 @@ def test_a_report_is_read_in_the_terminal():
         "cuda:0  <cuda:0>       2    70      47  75.0%     82.4%  70.0%",
         "cpu:0   <cpu:0>        1    30      10  25.0%     17.6%  30.0%",
         "100 rows in 4.00 s (25 rows/s), micro-batch 8; "
-        "overhead-bound: devices computed 56% of the time; use larger chunks or fewer devices",
+        "overhead-bound: devices computed 56% of the time; give more rows per call, or use fewer devices",
     ]
 
 
@@ -156,7 +156,7 @@ def test_a_report_is_escaped_in_html():
     page = report()._repr_html_()
     assert "&lt;cuda:0&gt;" in page
     assert "<cuda:0>" not in page
-    assert page.endswith("use larger chunks or fewer devices</p>")
+    assert page.endswith("give more rows per call, or use fewer devices</p>")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_report_is_escaped_in_html():
         (0.3, 0.61, 0.9, "input-bound: devices waited 61% for reads; raise readers"),
         (0.9, 0.1, 0.9, "compute-bound: devices computed 90% of the time"),
         (0.3, 0.1, 0.8, "output-bound: writing took 80% of the time; use faster storage or fewer devices"),
-        (0.3, 0.1, 0.1, "overhead-bound: devices computed 30% of the time; use larger chunks or fewer devices"),
+        (0.3, 0.1, 0.1, "overhead-bound: devices computed 30% of the time; give more rows per call, or use fewer devices"),
         (0.0, 0.0, 0.0, ""),
     ],
 )
@@ -184,4 +184,7 @@ def test_devices_that_end_apart_are_unbalanced() -> None:
     none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
     done = [receipt(i, i + 1, device).timed(**none, ended=at) for i, (device, at) in enumerate(ended)]
     found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
-    assert found.verdict == "unbalanced: the last device ended 7.0 s after the first; leave the shares to 'auto'"
+    assert (
+        found.verdict
+        == "unbalanced: the last device ended 7.0 s after the first; use weights of 'auto', or smaller micro-batches"
+    )

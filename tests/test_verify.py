@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -149,3 +150,19 @@ def test_outputs_of_any_shape(tmp_path: Path, suffix: str, shape: tuple[int, ...
     di.run(np.negative, np.ones(shape), y, devices="inline", output=np.ones(shape))
     assert verify(y).wrong == ()
     assert di.run(np.negative, np.ones(shape), y, devices="inline", output=np.ones(shape)).rows == 0
+
+
+def test_a_complete_output_whose_parts_are_gone_is_not_called_done(tmp_path: Path) -> None:
+    """Repeating the call refuses, with the cure; starting over computes it anew."""
+    for suffix in FORMATS:
+        path = tmp_path / f"gone{suffix}"
+        how = {"devices": "inline", "batch_size": 8}
+        di.run(np.sqrt, X, path, **how)
+        if path.is_dir():
+            sorted(path.glob("c.*"))[1].unlink()
+        else:
+            os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(di.errors.OutputExists, match=r"parts are gone or cut short since \(.*--fresh"):
+            di.run(np.sqrt, X, path, **how)
+        assert di.run(np.sqrt, X, path, fresh=True, **how).rows == len(X)
+        assert verify(path).wrong == ()

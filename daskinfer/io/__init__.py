@@ -24,6 +24,7 @@ from daskinfer.errors import InputError, SourceMissing
 from daskinfer.records import Written
 
 _FORMATS = {".npy": "daskinfer.io.npy", ".zarr": "daskinfer.io.zarr"}
+_ZARR_METADATA = ("zarr.json", ".zarray")
 _ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
 
 
@@ -114,6 +115,8 @@ def state(path: str) -> dict[str, Any]:
 
 def _format(path: str, what: str) -> Any:
     suffix = Path(path).suffix.lower()
+    if not suffix and any(os.path.exists(os.path.join(path, name)) for name in _ZARR_METADATA):
+        suffix = ".zarr"  # an array within a group, as xarray writes them
     if suffix not in _FORMATS:
         advice = _ADVICE.get(suffix, "Rename or convert it.")
         raise InputError(f"{what} {path!r} ends in {suffix!r}; it may end in {_suffixes()}. {advice}")
