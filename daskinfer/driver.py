@@ -116,6 +116,7 @@ class Run:
             yield finished
         if n_missing > 0 and not self.draining:  # better no answer than one with holes
             raise ChunkError(f"{n_missing:,} rows were not computed, and nobody said why; this is a fault of daskinfer's.")
+        self.draining = self.draining and n_missing > 0  # who was to be interrupted has ended
 
     def _tell_done(self, done: Finished) -> None:
         chunk, receipt = done.chunk, done.receipt

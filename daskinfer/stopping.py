@@ -51,7 +51,7 @@ def drained(run: Drains) -> Iterator[None]:
 
     with contextlib.suppress(StopNow), _handled(handle):
         yield
-    if came:
+    if came and run.draining:
         raise interrupted(came[0])
 
 

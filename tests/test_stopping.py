@@ -199,3 +199,17 @@ def test_a_device_that_may_be_added_is_not_while_draining(monkeypatch: pytest.Mo
         di.predict(model, np.arange(5000.0), batch_size=10)
     assert caught.value.partial is not None
     assert 0 < caught.value.partial.done.sum() < 5000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_chunk_interrupts_nothing(number: int) -> None:
+    """Where all rows have their answer by then, the call gives it."""
+
+    def signals_last(rows: np.ndarray) -> np.ndarray:
+        if 99 in rows:
+            os.kill(os.getpid(), number)
+        return rows
+
+    x = np.arange(100.0)
+    y = di.predict(signals_last, x, devices="inline", batch_size=10, output=x[:0])
+    np.testing.assert_array_equal(y, x)
