@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib import metadata
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from daskinfer.errors import DaskInferError, Partial
 from daskinfer.events import Asked, Listeners, RunEnded, RunStarted
 from daskinfer.fetching import Finished
 from daskinfer.in_order import InOrder
+from daskinfer.options import Options
 from daskinfer.ranges import Range, Ranges, left_over
 from daskinfer.run_report import RunReport, Tally
 from daskinfer.stopping import drained
@@ -30,7 +31,7 @@ class Runs(Protocol):
     tell: Listeners
 
     @property
-    def missing(self) -> Sequence[Range]: ...
+    def missing(self) -> Ranges: ...
 
     def __iter__(self) -> Generator[Finished, None, None]: ...
 
@@ -70,17 +71,17 @@ def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
         report = compute(work, keep, run)
     except DaskInferError as error:
         for array in arrays:  # what is there is nobody's answer
-            array[~done] = _nothing(array.dtype, work.job.options.fill_value)
+            array[~done] = _nothing(array.dtype, work.job.options)
         error.partial = Partial(work.answer(arrays), done)
         error.add_note(f"{int(done.sum()):,} of {len(done):,} rows have an answer: .partial.answer, where .partial.done.")
         raise
     return work.answer(arrays), report
 
 
-def _nothing(dtype: np.dtype[Any], fill_value: float | None) -> float:
-    """What stands where there is no answer: the fill value, else NaN, or 0 where a dtype has no NaN."""
-    if fill_value is not None:
-        return fill_value
+def _nothing(dtype: np.dtype[Any], options: Options) -> float:
+    """What stands where there is no answer: as for rows that are skipped, else NaN, or 0 where a dtype has no NaN."""
+    if options.on_error == "skip" and options.fill_value is not None:  # which every output can hold
+        return options.fill_value
     return np.nan if dtype.kind in "fc" else 0
 
 

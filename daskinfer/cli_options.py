@@ -221,7 +221,10 @@ _HOW = (
         help="How the run stands, on stderr: a bar in a terminal, else a line every few seconds. [default: progress]",
     ),
     click.option(
-        "--report", type=click.Path(), metavar="FILE.html", help="Write a page about the run, to open in a browser."
+        "--report",
+        type=click.Path(),
+        metavar="FILE.html",
+        help="Write a page about the run, to open in a browser; of shard 3/64 it is FILE-3-of-64.html.",
     ),
 )
 

@@ -103,6 +103,7 @@ class Run:
         call = self._call
         allowed = call.job.options.failures_allowed(call.layout.n_rows)
         n_missing = sum(stop - start for start, stop in self.missing)
+        known = memory.of(call.key) if n_missing else Known()
         for finished in self._finished():
             self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
             if self._n_failed > allowed:
@@ -111,7 +112,7 @@ class Run:
                     f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
                 )
             n_missing -= finished.chunk.n_rows
-            memory.of(call.key).n_rows += finished.chunk.n_rows
+            known.n_rows += finished.chunk.n_rows
             self._tell_done(finished)
             yield finished
         if n_missing > 0 and not self.draining:  # better no answer than one with holes

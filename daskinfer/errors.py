@@ -35,7 +35,10 @@ from typing import Any, NamedTuple
 
 
 class Partial(NamedTuple):
-    """What was done when a call ended early: ``answer`` has all rows, NaN or the fill value where ``done`` is not."""
+    """What was done when a call ended early: ``answer`` has all rows, where ``done``, (n,) bool, is True.
+
+    Elsewhere it holds the fill value of ``on_error="skip"``, else NaN, or 0 where its dtype has no NaN.
+    """
 
     answer: Any
     done: Any

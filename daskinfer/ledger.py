@@ -49,7 +49,6 @@ from daskinfer.stored import (
     Shard,
     begun,
     foreign,
-    has_size,
     is_stored,
     manifest_of,
     measured,
@@ -62,7 +61,6 @@ from daskinfer.stored import (
     suffix,
 )
 
-_SHOWN = 3  # parts that an error names; arbitrary
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Make = Callable[[str], None]  # makes the empty output at a path
@@ -154,7 +152,6 @@ class Ledger:
                 if self.complete and self.partial.exists():
                     self._publish()  # the last run was killed just before
             if self.complete:
-                self._refuse_gone()
                 return
             boot = self._open_log()
         if boot not in ("", _boot()):
@@ -189,18 +186,6 @@ class Ledger:
                 "verify what else was, or pass fresh=True (--fresh) to start over."
             )
         return record is not None
-
-    def _refuse_gone(self) -> None:
-        """Refuse a complete output of which parts are gone; whether bytes changed is what ``verify`` reads all of it for."""
-        progress = self._whole()
-        parts = [part.written for part in progress.parts if part.written is not None] if progress is not None else []
-        if gone := [part.name for part in parts if not has_size(Path(self.path), part)]:
-            named = ", ".join(gone[:_SHOWN]) + (", …" if len(gone) > _SHOWN else "")
-            raise OutputExists(
-                f"the output {self.path!r} was complete, and {len(gone):,} of its {len(parts):,} parts are gone or cut "
-                f"short since ({named}); it is not written to again. Put them back, or pass fresh=True (--fresh) to compute "
-                "all of it anew."
-            )
 
     def chose(self, batch_size: int, by_kind: Mapping[str, int]) -> None:
         """Keep the micro-batches that were chosen, before the first receipt: whoever goes on computes the same bytes."""

@@ -1,7 +1,7 @@
 """What the command says on stderr: lines of text for people, or one JSON object a line for programs.
 
 All of it goes through Python's log: the package's own records, progress where no terminal shows a bar, and the error that
-ends the command. With ``--log-format json`` Python's warnings and the log of Dask in this process come as JSON too; what the
+ends the command. With ``--log-format json`` Python's warnings and those of Dask in this process come as JSON too; what the
 processes of workers or a network's own code write to stderr is passed on as it is.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daskinfer.errors import OutputExists
-from daskinfer.manifest import Header, from_line
+from daskinfer.manifest import Header, Progress, from_line, read_lines
 from daskinfer.records import Written
 
 HEADER, COMPLETE, FAILED, STAGING, CREATING, LOCK = (
@@ -19,6 +19,8 @@ HEADER, COMPLETE, FAILED, STAGING, CREATING, LOCK = (
     "creating",
     "lock",
 )
+
+_SHOWN = 3  # parts that an error names; arbitrary
 
 Shard = tuple[int, int]
 
@@ -93,6 +95,32 @@ def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int
         )
 
 
+def refuse_gone(path: str, header: Header) -> None:
+    """Refuse a complete output that lost parts; whether bytes changed is what ``verify`` reads all of it for.
+
+    Raises
+    ------
+    OutputExists
+        With the first of them.
+    """
+    completion = read_record(manifest_of(path) / COMPLETE)
+    if not completion or not os.path.lexists(path):
+        return
+    progress = Progress(header.n_rows, header.unit_rows)
+    for receipts in sorted(manifest_of(path).glob("receipts*.jsonl")):
+        progress.read(read_lines(receipts.read_bytes())[0])
+    parts = [part.written for part in progress.parts if part.written is not None]
+    gone = [part.name for part in parts if not _has_size(Path(path), part)]
+    # Their owner may have written to these, a note to a store's metadata for example.
+    gone += [name for name, *_ in completion["metadata"] if ":" not in name and not Path(path, name).exists()]
+    if gone:
+        named = ", ".join(gone[:_SHOWN]) + (", …" if len(gone) > _SHOWN else "")
+        raise OutputExists(
+            f"the output {path!r} was complete, and {len(gone):,} of its {len(parts):,} parts are gone or cut short since "
+            f"({named}); it is not written to again. Put them back, or pass fresh=True (--fresh) to compute all of it anew."
+        )
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a file of one line; None where there is no file, empty where it is not as it was written."""
     try:
@@ -124,7 +152,7 @@ def is_stored(output: Path, part: Written) -> bool:
         return False
 
 
-def has_size(output: Path, part: Written) -> bool:
+def _has_size(output: Path, part: Written) -> bool:
     """Whether a part is there with all its bytes, whatever they are; nothing is read."""
     try:
         if ":" in part.name:

@@ -10,7 +10,7 @@ from daskinfer.errors import OptionError
 from daskinfer.fingerprint import fingerprint
 from daskinfer.manifest import ANSWER_OPTIONS, Header
 from daskinfer.options import Options
-from daskinfer.stored import Shard, begun, refuse_differences
+from daskinfer.stored import Shard, begun, refuse_differences, refuse_gone
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,17 @@ class Wanted:
     retries_failed: bool = False
 
     def refuse_differences(self) -> None:
-        """Refuse outputs that were begun with something else; looked at again once they are locked.
+        """Refuse outputs that were begun with something else (looked at again once they are locked), or that lost parts.
 
         Raises
         ------
         OutputExists
-            With each difference, what it was and is.
+            With each difference, what it was and is, or what is gone.
         """
         for path, header in zip(self.paths, self.headers, strict=True):
             if (found := begun(path)) is not None:
                 refuse_differences(path, found, header, self.batch_size)
+                refuse_gone(path, found)
 
 
 def answer_options(options: Options) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def prints():
     return Net()
 
 def warns():
+    logging.getLogger("distributed").info("what buries the rest")
     logging.getLogger("distributed").error("an error of Dask's")
     warnings.warn("look out")
     return linear()

@@ -198,7 +198,28 @@ def test_a_device_that_may_be_added_is_not_while_draining(monkeypatch: pytest.Mo
     with pytest.raises(Interrupted, match="Ctrl-C") as caught:
         di.predict(model, np.arange(5000.0), batch_size=10)
     assert caught.value.partial is not None
-    assert 0 < caught.value.partial.done.sum() < 5000
+    y, done = caught.value.partial
+    assert 0 < done.sum() < 5000
+    assert np.isnan(y[~done]).all()
+    assert caught.value.__notes__ == [f"{done.sum():,} of 5,000 rows have an answer: .partial.answer, where .partial.done."]
+
+
+@pytest.mark.parametrize("fill_value", [None, -1])
+def test_what_stands_in_for_answers_that_cannot_be_nan(fill_value: int | None) -> None:
+    """Whatever the dtype holds, the error that ended the call is the one that is raised."""
+
+    def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if 99 in batch:
+            raise ValueError("ninety-nine")
+        return batch
+
+    x = np.arange(100, dtype=np.uint8)
+    with pytest.raises(di.DaskInferError, match="ninety-nine") as caught:
+        di.predict(model, x, devices="inline", batch_size=10, retries=0, output=x[:0], fill_value=fill_value)
+    assert caught.value.partial is not None
+    y, done = caught.value.partial
+    np.testing.assert_array_equal(y, np.where(done, x, 0))
+    assert done.any()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

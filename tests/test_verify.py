@@ -164,5 +164,7 @@ def test_a_complete_output_whose_parts_are_gone_is_not_called_done(tmp_path: Pat
             os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(di.errors.OutputExists, match=r"parts are gone or cut short since \(.*--fresh"):
             di.run(np.sqrt, X, path, **how)
+        with pytest.raises(di.errors.OutputExists, match="gone or cut short"):
+            di.plan(np.sqrt, X, target=path, **how)
         assert di.run(np.sqrt, X, path, fresh=True, **how).rows == len(X)
         assert verify(path).wrong == ()
