@@ -98,13 +98,15 @@ def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int
 def refuse_gone(path: str, header: Header) -> None:
     """Refuse a complete output that lost parts; whether bytes changed is what ``verify`` reads all of it for.
 
+    Where a whole answer still waits under its partial name, what lies at the path is somebody else's.
+
     Raises
     ------
     OutputExists
         With the first of them.
     """
     completion = read_record(manifest_of(path) / COMPLETE)
-    if not completion or not os.path.lexists(path):
+    if not completion or not os.path.lexists(path) or partial_of(path).exists():
         return
     progress = Progress(header.n_rows, header.unit_rows)
     for receipts in sorted(manifest_of(path).glob("receipts*.jsonl")):
