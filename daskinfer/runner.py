@@ -20,7 +20,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,22 +175,27 @@ class _Pass:
             bad_rows.fill(self.results, list(self.failed), self.job.options.fill_value)
         return self.results, self.structure or Structure("none")
 
-    def _attempt(self, begin: int, end: int) -> None:
-        arrays, structure = self._micro_batch(begin, end)
+    def _attempt(self, begin: int, end: int, without: Collection[int] = ()) -> None:
+        good = np.setdiff1d(np.arange(begin, end), list(without)) if without else None
+        arrays, structure = self._micro_batch(begin, end, good)
         arrays = self._as_promised(arrays)
         bad = bad_rows.with_nan(arrays) if self.job.options.nan_is_failure else []
         if bad and self.job.options.on_error == "raise":
             raise ValueError("the answer holds a NaN")
-        self._place(arrays, structure, begin, end)
+        self._place(arrays, structure, begin, end, good)
         for row in bad:
-            self.failed[begin + row] = "the answer holds a NaN"
+            self.failed[begin + row if good is None else int(good[row])] = "the answer holds a NaN"
 
     def _failed(self, begin: int, end: int, error: Exception) -> None:
         """Say which rows are at fault, or go on without them."""
         options = self.job.options
         if options.on_error == "raise":
             raise AtFaultError(*bad_rows.first_at_fault(self._attempt, begin, end, self._is_fatal)) from error
-        self.failed |= bad_rows.skip(self._attempt, begin, end, error, options.retries, self._is_fatal)
+        self.failed |= bad_rows.skip(self._attempt, self._probe, begin, end, error, options.retries, self._is_fatal)
+
+    def _probe(self, begin: int, end: int) -> None:
+        """Run rows for nothing but to see whether they fail: nothing is filled up, no answer is kept."""
+        self._micro_batch(begin, end, padded=False)
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether no row is at fault: the answer is none, memory is short, or the device is broken."""
@@ -205,36 +210,48 @@ class _Pass:
             yield begin, end
             begin = end
 
-    def _micro_batch(self, begin: int, end: int) -> tuple[list[Array], Structure]:
-        job, n_rows = self.job, end - begin
-        ports, arrays = job.ports, [port[begin:end] for port in self.rows]
+    def _micro_batch(
+        self, begin: int, end: int, good: Array | None = None, *, padded: bool = True
+    ) -> tuple[list[Array], Structure]:
+        """The answer to rows begin:end, or to ``good`` ones of these, which keep their places among zeros."""
+        job, ports, arrays = self.job, self.job.ports, [port[begin:end] for port in self.rows]
+        if good is not None:
+            arrays = [np.asarray(array)[good - begin] for array in arrays]
+        n_rows = len(arrays[0])
         if (preprocess := job.options.preprocess) is not None:
             # Copies: a function that works in place would write into the caller's array.
-            ports, arrays = _preprocessed(preprocess, ports.join([np.array(port) for port in arrays]))
+            ports, arrays = _preprocessed(preprocess, ports.join([np.array(array) for array in arrays]))
             _check_rows(ports.names, arrays, n_rows, "preprocess")
-        offset = (self.start + begin) % self.batch_size if job.options.pad else 0
-        batch = [self._batched(name, array, offset) for name, array in zip(ports.names, arrays, strict=True)]
+        size = n_rows
+        places: slice | Array = slice(0, n_rows)
+        if job.options.pad and padded:
+            size, offset = self.batch_size, (self.start + begin) % self.batch_size
+            places = slice(offset, offset + n_rows) if good is None else good - begin + offset
+        batch = [self._batched(name, array, size, places) for name, array in zip(ports.names, arrays, strict=True)]
         answer, structure = self._call(ports.join(batch))
-        _check_rows(structure, answer, len(batch[0]), "the model")
-        trimmed = [to_numpy(array)[offset : offset + n_rows] for array in answer]
+        _check_rows(structure, answer, size, "the model")
+        trimmed = [to_numpy(array)[places] for array in answer]
         if job.options.postprocess is None:
             return trimmed, structure
         answer, structure = _flat(job.options.postprocess(structure.rebuild(trimmed)), "postprocess")
         _check_rows(structure, answer, n_rows, "postprocess")
         return [to_numpy(array) for array in answer], structure
 
-    def _batched(self, name: str, array: Array | Elsewhere, offset: int) -> Any:
-        """Copy rows to their place in a buffer of the runner's own, and from there onto the device."""
-        size, n_rows = self.batch_size if self.job.options.pad else len(array), len(array)
+    def _batched(self, name: str, array: Array | Elsewhere, size: int, places: slice | Array) -> Any:
+        """Copy rows to their places in a buffer of the runner's own, and from there onto the device."""
         looks = size, array.shape[1:], array.dtype
         buffer = self._buffers.get(name)
         if buffer is None or buffer.looks != looks:
             buffer = self._buffers[name] = self._buffer(name, looks)
         # Zeroed each time: the network may have written there.
-        if n_rows < size:
-            buffer.array[:offset] = 0
-            buffer.array[offset + n_rows :] = 0
-        copy_rows(array, buffer.array[offset : offset + n_rows])
+        if not isinstance(places, slice):
+            buffer.array[...] = 0
+            buffer.array[places] = array
+        else:
+            if len(array) < size:
+                buffer.array[: places.start] = 0
+                buffer.array[places.stop :] = 0
+            copy_rows(array, buffer.array[places])
         if not self.model.takes_tensors:
             return buffer.array
         tensor = torch.from_numpy(buffer.array).to(self.model.device)
@@ -262,7 +279,7 @@ class _Pass:
             for a, p in zip(arrays, promised, strict=True)
         ]
 
-    def _place(self, arrays: list[Array], structure: Structure, begin: int, end: int) -> None:
+    def _place(self, arrays: list[Array], structure: Structure, begin: int, end: int, good: Array | None) -> None:
         """Copy a micro-batch's answer into the chunk's: it may lie in the buffer that the next one overwrites."""
         if self.structure is None:
             self.structure = structure
@@ -276,7 +293,7 @@ class _Pass:
                 "alike. Pad or reduce it in postprocess."
             )
         for result, array in zip(self.results, arrays, strict=True):
-            result[begin:end] = array
+            result[slice(begin, end) if good is None else good] = array
 
     def _prepare(self, looks: Sequence[Array]) -> None:
         self.results = list(self.out or (np.empty((self.n_rows, *look.shape[1:]), look.dtype) for look in looks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ def with_holes(batch: Array) -> Array:
     return np.where(at_fault(batch), np.float32(np.nan), 2 * batch)
 
 
-def tries(bad: set[int], calls: list[tuple[int, int]]) -> Callable[[int, int], None]:
-    """An attempt that raises where one of these rows is in it."""
+def tries(bad: set[int], calls: list[set[int]]) -> Callable[..., None]:
+    """An attempt, or a probe, that raises where one of these rows is in it; ``calls`` gets what it was given."""
 
-    def attempt(begin: int, end: int) -> None:
-        calls.append((begin, end))
-        if found := sorted(bad.intersection(range(begin, end))):
+    def attempt(begin: int, end: int, without: Collection[int] = ()) -> None:
+        rows = set(range(begin, end)).difference(without)
+        calls.append(rows)
+        if found := sorted(bad & rows):
             raise ValueError(str(found[0]))
 
     return attempt
@@ -57,27 +58,53 @@ def never(error: Exception) -> bool:
 
 @given(n_rows=st.integers(1, 70), bad=st.sets(st.integers(0, 69)), n_tries=st.integers(0, 2))
 def test_halving_finds_all_and_no_other(n_rows: int, bad: set[int], n_tries: int) -> None:
-    """Whatever rows are at fault, they are found, and every other row is in an attempt that went well."""
+    """Whatever rows are at fault, they are found, and all others are computed together, once."""
     bad = {row for row in bad if row < n_rows} or {n_rows - 1}
-    calls: list[tuple[int, int]] = []
-    found = bad_rows.skip(tries(bad, calls), 0, n_rows, ValueError("all"), n_tries, never)
+    calls, probed = list[set[int]](), list[set[int]]()
+    found = bad_rows.skip(tries(bad, calls), tries(bad, probed), 0, n_rows, ValueError("all"), n_tries, never)
     assert sorted(found) == sorted(bad)
     assert all(why == f"ValueError: {row}" for row, why in found.items()) or (n_rows, n_tries) == (1, 0)
-    well = [range(*call) for call in calls if not bad.intersection(range(*call))]
-    assert sorted(row for rows in well for row in rows) == sorted(set(range(n_rows)) - bad)
-    assert len(calls) <= len(bad) * (2 * n_rows.bit_length() + n_tries)
+    well = [rows for rows in calls if not bad & rows]
+    assert well == ([set(range(n_rows)) - bad] if len(bad) < n_rows else [])
+    assert len(calls) - len(well) == (n_tries if n_rows == 1 else len(bad))
+    assert sum(map(len, probed)) <= min(2 * len(bad), n_rows.bit_length()) * n_rows + len(bad) * n_tries
+
+
+@given(n_rows=st.integers(1, 70), bad=st.sets(st.integers(0, 69)), n_tries=st.integers(0, 2))
+def test_rows_that_cannot_be_probed(n_rows: int, bad: set[int], n_tries: int) -> None:
+    """Where every probe fails, as with a network that takes one batch size only, the same rows are found."""
+    bad = {row for row in bad if row < n_rows} or {n_rows - 1}
+    calls: list[set[int]] = []
+    found = bad_rows.skip(tries(bad, calls), tries(set(range(n_rows)), []), 0, n_rows, ValueError("all"), n_tries, never)
+    assert sorted(found) == sorted(bad)
+    well = [rows for rows in calls if not bad & rows]
+    assert set().union(*well) == set(range(n_rows)) - bad
+
+
+def test_rows_that_fail_together_have_answers() -> None:
+    """Rows of which none fails alone are computed in halves, however large."""
+    computed: set[int] = set()
+
+    def attempt(begin: int, end: int, without: Collection[int] = ()) -> None:
+        if end - begin > 3:
+            raise ValueError("too many")
+        computed.update(set(range(begin, end)).difference(without))
+
+    assert bad_rows.skip(attempt, attempt, 0, 20, ValueError("too many"), 1, never) == {}
+    assert computed == set(range(20))
 
 
 def test_a_row_that_fails_once_has_an_answer() -> None:
     """A row alone is tried again before it is given up."""
     left = [1]
 
-    def attempt(begin: int, end: int) -> None:
+    def attempt(begin: int, end: int, without: Collection[int] = ()) -> None:
         if begin <= 2 < end and left and left.pop():
             raise ValueError("once")
 
-    assert bad_rows.skip(attempt, 2, 3, ValueError("before"), 1, never) == {2: "ValueError: once"}
-    assert bad_rows.skip(attempt, 2, 3, ValueError("before"), 1, never) == {}
+    assert bad_rows.skip(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {2: "ValueError: once"}
+    assert bad_rows.skip(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {}
+    assert bad_rows.skip(attempt, attempt, 0, 8, ValueError("before"), 1, never) == {}
 
 
 @given(n_rows=st.integers(1, 70), bad=st.sets(st.integers(0, 69), min_size=1))
@@ -97,7 +124,12 @@ def test_rows_that_fail_only_together() -> None:
     assert bad_rows.first_at_fault(attempt, 0, 6, never) == (0, 6)
 
 
-@pytest.mark.parametrize("find", [bad_rows.first_at_fault, lambda *how: bad_rows.skip(*how[:3], ValueError(), 2, how[3])])
+def skipped(attempt: Callable[..., None], begin: int, end: int, fatal: bad_rows.Fatal) -> dict[int, str]:
+    """The rows at fault."""
+    return bad_rows.skip(attempt, attempt, begin, end, ValueError(), 2, fatal)
+
+
+@pytest.mark.parametrize("find", [bad_rows.first_at_fault, skipped])
 def test_what_is_nobodys_fault_is_raised_on(find: Callable[..., object]) -> None:
     """An exception that says nothing of the rows ends the search."""
     with pytest.raises(ValueError, match=r"^5$"):
@@ -138,6 +170,54 @@ def test_bad_rows_are_skipped(where: dict[str, Any]) -> None:
     right_but_for_the_bad(y, report)
     assert {f.exception for f in report.failures} == {f"ValueError: cannot take {value:g}" for value in BAD}
     assert {f.device for f in report.failures} <= {d.device for d in report.devices}
+
+
+def test_the_search_runs_few_rows() -> None:
+    """What is run beside the micro-batches themselves is some micro-batches per row at fault, however large these are."""
+    ran: list[int] = []
+
+    def counted(batch: Array) -> Array:
+        ran.append(len(batch))
+        return picky(batch)
+
+    y = di.predict(counted, X, on_error="skip", devices="inline", batch_size=256)
+    right_but_for_the_bad(y)
+    # Four micro-batches; two rows at fault in the first, one in the second and the fourth. Per row: once alone in its
+    # micro-batch, and twice its micro-batch in probes; then all others of the micro-batch.
+    assert ran.count(256) <= 4 + len(BAD) + 3 + len(BAD)
+    assert sum(n for n in ran if n != 256) <= 2 * len(BAD) * 257
+
+
+@pytest.mark.parametrize("bad", [BAD, (*X[:40],)])
+def test_the_bytes_of_good_rows_stay(bad: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beside those at fault have the bytes that they have without them, also after functions before and after."""
+    monkeypatch.setattr(__name__ + ".BAD", bad)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3))
+    rows = np.random.default_rng(0).normal(size=(len(X), 16)).astype("float32")
+    rows[:, 0] = X
+
+    def before(batch: Array) -> Array:
+        picky(batch[:, 0])
+        batch[:, 0] /= 1000
+        return batch
+
+    how: dict[str, Any] = {"devices": "inline", "batch_size": 64, "postprocess": lambda batch: batch * 2}
+    right = di.predict(net, rows / np.r_[[1000], [1] * 15].astype("float32"), **how)
+    y = di.predict(net, rows, preprocess=before, on_error="skip", **how)
+    expected = np.where(at_fault(X)[:, None], np.float32(np.nan), right)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_a_network_of_one_batch_size(where: dict[str, Any]) -> None:
+    """One that takes full micro-batches only is asked for nothing else."""
+
+    def picky_in_full(batch: Array) -> Array:
+        if len(batch) not in (2, 32):  # 2: made-up rows, before anything starts
+            raise ValueError(f"{len(batch)} rows")
+        return picky(batch)
+
+    y, report = di.predict(picky_in_full, X, on_error="skip", return_report=True, **where)
+    right_but_for_the_bad(y, report)
 
 
 def test_bad_rows_are_named(where: dict[str, Any]) -> None:
@@ -244,9 +324,8 @@ def test_fifty_rows_in_a_hundred_thousand(two_cpus: list[str]) -> None:
 
 def test_a_network_is_tried_again_before_a_row_is_blamed(two_cpus: list[str], tmp_path: Path) -> None:
     """A row that fails alone is tried again as often as ``retries`` says."""
-    net = faulty.network(
-        tmp_path, faulty.raises(faulty.bad), [500.0], times=7
-    )  # with 31 others and in 5 halves, then once alone
+    # With 31 others, in 3 of the halves that were run, then once alone.
+    net = faulty.network(tmp_path, faulty.raises(faulty.bad), [500.0], times=5)
     y, report = di.predict(
         net, X, devices=two_cpus, batch_size=32, device_weights="even", on_error="skip", return_report=True
     )
