@@ -246,6 +246,11 @@ class Ledger:
             # Last: what has the output's own name is always complete.
             self._publish()
 
+    def withdraw(self) -> None:
+        """Remove an output that was begun, and of which nothing is stored; a shard's may hold what others stored."""
+        with self._creating():
+            self._wipe()
+
     def _completion(self, metadata: Sequence[str]) -> dict[str, Any]:
         names = [HEADER, *(path.name for path in sorted(self.folder.glob("receipts*.jsonl")))]
         names += [FAILED] if (self.folder / FAILED).exists() else []

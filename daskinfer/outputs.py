@@ -15,7 +15,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from daskinfer.errors import StorageError
+from daskinfer.errors import DaskInferError, StorageError
 from daskinfer.io import Target, is_array, target
 from daskinfer.ledger import Ledger
 from daskinfer.manifest import Entry, shard_rows
@@ -122,7 +122,7 @@ class Outputs:
 
 @contextlib.contextmanager
 def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
-    """Begin or continue the outputs of a run, locked until it ends.
+    """Begin or continue the outputs of a run, locked until it ends; where it fails with nothing stored, they are removed.
 
     Raises
     ------
@@ -148,9 +148,19 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
         try:
             yield outputs
         except BaseException as error:
-            kept = ", ".join(str(ledger.partial) for ledger in ledgers)
-            error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
+            if wanted.shard is None and isinstance(error, Exception) and not any(ledger.done for ledger in ledgers):
+                _withdraw(ledgers)
+            else:
+                kept = ", ".join(str(ledger.partial) for ledger in ledgers)
+                error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
             raise
+
+
+def _withdraw(ledgers: Sequence[Ledger]) -> None:
+    """Remove outputs of which nothing is stored, if that can be done: a call that was refused leaves none behind."""
+    with contextlib.suppress(DaskInferError, OSError):
+        for ledger in ledgers:
+            ledger.withdraw()
 
 
 def _target(ledger: Ledger) -> Target:

@@ -238,16 +238,22 @@ def test_another_call_is_refused(
 
 
 def test_what_holds_nothing_yet_may_become_anothers(tmp_path: Path) -> None:
-    """A run that ended before its first chunk was stored leaves an output that any other may begin; shards agree on one."""
+    """A run that fails before its first chunk is stored leaves no output behind, a shard one that the others begin with."""
 
     def fails(rows: Any) -> Any:
         raise ValueError("no")
 
     x, y = stored(tmp_path), tmp_path / "y.npy"
-    for shard in (None, (1, 2)):
-        with pytest.raises(ChunkError, match="no"):
+    for shard, said in (
+        (None, []),
+        ((1, 2), [f"What is done is kept ({y}.partial); repeat the call to go on with what is missing."]),
+    ):
+        with pytest.raises(ChunkError, match="no") as caught:
             di.run(fails, x, y, output=X[:0], retries=0, shard=shard, **HOW)
-        assert (tmp_path / "y.npy.partial").exists()
+        assert getattr(caught.value, "__notes__", []) == said
+        assert (tmp_path / "y.npy.partial").exists() == bool(said)
+        assert {path.name for path in manifest_of(y).iterdir()} >= ({"header.json"} if said else {"lock", "creating"})
+        assert (manifest_of(y) / "header.json").exists() == bool(said)
     with pytest.raises(OutputExists, match="model was"):
         di.run(double, x, y, shard=(1, 2), **HOW)
     shutil.rmtree(tmp_path / "y.npy.daskinfer")
