@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import pickle
+import platform
+import subprocess
 import sys
 import time
 import urllib.request
@@ -14,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import dask
@@ -248,7 +251,7 @@ def test_before_the_first_chunk_and_after_the_end() -> None:
     shown_on(board, told(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
     view, text = seen(board)
     assert "50%, 50 of 100 rows, ended after 0:10, 5 rows/s, ValueError: &lt;no&gt;" in text
-    assert view._choice.options[1][1].endswith("Net (failed)")
+    assert f"Net (failed), {sender._who()}" in view._choice.options[1][1]
     shown_on(board, told(started(0, 1), done(0, 1), RunEnded("a", 10.0, ""), n_rows=1))
     assert "100%, 1 of 1 rows, done after" in seen(board)[1]
     shown_on(board, told(started(0, 1), replace(done(0, 1), at=11.0), RunEnded("a", 11.0, ""), n_rows=0))
@@ -263,8 +266,17 @@ def test_a_run_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nothing was heard" not in text
     monkeypatch.setattr(page, "SILENT_SECONDS", -1.0)
     view.update()
-    assert "nothing was heard of it for a while: its process may have ended" in view._head.text
-    assert view._choice.options[1][1].endswith("(silent)")
+    assert "nothing was heard of it for a while: its process may hang" in view._head.text
+    assert "(silent), " in view._choice.options[1][1]
+
+
+def test_who_computes_has_a_name_as_far_as_the_system_knows_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user and host stand beside each run; a number without a name is left out."""
+    assert sender._who().endswith(platform.node())
+    sender._who.cache_clear()
+    monkeypatch.setattr(sender.getpass, "getuser", {}.__getitem__)  # as where no such user is known
+    assert sender._who() == platform.node()
+    sender._who.cache_clear()
 
 
 def test_one_run_of_several_is_looked_at() -> None:
@@ -274,8 +286,16 @@ def test_one_run_of_several_is_looked_at() -> None:
         shown_on(board, told(run=run, model=run))
     view, text = seen(board)
     assert "<b>second</b>" in text
+    assert "another run goes on on this cluster" in text
     view._choice.value = "first"
     assert "<b>first</b>" in view._head.text
+    shown_on(board, told(run="third"))
+    view.update()
+    assert "2 other runs go on on this cluster" in view._head.text
+    for run in ("second", "third"):
+        shown_on(board, told(RunEnded(run, 10.0, ""), run=run))
+    view.update()
+    assert "on this cluster" not in view._head.text
     for i in range(MAX_RUNS):
         shown_on(board, told(run=f"run {i}", model=f"run {i}"))
     view.update()
@@ -563,6 +583,64 @@ def test_two_runs_of_one_cluster_in_a_browser(cluster_client: Client, pool: Thre
             enough.touch()
             assert all(len(run.result()) == 10_000 for run in runs)
 
+
+COMPUTING = """
+    import sys, time
+    import dask.array as da
+    from distributed import Client
+    import daskinfer as di
+
+    def slowly(batch):
+        time.sleep(0.05)
+        return batch
+
+    if __name__ == "__main__":
+        with Client(sys.argv[1]) as client:
+            di.predict(slowly, da.arange(100_000.0, chunks=4), client=client, batch_size=4)
+"""
+
+
+@in_browser
+def test_a_client_that_was_killed_in_a_browser(cluster_client: Client) -> None:
+    """A run whose process was killed is said to be lost as soon as the scheduler knows it."""
+    address, dashboard = cluster_client.scheduler.address, cluster_client.dashboard_link.removesuffix("/status")
+    with browser.opened(f"{dashboard}/daskinfer") as tab:
+        with subprocess.Popen([sys.executable, "-c", dedent(COMPUTING), address]) as script:
+            tab.wait_for(lambda: n_done(tab) and "slowly (goes on)" in tab.text, 60)
+            script.kill()
+        tab.wait_for(lambda: "its client is gone: the process has ended without a word" in tab.text, page.SILENT_SECONDS / 3)
+        assert "slowly (lost)" in tab.text
+        assert not tab.complaints
+
+
+@in_browser
+@pytest.mark.parametrize("width", [600, 900, 1000, 1280])
+def test_nothing_is_covered_or_cut_off(cluster_client: Client, width: int) -> None:
+    """At any width the bar of links leaves the page's head free, and the legend of the map is all there."""
+    di.predict(slow(0.05), rows(80), client=cluster_client, batch_size=4)
+    dashboard = cluster_client.dashboard_link.removesuffix("/status")
+    with browser.opened(f"{dashboard}/daskinfer") as tab:
+        tab.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        tab.wait_for(lambda: "rows, done after" in tab.text)
+        places = json.loads(tab.evaluate(_PLACES))
+        assert places["links"] <= places["head"]
+        assert places["legend"] <= places["width"] <= width
+
+
+# Where the bar of links ends and the page begins, and how far the words of the map's legend reach to the right.
+_PLACES = """
+(() => {
+  const all = node => [...(node.shadowRoot || node).querySelectorAll("*")].flatMap(x =>
+    [x, ...(x.shadowRoot ? all(x) : [])]);
+  const words = all(document).filter(x => x.nodeName === "SPAN" && x.style.whiteSpace === "nowrap");
+  return JSON.stringify({
+    links: document.querySelector(".navbar").getBoundingClientRect().bottom,
+    head: document.querySelector(".content").getBoundingClientRect().top,
+    legend: Math.max(...words.map(x => x.getBoundingClientRect().right)),
+    width: document.documentElement.clientWidth,
+  });
+})()
+"""
 
 # As a hand would: the model hears of it by the event, and the server by the model.
 _CHOOSE = """

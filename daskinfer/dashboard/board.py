@@ -35,11 +35,16 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How a run stands: all that the page shows of it at one moment, ``MAX_DEVICES`` devices at most."""
+    """How a run stands: all that the page shows of it at one moment, ``MAX_DEVICES`` devices at most.
+
+    ``who`` is the user and host that computes, ``client`` the id of its client.
+    """
 
     status: Status
     cells: Cells
     troubles: tuple[Trouble, ...]
+    who: str = ""
+    client: str = ""
 
     def message(self) -> dict[str, Any]:
         """The same in plain values, for one message."""
@@ -56,7 +61,8 @@ class Snapshot:
         """
         devices = tuple(DeviceStatus(**device) for device in message["status"]["devices"])
         status = Status(**{**message["status"], "devices": devices})
-        return Snapshot(status, Cells(**message["cells"]), tuple(Trouble(**trouble) for trouble in message["troubles"]))
+        troubles = tuple(Trouble(**trouble) for trouble in message["troubles"])
+        return Snapshot(status, Cells(**message["cells"]), troubles, message["who"], message["client"])
 
 
 @dataclass
@@ -79,12 +85,16 @@ class Course:
 
 @dataclass
 class Shown:
-    """A run that is shown: its latest snapshot, its course, and when it was first and last heard of by this clock."""
+    """A run that is shown: its latest snapshot, its course, and when it was first and last heard of by this clock.
+
+    ``lost``: its client is gone.
+    """
 
     snapshot: Snapshot
     first_heard: float
     last_heard: float
     n_heard: int = 0
+    lost: bool = False
     course: Course = field(default_factory=Course)
 
 
@@ -104,11 +114,17 @@ class Board:
         # Those heard of last come last: a run that goes on is never the one that has to leave.
         shown = self._runs.pop(status.run) if status.run in self._runs else Shown(snapshot, now, now)
         self._runs[status.run] = shown
-        shown.snapshot, shown.last_heard, shown.n_heard = snapshot, now, shown.n_heard + 1
+        shown.snapshot, shown.last_heard, shown.n_heard, shown.lost = snapshot, now, shown.n_heard + 1, False
         if status.seconds is not None and status.seconds >= STEP_SECONDS:  # before, one chunk makes any speed
             shown.course.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
         while len(self._runs) > MAX_RUNS:
             del self._runs[next(iter(self._runs))]
+
+    def gone(self, client: str) -> None:
+        """A client is gone, and with it the runs of it that have not ended."""
+        for shown in self._runs.values():
+            if shown.snapshot.client == client:
+                shown.lost = not shown.snapshot.status.ended
 
     @property
     def runs(self) -> list[Shown]:

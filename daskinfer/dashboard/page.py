@@ -34,7 +34,7 @@ from tornado.ioloop import IOLoop
 
 from daskinfer.dashboard.board import OTHERS, Board, Shown
 from daskinfer.dashboard.chunk_map import UNKNOWN
-from daskinfer.status import SPEED_SECONDS, DeviceStatus, Status
+from daskinfer.status import SPEED_SECONDS, DeviceStatus
 from daskinfer.status_words import HEADERS, cells, words
 from daskinfer.tables import html_table
 
@@ -66,7 +66,7 @@ def install(scheduler: Scheduler, board: Board) -> bool:
 
     def page(scheduler: Scheduler, extra: Mapping[str, Any], doc: Any) -> None:
         draw(board, doc)
-        doc.template = env.get_template("simple.html")
+        doc.template = env.from_string(_TEMPLATE)
         doc.template_variables.update(extra)
 
     def plot(scheduler: Scheduler, extra: Mapping[str, Any], doc: Any) -> None:
@@ -122,17 +122,18 @@ class View:
             return
         shown = runs.get(self._choice.value) or next(iter(runs.values()))
         choice = [("", "the latest"), *((run, _title(each)) for run, each in runs.items())]
+        n_others = sum(_state(other) == _GOES_ON for other in runs.values() if other is not shown)
         seen = (shown.snapshot.status.run, shown.n_heard, choice)
         if seen != self._seen:
             self._seen = seen
             self._choice.options = choice
-            self._draw(shown)
+            self._draw(shown, n_others)
 
-    def _draw(self, shown: Shown) -> None:
+    def _draw(self, shown: Shown, n_others: int) -> None:
         status = shown.snapshot.status
         colours = _colours(status.devices)
         self._body.visible = True
-        self._head.text = _headline(status, _is_silent(shown))
+        self._head.text = _headline(shown, n_others)
         self._speeds.draw(shown, colours)
         self._shares.draw(status.devices, colours)
         self._cells.draw(shown, colours)
@@ -189,7 +190,7 @@ class _Shares:
         names = ("device", "asked", "done", "colour")
         self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-shares")
         self.root = figure(
-            title="share of the rows (grey: asked for, coloured: done)",
+            title="share of the rows (grey: as planned, coloured: done)",
             x_range=Range1d(0, 1),
             y_range=FactorRange(" "),
             height=_HEIGHT,
@@ -200,7 +201,7 @@ class _Shares:
         )
         self.root.hbar("device", right="asked", height=0.8, color=_WAITS, line_color="#bbbbbb", source=self._source)
         self.root.hbar("device", right="done", height=0.4, color="colour", source=self._source)
-        tooltips = [("device", "@device"), ("asked for", "@asked{0.0%}"), ("done", "@done{0.0%}")]
+        tooltips = [("device", "@device"), ("planned", "@asked{0.0%}"), ("done", "@done{0.0%}")]
         self.root.add_tools(HoverTool(tooltips=tooltips))
         self.root.xaxis.formatter = NumeralTickFormatter(format="0%")
         self.root.ygrid.visible = False
@@ -226,24 +227,27 @@ class _Cells:
     def __init__(self) -> None:
         names = ("left", "right", "zero", "done", "in_flight", "failed", "again", "colour")
         self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-cells")
-        self.root = figure(
-            title="rows: done, in flight (lighter), waiting (grey), done before (dark), tried again (orange), failed (red)",
+        plot = figure(
             x_axis_label="row",
             x_range=Range1d(0, 1),
             y_range=Range1d(0, 1),
-            height=150,
+            height=125,
             sizing_mode="stretch_width",
             tools="",
             toolbar_location=None,
             background_fill_color=_WAITS,
         )
         quads = {"left": "left", "right": "right", "line_color": None, "source": self._source}
-        self.root.quad(bottom="zero", top="done", color="colour", **quads)
-        self.root.quad(bottom="done", top="in_flight", color="colour", alpha=0.45, **quads)
-        self.root.quad(bottom="in_flight", top="failed", color=_FAILED, **quads)
-        self.root.quad(bottom="again", top=1.0, color=_AGAIN, **quads)
-        self.root.xaxis.formatter = NumeralTickFormatter(format="0,0")
-        self.root.yaxis.visible = self.root.grid.visible = False
+        plot.quad(bottom="zero", top="done", color="colour", **quads)
+        plot.quad(bottom="done", top="in_flight", color="colour", alpha=0.45, **quads)
+        plot.quad(bottom="in_flight", top="failed", color=_FAILED, **quads)
+        plot.quad(bottom="again", top=1.0, color=_AGAIN, **quads)
+        plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        plot.yaxis.visible = plot.grid.visible = False
+        self._rows = plot.x_range
+        # No title of the plot's: that is cut off in a narrow window, where this goes on in a second line.
+        legend = Div(text=_LEGEND, sizing_mode="stretch_width", stylesheets=[_WIDE])
+        self.root = column(legend, plot, sizing_mode="stretch_width")
 
     def draw(self, shown: Shown, colours: Sequence[str]) -> None:
         cells = shown.snapshot.cells
@@ -253,7 +257,7 @@ class _Cells:
         done, in_flight, failed, again = bars[:4, first] / 100
         edges = cells.start + np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
         by_number = dict(enumerate(colours)) | {UNKNOWN: _BEFORE}
-        self.root.x_range.start, self.root.x_range.end = cells.start, cells.start + max(1, cells.n_rows)
+        self._rows.start, self._rows.end = cells.start, cells.start + max(1, cells.n_rows)
         self._source.data = {
             "left": edges[:-1],
             "right": edges[1:],
@@ -271,15 +275,17 @@ def _colours(devices: Sequence[DeviceStatus]) -> list[str]:
     return [_OTHERS if device.device == OTHERS else colour for device, colour in zip(devices, colours, strict=True)]
 
 
-def _is_silent(shown: Shown) -> bool:
-    return not shown.snapshot.status.ended and time.time() - shown.last_heard > SILENT_SECONDS
+def _state(shown: Shown) -> str:
+    status = shown.snapshot.status
+    if status.ended:
+        return "failed" if status.error else "done"
+    return "lost" if shown.lost else "silent" if time.time() - shown.last_heard > SILENT_SECONDS else _GOES_ON
 
 
 def _title(shown: Shown) -> str:
     """A run among others; its words do not change each time, or the list could not be chosen from."""
-    status = shown.snapshot.status
-    state = ("failed" if status.error else "done") if status.ended else "silent" if _is_silent(shown) else "goes on"
-    return f"{time.strftime('%H:%M:%S', time.localtime(shown.first_heard))} {_short(status.model)} ({state})"
+    began = time.strftime("%H:%M:%S", time.localtime(shown.first_heard))
+    return f"{began} {_short(shown.snapshot.status.model)} ({_state(shown)}), {shown.snapshot.who}"
 
 
 def _short(name: str) -> str:
@@ -293,17 +299,47 @@ _BAR = (
 )
 
 
-def _headline(status: Status, silent: bool) -> str:
-    bar = _BAR.format(percent=100 * status.share, colour=_FAILED if status.error else _COLOURS[0])
+def _headline(shown: Shown, n_others: int) -> str:
+    status, state = shown.snapshot.status, _state(shown)
+    gone = status.error or state == "lost"
+    bar = _BAR.format(percent=100 * status.share, colour=_FAILED if gone else _COLOURS[0])
     said = words(status)
-    if silent:
-        said.append("nothing was heard of it for a while: its process may have ended")
+    if state in _GONE:
+        said.append(_GONE[state])
     elif status.seconds is not None and not status.ended:
         said.append(f"{sum(device.n_in_flight for device in status.devices):,} chunks in flight")
     head = f"<b>{html.escape(_short(status.model))}</b>{bar}{html.escape(', '.join(said))}"
+    if n_others:
+        others = "another run goes on" if n_others == 1 else f"{n_others} other runs go on"
+        head += f"<br><i>{others} on this cluster: see the list of runs</i>"
     return f'<div style="{_FONT}; padding: 4px 1em">{head}</div>'
 
 
+_GOES_ON = "goes on"
+_GONE = {
+    "lost": "its client is gone: the process has ended without a word",
+    "silent": "nothing was heard of it for a while: its process may hang",
+}
+
+
+# The dashboard's bar of links lies over its pages and has room for one line of them: here it takes the room that it needs.
+_TEMPLATE = """{% extends "simple.html" %}
+{% block extra_resources %}
+<style>body { padding-top: 0 } .navbar { position: sticky; margin: 0 -10px 8px }</style>
+{% endblock %}"""
+_SWATCH = (
+    '<span style="white-space: nowrap; margin-right: 1em"><span style="background: {}; opacity: {}; display: inline-block; '
+    'width: 12px; height: 12px; margin-right: 4px; border: 1px solid #bbb"></span>{}</span>'
+)
+_STATES = (
+    (_COLOURS[0], 1, "done, in the device's colour"),
+    (_COLOURS[0], 0.45, "in flight"),
+    (_WAITS, 1, "waits"),
+    (_BEFORE, 1, "done before"),
+    (_AGAIN, 1, "tried again"),
+    (_FAILED, 1, "failed"),
+)
+_LEGEND = f'<div style="{_FONT}; padding: 4px 1em"><b>rows</b>&ensp;{"".join(_SWATCH.format(*s) for s in _STATES)}</div>'
 _WRAPS = ":host { flex-wrap: wrap }"
 _WIDE = ":host, .bk-clearfix { width: 100% }"
 _TABLE = f"""

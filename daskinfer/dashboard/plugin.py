@@ -22,9 +22,10 @@ class Page(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annot
 
     name = "daskinfer-page"
     idempotent = True
+    _board = Board()  # a scheduler's own from its start on
 
     async def start(self, scheduler: Scheduler) -> None:
-        board = Board()
+        board = self._board = Board()
         why = _installed(scheduler, board)
 
         def take(message: Mapping[str, Any]) -> str:
@@ -35,6 +36,10 @@ class Page(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annot
             return why
 
         scheduler.handlers[HANDLER] = take
+
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Say so of the runs that it has not ended: a process that was killed says nothing itself."""
+        self._board.gone(client)
 
 
 def dask_setup(scheduler: Scheduler) -> None:

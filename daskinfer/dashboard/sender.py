@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import getpass
 import logging
+import platform
 import threading
 import time
 import weakref
@@ -69,7 +73,10 @@ class Sender:
             told = tuple(self._troubles)
             cells = self._map.cells()
         model, error = status.model[:MAX_CHARACTERS], status.error[:MAX_CHARACTERS]
-        return Snapshot(replace(status, devices=folded(status.devices), model=model, error=error), cells, told)
+        client = "" if self._client is None else self._client.id
+        return Snapshot(
+            replace(status, devices=folded(status.devices), model=model, error=error), cells, told, _who(), client
+        )
 
     def _run_started(self, event: RunStarted) -> None:
         self._map = ChunkMap(event.rows, event.done)
@@ -129,6 +136,15 @@ class Sender:
         except TimeoutError:
             return False
         return True
+
+
+@functools.cache
+def _who() -> str:
+    """The user and the host of this process, as far as they have names."""
+    user = ""
+    with contextlib.suppress(Exception):  # a number without a name, as in containers, raises what the system pleases
+        user = f"{getpass.getuser()}@"
+    return f"{user}{platform.node()}"[:MAX_CHARACTERS]
 
 
 class _NotShownError(Exception):
