@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib import metadata
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ from daskinfer.options import Options
 from daskinfer.ranges import Range, Ranges, left_over
 from daskinfer.run_report import RunReport, Tally
 from daskinfer.stopping import drained
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # rows that a warning names; arbitrary
 
 
 class Runs(Protocol):
@@ -87,9 +92,19 @@ def _nothing(dtype: np.dtype[Any], options: Options) -> float:
 
 def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None]:
     """The answer block by block, in order."""
+    tally = Tally()
+    run.tell.add(tally)
     with _told(work, run, None), closing(iter(run)) as finished:
         for arrays in order.blocks(finished):
             yield work.answer(arrays)
+    warn_of_rows(tally.report(seconds=0.0, facts={}).failed_rows)
+
+
+def warn_of_rows(failed: Sequence[int]) -> None:
+    """Say in the log which rows have no answer, where nobody gets a report."""
+    if failed:
+        named = ", ".join(f"{row:,}" for row in failed[:_SHOWN]) + (", …" if len(failed) > _SHOWN else "")
+        logger.warning("%s rows have no answer (%s); predict(…, return_report=True) says why", f"{len(failed):,}", named)
 
 
 @contextmanager

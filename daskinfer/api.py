@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from distributed import Client
 
 from daskinfer import driver, graph, kept
-from daskinfer.answering import answered, streamed
+from daskinfer.answering import answered, streamed, warn_of_rows
 from daskinfer.assembly import (
     Refusals,
     Weights,
@@ -16,8 +16,6 @@ from daskinfer.assembly import (
     even_chunks,
     find_promise,
     keep_bfloat16,
-    merge_options,
-    trusts,
 )
 from daskinfer.device import DeviceTable, here
 from daskinfer.errors import OptionError
@@ -26,7 +24,7 @@ from daskinfer.hardware import machine
 from daskinfer.in_order import InOrder
 from daskinfer.inputs import Inputs
 from daskinfer.model import as_model
-from daskinfer.options import OptionFields, Options
+from daskinfer.options import OptionFields, Options, merge_options, trusts
 from daskinfer.progress import Progress, listeners
 from daskinfer.runner import Job
 
@@ -105,7 +103,10 @@ def predict(
         fields=fields,
     )
     answer, report = answered(work, driver.Run(work.call(), listeners(progress)))
-    return (answer, report) if return_report else answer
+    if return_report:
+        return answer, report
+    warn_of_rows(report.failed_rows)
+    return answer
 
 
 def stream(

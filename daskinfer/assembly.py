@@ -24,7 +24,7 @@ from daskinfer.inputs import Inputs
 from daskinfer.io import Target, check_path
 from daskinfer.manifest import Header, shard_rows
 from daskinfer.model import Recipe, as_model
-from daskinfer.options import OptionFields, Options
+from daskinfer.options import OptionFields, Options, merge_options, trusts
 from daskinfer.pace import memory
 from daskinfer.placement import Placement, place
 from daskinfer.plan_record import Plan, describe, memory_refusals
@@ -270,16 +270,6 @@ def _measured(given: dict[str, Any]) -> tuple[float, ...] | None:
     known = memory.of(key_of(given["recipe"], given["inputs"], given["options"])).speeds
     speeds = tuple(known.get(device.name, 0.0) for device in given["placement"].devices)
     return tuple(speed / min(speeds) for speed in speeds) if all(speeds) else None
-
-
-def merge_options(options: Options | None, fields: OptionFields) -> Options:
-    """The options record, with the keywords on top of it."""
-    return replace(options or Options(), **fields)
-
-
-def trusts(options: Options | None, fields: OptionFields) -> bool:
-    """Whether the caller trusts the network's file, also where another option cannot be."""
-    return bool(fields.get("trust", options is not None and options.trust))
 
 
 def keep_bfloat16(options: Options, inputs: Inputs) -> Options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from daskinfer.errors import ChunkError, ModelError, OptionError
 
 # torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED", "MemoryError: ")
+_HERE = str(Path(__file__).parent)
 _STICKY = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
 
 
@@ -37,12 +39,22 @@ def said_of_rows(device: torch.device, start: int, stop: int) -> Iterator[None]:
     try:
         yield
     except AtFaultError as fault:
-        raise ChunkError(_said_of_fault(fault, start, device)) from fault.__cause__
+        raise ChunkError(_said_of_fault(fault, start, device)) from _from_their_code(fault.__cause__)
     except (ModelError, OptionError) as error:
         raise type(error)(f"{where}: {error}") from error
     except Exception as error:
         advice = "The device is of no more use to this process: start another." if is_sticky(error) else "Repeat the call."
-        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from error
+        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from _from_their_code(error)
+
+
+def _from_their_code(error: BaseException | None) -> BaseException | None:
+    """An error without the frames that lead to the caller's own function or network; whole where it is of daskinfer's."""
+    if error is None:
+        return None
+    theirs = error.__traceback__
+    while theirs is not None and theirs.tb_frame.f_code.co_filename.startswith(_HERE):
+        theirs = theirs.tb_next
+    return error if theirs is None else error.with_traceback(theirs)
 
 
 def _said_of_fault(fault: AtFaultError, start: int, device: torch.device) -> str:

@@ -69,6 +69,10 @@ class Book:
         """How many chunks wait for another try."""
         return len(self._waiting)
 
+    def is_new(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether none of these chunks has come back before."""
+        return all(self._records.get(chunk, _Record()).n_attempts == 1 for chunk in chunks)
+
     def raised(self, chunk: Chunk, error: Exception) -> bool:
         """Note that a chunk raised; whether it will be tried again."""
         record = self._records.setdefault(chunk, _Record())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypedDict
 
@@ -13,6 +15,8 @@ from daskinfer.variables import MAX_READERS
 
 _AUTOCAST = ("bf16", "fp16")
 _ON_ERROR = ("raise", "skip")
+# What the functions that users call take beside these options.
+_KEYWORDS = ("devices", "device_weights", "batch_size", "client", "progress", "return_report", "fresh", "shard", "probe")
 
 
 class OptionFields(TypedDict, total=False):
@@ -166,6 +170,27 @@ class Options:
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(port)
         return self.dtype
+
+
+def merge_options(options: Options | None, fields: OptionFields) -> Options:
+    """The options record, with the keywords on top of it.
+
+    Raises
+    ------
+    OptionError
+        For a keyword that there is none of, or a value that is not allowed.
+    """
+    known = [one.name for one in dataclasses.fields(Options)]
+    if unknown := sorted(fields.keys() - known):
+        alike = difflib.get_close_matches(unknown[0], [*known, *_KEYWORDS], 1)
+        cure = f"Did you mean {alike[0]!r}?" if alike else f"Options are {', '.join(known)}."
+        raise OptionError(f"{unknown[0]!r} is no keyword here. {cure}")
+    return replace(options or Options(), **fields)
+
+
+def trusts(options: Options | None, fields: OptionFields) -> bool:
+    """Whether the caller trusts the network's file, also where another option cannot be."""
+    return bool(fields.get("trust", options is not None and options.trust))
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,7 @@ from distributed.scheduler import KilledWorker
 
 from daskinfer.chunk_errors import is_sticky
 from daskinfer.dealer import Dealer
-from daskinfer.errors import ChunkError, ClusterError, SchedulerLost
+from daskinfer.errors import ChunkError, ClusterError, DaskInferError, SchedulerLost
 from daskinfer.events import ChunkFailed, ChunkStarted, DeviceChanged, Listeners
 from daskinfer.faults import Book, ends_the_call, lost
 from daskinfer.fetching import Finished, InFlight, NeedsLostError, UnfetchedError, fetched
@@ -180,6 +180,8 @@ class Window:
             if future.status == "error":  # its attempt has answered
                 _free(task)
             future.release()
+            if isinstance(error, DaskInferError):
+                error.__traceback__ = None  # where in the worker and in Dask; its cause keeps its own
             yield from self._raised(lane, task, error, dealer)
         else:
             del lane.tasks[future]
@@ -193,7 +195,9 @@ class Window:
     def _raised(self, lane: Lane, task: InFlight, error: Exception, dealer: Dealer) -> Iterator[Finished]:
         if ends_the_call(error):
             raise error
-        logger.warning("%s on %s: %s", task.rows, lane.name, error)
+        # Once per chunk: what is tried again mostly fails as before.
+        level = logging.WARNING if self._book.is_new(task.chunks) else logging.DEBUG
+        logger.log(level, "%s on %s: %s", task.rows, lane.name, error)
         self._tell_failed(lane, task, f"{type(error).__name__}: {error}")
         if len(task.chunks) > 1:  # one of them is at fault
             self._book.apart(task.chunks)

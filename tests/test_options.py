@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import daskinfer as di
 from daskinfer.errors import OptionError
 from daskinfer.options import OptionFields, Options
 
@@ -123,3 +124,19 @@ def test_functions_of_any_kind() -> None:
 def test_cast(dtype: Any, cast: str | None) -> None:
     """A name casts every port, a mapping those that it names."""
     assert Options(dtype=dtype).cast("x") == cast
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("batchsize", r"'batchsize' is no keyword here\. Did you mean 'batch_size'\?"),
+        ("device", r"'device' is no keyword here\. Did you mean 'devices'\?"),
+        ("onerror", r"Did you mean 'on_error'\?"),
+        ("colour", r"'colour' is no keyword here\. Options are dtype, autocast, .*, trust\."),
+    ],
+)
+def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
+    """A word that was mistyped is refused with the one that was meant."""
+    for call in (di.predict, di.plan, di.map_blocks, di.stream):
+        with pytest.raises(OptionError, match=said):
+            call(abs, [1.0], **{given: 1})
