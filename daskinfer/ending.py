@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from distributed import Status
 
-from daskinfer.nanny_process import kill
+from daskinfer.nanny_process import GRACE_SECONDS, kill
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,23 @@ def ended_on_failure(cluster: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(Exception):
-            if cluster.status is Status.starting:
-                cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
+        try:
+            with contextlib.suppress(Exception):
+                _end_early(cluster)
+        finally:  # of whatever a second signal kept from ending
             kill(_processes(cluster))
-            end(cluster, CLOSE_SECONDS)
-        cluster.status = Status.closed  # also where it had not got as far as to have anything to close
+            cluster.status = Status.closed  # also where it had not got as far as to have anything to close
         raise
+
+
+def _end_early(cluster: Any) -> None:
+    if cluster.status is Status.starting:
+        cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
+    for nanny in _nannies(cluster):
+        cluster.loop.add_callback(nanny.give_up)
+    _wait_while(lambda: any(map(_runs, _processes(cluster))), GRACE_SECONDS)
+    kill(_processes(cluster))
+    end(cluster, CLOSE_SECONDS)
 
 
 def end(cluster: Any, timeout: float) -> None:
@@ -41,7 +51,8 @@ def end(cluster: Any, timeout: float) -> None:
     try:
         cluster.close(timeout=timeout)
     except Exception as error:
-        logger.warning("the cluster did not close within %g s (%r); its processes are killed", timeout, error)
+        level = logging.WARNING if isinstance(error, TimeoutError) else logging.DEBUG  # else it had not even started
+        logger.log(level, "the cluster did not close within %g s (%r); its processes are killed", timeout, error)
     _wait_while(lambda: any(map(_runs, processes)), deadline - time.monotonic())
     kill(processes)
     if cluster.status is not Status.closed:
@@ -56,8 +67,12 @@ def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def _nannies(cluster: Any) -> list[Any]:
+    return list(getattr(cluster, "_created", ()))
+
+
 def _processes(cluster: Any) -> list[psutil.Process]:
-    return [process for nanny in list(getattr(cluster, "_created", ())) for process in nanny.processes()]
+    return [process for nanny in _nannies(cluster) for process in nanny.processes()]
 
 
 def _runs(process: psutil.Process) -> bool:

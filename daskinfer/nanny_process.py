@@ -76,6 +76,7 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         self.environment = environment or {}
         self.options = options
         self.process: asyncio.subprocess.Process | None = None
+        self._given_up = False
 
     @property
     def running(self) -> bool:
@@ -84,6 +85,11 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
     async def start(self) -> None:
         """Start the process and wait until its worker has joined the scheduler."""
+        if not self._given_up:
+            await self._start()
+        await super().start()
+
+    async def _start(self) -> None:
         message = self._message()
         environment = {**os.environ, **self.environment}
         self.process = await asyncio.create_subprocess_exec(
@@ -105,8 +111,14 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
             raise RuntimeError(f"the worker {self.name} was not there within {self.start_timeout:g} s") from None
         except BaseException:
             await self.close()
-            raise
-        await super().start()
+            if not self._given_up:
+                raise
+
+    def give_up(self) -> None:
+        """Ask the nanny to end though it may be starting still: that it does is no failure. For the cluster's loop."""
+        self._given_up = True
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
 
     def _message(self) -> bytes:
         config = {key: value for key, value in dask.config.config.items() if key != _CURRENT_CLIENT}

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM while a call computes: what is in flight ends, nothing more begins; twice stops at once.
 
+Before the first chunk is on its way, while workers start, nothing is in flight: once is enough.
+
 The handlers are set while a call runs in the main thread, and only where the program has set none of its own.
 """
 
@@ -22,9 +24,10 @@ _OURS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_D
 
 
 class Drains(Protocol):
-    """What can be asked to begin nothing more."""
+    """What can be asked to begin nothing more; ``began`` is None until anything was in flight."""
 
     draining: bool
+    began: float | None
 
 
 class StopNow(KeyboardInterrupt):
@@ -44,15 +47,15 @@ def drained(run: Drains) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if len(came) > 1:
+        run.draining = True
+        if len(came) > 1 or run.began is None:
             raise StopNow
         logger.warning("%s: what is in flight is ended; once more stops at once", signal.Signals(number).name)
-        run.draining = True
 
     with contextlib.suppress(StopNow), _handled(handle):
         yield
     if came and run.draining:
-        raise interrupted(came[0])
+        raise interrupted(came[0]) from None
 
 
 def interrupted(number: int) -> Interrupted:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import daskinfer as di
@@ -105,6 +106,20 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, devices: str) -> None:
     assert (code, words) == (130, ["Interrupted", "2", "0", "True", "True"])
 
 
+@pytest.mark.parametrize("n_children", [1, 2])
+def test_a_signal_while_workers_start_is_enough(tmp_path: Path, n_children: int) -> None:
+    """Nothing is in flight yet: the call ends at once, and neither workers nor Dask say a word."""
+    script = Script(tmp_path, "cpu,cpu", seconds=30.0)
+    process = psutil.Process(script.process.pid)
+    wait_until(lambda: len(process.children()) >= n_children, 60)
+    began = time.monotonic()
+    script.signalled(signal.SIGINT)
+    code, words, err = script.ended()
+    assert time.monotonic() - began < 20
+    assert (code, words) == (130, ["Interrupted", "2", "0", "True", "True"])
+    assert not err
+
+
 def sent(number: int) -> None:
     """Send this process a signal, and let its handler run."""
     os.kill(os.getpid(), number)
@@ -117,9 +132,23 @@ def run() -> Iterator[SimpleNamespace]:
     """What is asked to begin nothing more; handlers are as they were afterwards."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # coverage has its own
-    yield SimpleNamespace(draining=False)
+    yield SimpleNamespace(draining=False, began=1.0)
     found = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert found == usual
+
+
+def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace) -> None:
+    """Where nothing is in flight there is nothing to wait for."""
+    run.began = None
+
+    def call() -> None:
+        with drained(run):
+            sent(signal.SIGINT)
+            raise AssertionError("it went on")
+
+    with pytest.raises(Interrupted, match=r"^Ctrl-C ended the call before all rows had an answer") as caught:
+        call()
+    assert caught.value.__suppress_context__
 
 
 def test_without_a_signal_nothing_is_raised(run: SimpleNamespace) -> None:
@@ -175,7 +204,7 @@ def test_in_another_thread_signals_are_not_touched() -> None:
     found: list[Any] = []
 
     def call() -> None:
-        with drained(SimpleNamespace(draining=False)):
+        with drained(SimpleNamespace(draining=False, began=1.0)):
             found.append(signal.getsignal(signal.SIGINT))
         found.append(di.predict(np.negative, np.arange(5.0), devices="inline"))
 
