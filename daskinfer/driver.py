@@ -35,7 +35,7 @@ from daskinfer import bad_rows
 from daskinfer.call import Call
 from daskinfer.dealer import Dealer
 from daskinfer.errors import ChunkError, TooManyFailures
-from daskinfer.events import ChunkDone, ChunkFailed, ChunkStarted, Listeners, MicroBatchChosen
+from daskinfer.events import ChunkDone, ChunkFailed, ChunkStarted, Listeners, MicroBatchChosen, MicroBatchesTried
 from daskinfer.faults import Book, ends_the_call
 from daskinfer.feeder import Errand, Feeder
 from daskinfer.fetching import Finished
@@ -152,6 +152,9 @@ class Run:
             if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
                 self._choose(tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0))
 
+    def _tell_tried(self) -> None:
+        self.tell(MicroBatchesTried(self.tell.run, time.time()))
+
     def _choose(self, call: Call) -> None:
         """Go on with the micro-batches of this call."""
         if call.job != self._call.job:
@@ -202,13 +205,14 @@ class Run:
         self.tell.connected(client)
         with ready(self._call, client) as (lanes, feeder, recipe, folders):
             if dealer is None:
-                self._choose(tuned(self._call, client, order_of(self._call, recipe), lanes, feeder.task))
+                order = order_of(self._call, recipe)
+                self._choose(tuned(self._call, client, order, lanes, feeder.task, self._tell_tried))
                 dealer = dealer_of(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
-            order = Errand(client, order_of(self._call, recipe))
+            errand = Errand(client, order_of(self._call, recipe))
             settles = bool(self._call.targets)
             policy = self._policy(client, folders)
-            with Window(client, run_task, order, lanes, feeder.task, policy, settles=settles) as window:
+            with Window(client, run_task, errand, lanes, feeder.task, policy, settles=settles) as window:
                 yield from window.run(dealer, self._before, lambda: self.draining)
         known = memory.of(self._call.key).speeds
         known |= {d.name: speed for d, speed in zip(self._call.placement.devices, dealer.speeds, strict=False) if speed}

@@ -4,8 +4,9 @@ They are the one source of everything that is shown: the bar in a terminal, the 
 the report, and the function that a user passes as ``progress=``. All are told in the thread that waits for the answers;
 what a worker knows (seconds, memory, micro-batch) comes with the receipt in :class:`ChunkDone`.
 
-Their order: ``RunStarted``; then, in any order, ``MicroBatchChosen``, ``ChunkStarted``, ``ChunkFailed``, ``ChunkDone`` and
-``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk that is tried again starts again.
+Their order: ``RunStarted``; then, in any order, ``MicroBatchesTried``, ``MicroBatchChosen``, ``ChunkStarted``,
+``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk that is tried again
+starts again.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class RunStarted(Event):
     def n_rows_before(self) -> int:
         """Of these, the rows that earlier calls computed."""
         return sum(stop - start for start, stop in self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchesTried(Event):
+    """Devices try micro-batches of several sizes on the first rows, which takes a while; no row is done by that."""
 
 
 @dataclass(frozen=True, slots=True)

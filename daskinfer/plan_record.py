@@ -221,7 +221,7 @@ class Plan:
             f"{self.model} on {self.n_rows:,} rows in {self.n_chunks:,} chunks",
             *(f"input   {port}" for port in self.inputs),
             *(f"output  {port}" for port in self.outputs),
-            *([] if self.seconds is None else [f"time    {self.seconds:,.3g} s to expect, by the speeds measured"]),
+            *([] if self.seconds is None else [f"time    {self.seconds:,.3g} s to expect {_FROM_WHEN}"]),
         ]
 
     @property
@@ -255,6 +255,9 @@ class Plan:
         nbytes = [format_nbytes(self.input_nbytes), format_nbytes(self.output_nbytes)]
         speed = [""] if self._measured else []
         return ["total", "", "", *speed, "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
+
+
+_FROM_WHEN = "by the speeds measured, once workers run"
 
 
 def memory_refusals(

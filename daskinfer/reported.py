@@ -18,7 +18,8 @@ class DeviceReport:
     ``read_seconds`` and ``write_seconds`` are those of all chunks together, beside the network's; ``waited_seconds`` is how
     long the device stood still until a chunk was read. ``batch_size`` is the smallest micro-batch that was used (rows; 0
     where nothing was done), ``peak_nbytes`` the most memory held: a GPU's by the network, else the process's. ``n_retried``
-    counts attempts that came to nothing, ``ended`` is when its last chunk was done, in seconds since 1970.
+    counts attempts that came to nothing, ``began`` and ``ended`` are when its first chunk was read and its last was done, in
+    seconds since 1970.
     """
 
     device: str
@@ -35,6 +36,7 @@ class DeviceReport:
     batch_size: int = 0
     peak_nbytes: int = 0
     n_retried: int = 0
+    began: float = 0.0
     ended: float = 0.0
 
     @property

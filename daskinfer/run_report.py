@@ -78,9 +78,21 @@ class RunReport:
 
     @property
     def tail_seconds(self) -> float:
-        """How long the first device that was done waited for the last; 0.0 where one did it all."""
-        ended = [device.ended for device in self.devices if device.n_chunks]
+        """How long the first device that was done waited for the last; 0.0 where one did it all.
+
+        This process is none of them where workers took over from it.
+        """
+        ended = [device.ended for device in self.devices if device.n_chunks and device.device != "inline"]
         return max(ended) - min(ended) if ended else 0.0
+
+    @property
+    def _device_seconds(self) -> float:
+        """What the devices had of the time together, each from its first chunk on: before, its worker had to start."""
+        working = [device for device in self.devices if device.n_rows]
+        end = max((device.ended for device in working), default=0.0)
+        lasted = [(device.ended if device.device == "inline" else end) - device.began for device in working]
+        # Without a clock's time, or by another clock, all of it.
+        return sum(seconds if 0 < seconds < self.seconds else self.seconds for seconds in lasted)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain strings, numbers, lists and dicts; the timeline is not in it.
@@ -212,12 +224,11 @@ class RunReport:
         4. Writing took ``MOST`` of it: output-bound.
         5. Otherwise what was around the chunks took the time.
         """
-        working = [device for device in self.devices if device.n_rows]
-        total = self.seconds * len(working)
+        total = self._device_seconds
         if not total:
             return ""
         waited, computed, wrote = (
-            min(1.0, sum(getattr(device, f"{what}seconds") for device in working) / total)
+            min(1.0, sum(getattr(device, f"{what}seconds") for device in self.devices if device.n_rows) / total)
             for what in ("waited_", "", "write_")
         )
         if waited >= MUCH:
@@ -229,7 +240,8 @@ class RunReport:
             return f"unbalanced: {late}; use weights of 'auto', or smaller micro-batches"
         if wrote >= MOST:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
-        return f"overhead-bound: devices computed {computed:.0%} of the time; give more rows per call, or use fewer devices"
+        cure = "give more rows per call, use fewer devices, or share them with no other run"
+        return f"overhead-bound: devices computed {computed:.0%} of the time; {cure}"
 
 
 MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
@@ -300,6 +312,7 @@ class _Sums:
     batch_size: int = 0
     peak_nbytes: int = 0
     n_retried: int = 0
+    began: float = 0.0
     ended: float = 0.0
 
     def add(self, receipt: Receipt, n_failed: int) -> None:
@@ -313,6 +326,7 @@ class _Sums:
         if receipt.batch_size:  # 0 where the chunk was given up
             self.batch_size = min(self.batch_size or receipt.batch_size, receipt.batch_size)
         self.peak_nbytes = max(self.peak_nbytes, receipt.peak_nbytes)
+        self.began = min(self.began or receipt.read_began, receipt.read_began)
         self.ended = max(self.ended, receipt.ended)
 
     @property

@@ -16,6 +16,7 @@ from daskinfer.events import (
     DeviceChanged,
     Event,
     MicroBatchChosen,
+    MicroBatchesTried,
     RunEnded,
     RunStarted,
 )
@@ -51,6 +52,7 @@ class Status:
 
     ``n_done`` are rows that need nothing more, those of earlier calls and those that failed included. ``seconds`` counts
     from the first chunk sent; None before. ``seconds_left`` is what is left by the speed of late; None where nobody knows.
+    ``measures``: devices try micro-batches of several sizes before the first chunk.
     """
 
     run: str
@@ -66,6 +68,7 @@ class Status:
     devices: tuple[DeviceStatus, ...]
     ended: bool
     error: str
+    measures: bool = False
 
     @property
     def share(self) -> float:
@@ -85,6 +88,7 @@ class Standing:
         self._began: float | None = None
         self._ended: RunEnded | None = None
         self._batch_size = 0
+        self._measures = False
         self._devices: dict[str, _Device] = {}
         self._speed = _Speed()
         self._n_done = self._n_failed = self._n_retried = 0
@@ -114,6 +118,7 @@ class Standing:
                 devices=tuple(device.status(now, n_new) for device in self._devices.values()),
                 ended=self._ended is not None,
                 error=self._ended.error if self._ended else "",
+                measures=self._measures,
             )
 
     def _device(self, name: str) -> _Device:
@@ -125,10 +130,14 @@ class Standing:
         self._started, self._batch_size, self._n_done = event, event.batch_size, event.n_rows_before
         self._devices = {asked.device: _Device(asked) for asked in event.devices}
 
+    def _micro_batches_tried(self, event: MicroBatchesTried) -> None:
+        self._measures = True
+
     def _micro_batch_chosen(self, event: MicroBatchChosen) -> None:
         self._batch_size = event.batch_size
 
     def _chunk_started(self, event: ChunkStarted) -> None:
+        self._measures = False
         if self._began is None:
             self._began = event.at
             self._speed.count(event.at, 0)
@@ -158,6 +167,7 @@ class Standing:
 
 _SEE: dict[type[Event], Callable[[Standing, Any], None]] = {
     RunStarted: Standing._run_started,
+    MicroBatchesTried: Standing._micro_batches_tried,
     MicroBatchChosen: Standing._micro_batch_chosen,
     ChunkStarted: Standing._chunk_started,
     ChunkDone: Standing._chunk_done,

@@ -48,7 +48,9 @@ def words(status: Status) -> list[str]:
 
 def _pace(status: Status) -> list[str]:
     if status.seconds is None:
-        return ["nothing was computed" if status.ended else "workers start"]
+        if status.ended:
+            return ["nothing was computed"]
+        return ["micro-batches are measured" if status.measures else "workers start"]
     if status.ended:
         ended = "ended" if status.error else "done"
         speed = sum(_speed(device, status) for device in status.devices)

@@ -36,8 +36,12 @@ LOOK_SECONDS = 1.0  # between looks whether a worker that measures is still ther
 Rows = Callable[[Chunk], Sequence[Array | Elsewhere]]
 
 
-def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed) -> Call:
+def tuned(
+    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, begin: Callable[[], None] = lambda: None
+) -> Call:
     """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
+
+    ``begin()`` is called where measuring begins.
 
     As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
     worker that ends or rows that fail is the window's to say.
@@ -48,6 +52,8 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     if not call.tunable or len(tried) < 2 or (asked and _is_short(call, known)):
         return call
     n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
+    if asked:
+        begin()
     try:
         found = measured(call, client, order, asked, feed, tried, n_rows)
     except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:

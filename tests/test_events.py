@@ -24,6 +24,7 @@ from daskinfer.events import (
     Event,
     Listeners,
     MicroBatchChosen,
+    MicroBatchesTried,
     RunEnded,
     RunStarted,
 )
@@ -198,6 +199,15 @@ def test_the_micro_batch_that_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch
     _, report = di.predict(double, x, devices="inline", progress=told.append, return_report=True)
     chosen = [event.batch_size for event in told if isinstance(event, MicroBatchChosen)]
     assert report.batch_size == (chosen or [told[0].batch_size])[-1]  # type: ignore[attr-defined]
+
+
+def test_that_micro_batches_are_measured_is_told(two_cpus: list[str]) -> None:
+    """Before the first chunk of a network that is new to the workers an event says what takes the time."""
+    told: list[Event] = []
+    x = np.ones((400_000, 4), np.float32)
+    di.predict(lambda batch: batch + 17, x, devices=two_cpus, progress=told.append)
+    kinds = [type(event) for event in told]
+    assert kinds.index(MicroBatchesTried) < kinds.index(ChunkStarted)
 
 
 def test_a_client_is_told_to_those_who_ask() -> None:

@@ -155,7 +155,7 @@ def test_measured_speeds_give_the_time_to_expect(balanced, seconds):
     )
     plan = example_plan(layout=layout, devices=devices, balanced=balanced)
     assert plan.seconds == seconds
-    assert f"time    {seconds:.3g} s to expect, by the speeds measured" in str(plan)
+    assert f"time    {seconds:.3g} s to expect by the speeds measured, once workers run" in str(plan)
     assert "rows/s" in str(plan)
 
 

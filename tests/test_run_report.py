@@ -11,6 +11,8 @@ from daskinfer.events import Asked, ChunkDone, ChunkFailed, MicroBatchChosen, Ru
 from daskinfer.records import Failure, Receipt
 from daskinfer.run_report import DeviceReport, RunReport, Tally
 
+CURE = "give more rows per call, use fewer devices, or share them with no other run"
+
 
 def receipt(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> Receipt:
     """Make a receipt for rows start:stop."""
@@ -117,8 +119,7 @@ def test_a_report_is_read_in_the_terminal():
         "device  name      chunks  rows  rows/s  asked  measured   done",
         "cuda:0  <cuda:0>       2    70      47  75.0%     82.4%  70.0%",
         "cpu:0   <cpu:0>        1    30      10  25.0%     17.6%  30.0%",
-        "100 rows in 4.00 s (25 rows/s), micro-batch 8; "
-        "overhead-bound: devices computed 56% of the time; give more rows per call, or use fewer devices",
+        f"100 rows in 4.00 s (25 rows/s), micro-batch 8; overhead-bound: devices computed 56% of the time; {CURE}",
     ]
 
 
@@ -156,7 +157,7 @@ def test_a_report_is_escaped_in_html():
     page = report()._repr_html_()
     assert "&lt;cuda:0&gt;" in page
     assert "<cuda:0>" not in page
-    assert page.endswith("give more rows per call, or use fewer devices</p>")
+    assert page.endswith(f"{CURE}</p>")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,12 @@ def test_a_report_is_escaped_in_html():
         (0.3, 0.61, 0.9, "input-bound: devices waited 61% for reads; raise readers"),
         (0.9, 0.1, 0.9, "compute-bound: devices computed 90% of the time"),
         (0.3, 0.1, 0.8, "output-bound: writing took 80% of the time; use faster storage or fewer devices"),
-        (0.3, 0.1, 0.1, "overhead-bound: devices computed 30% of the time; give more rows per call, or use fewer devices"),
+        (
+            0.3,
+            0.1,
+            0.1,
+            f"overhead-bound: devices computed 30% of the time; {CURE}",
+        ),
         (0.0, 0.0, 0.0, ""),
     ],
 )
@@ -176,6 +182,19 @@ def test_the_report_ends_with_one_verdict(computed, waited, wrote, verdict):
         summed([receipt(0, 10, seconds=computed).timed(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0).verdict
         == verdict
     )
+
+
+def test_who_waits_for_its_worker_to_start_is_not_idle() -> None:
+    """A device's time begins with its first chunk, and ends for this process where workers take over from it."""
+    times = {"read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
+    done = [
+        receipt(0, 10, "inline", seconds=4.0).timed(**times, read_began=100.0, ended=104.0),
+        receipt(10, 20, "cpu:0", seconds=5.5).timed(**times, read_began=104.0, ended=110.0),
+        receipt(20, 30, "cpu:1", seconds=5.5).timed(**times, read_began=104.0, ended=109.5),
+    ]
+    found = summed(done, {"cpu:0": 0.5, "cpu:1": 0.5}, seconds=10.0)
+    assert found.verdict == "compute-bound: devices computed 94% of the time"
+    assert found.tail_seconds == pytest.approx(0.5)
 
 
 def test_devices_that_end_apart_are_unbalanced() -> None:

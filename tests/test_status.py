@@ -12,11 +12,13 @@ from daskinfer.events import (
     DeviceChanged,
     Event,
     MicroBatchChosen,
+    MicroBatchesTried,
     RunEnded,
     RunStarted,
 )
 from daskinfer.records import Failure, Receipt
 from daskinfer.status import SPEED_SECONDS, Standing
+from daskinfer.status_words import words
 
 DEVICES = (Asked("cuda:0", "L4", "cuda", 0.75), Asked("cpu:0", "", "cpu", 0.25))
 
@@ -41,6 +43,16 @@ def test_before_the_first_chunk() -> None:
     status = standing(n_before=20).status(11.0)
     assert (status.n_done, status.n_rows, status.seconds, status.seconds_left) == (20, 100, None, None)
     assert [(d.device, d.asked_share, d.done_share) for d in status.devices] == [("cuda:0", 0.75, 0.0), ("cpu:0", 0.25, 0.0)]
+
+
+def test_while_micro_batches_are_measured() -> None:
+    """Between the workers' start and the first chunk it says what takes the time."""
+    assert words(standing().status(11.0))[2:] == ["workers start"]
+    tried = standing(MicroBatchesTried("a", 11.0))
+    assert words(tried.status(12.0))[2:] == ["micro-batches are measured"]
+    tried(MicroBatchChosen("a", 13.0, 16, {}))
+    tried(ChunkStarted("a", 13.0, 0, 10, "cuda:0"))
+    assert "micro-batches are measured" not in words(tried.status(14.0))
 
 
 def test_rows_speed_and_what_is_left() -> None:
