@@ -167,11 +167,11 @@ def doctor(as_json: bool, log_format: str, **given: Any) -> None:
 
     Ends with 1 where a run would fail.
     """
-    from daskinfer.doctor import examine, is_well
+    from daskinfer.doctor import CONNECT_SECONDS, examine, is_well
 
     adopt()
     found = []
-    for finding in examine(partial(client_of, given) if given["scheduler"] else None):
+    for finding in examine(partial(client_of, given, CONNECT_SECONDS) if given["scheduler"] else None):
         found.append(finding)
         if not as_json:
             click.echo(str(finding))

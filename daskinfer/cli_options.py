@@ -315,8 +315,8 @@ def progress_of(asked: bool | None) -> Any:
     return lines(say)
 
 
-def client_of(given: Mapping[str, Any]) -> Any:
-    """A client of the scheduler that the options name.
+def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
+    """A client of the scheduler that the options name; ``timeout`` in seconds, None: Dask's own.
 
     Raises
     ------
@@ -326,9 +326,11 @@ def client_of(given: Mapping[str, Any]) -> Any:
     from distributed import Client
 
     scheduler: str = given["scheduler"]
-    address = {"scheduler_file": scheduler} if os.path.exists(scheduler) else {"address": scheduler}
+    where: dict[str, Any] = {"scheduler_file": scheduler} if os.path.exists(scheduler) else {"address": scheduler}
+    if timeout is not None:
+        where["timeout"] = timeout
     try:
-        return Client(**address, security=_security(given), set_as_default=False)
+        return Client(**where, security=_security(given), set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:  # the last two: of its certificates
         raise ClusterError(
             f"the scheduler {scheduler!r} cannot be reached ({error}); the address of a running one, or its file, is "

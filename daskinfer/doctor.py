@@ -34,10 +34,12 @@ from daskinfer.checkup import (
     tried,
 )
 from daskinfer.errors import DaskInferError, PlanError
+from daskinfer.placement import check_installed
 from daskinfer.preflight import Question, ask
 from daskinfer.preflight import versions as agreed
 
 CHECK_SECONDS = 3 * CHILD_SECONDS  # for one check, its own processes included
+CONNECT_SECONDS = 10.0  # until a scheduler answers: whoever asks waits for it; arbitrary, a run gives it Dask's 30
 ROWS, TOLERANCE = 512, 1e-4  # of the small run; arbitrary, of answers of about 1
 
 _LOOKED_AT = ("torch", "daskinfer", "zarr", "safetensors")  # beside the packages that Dask compares
@@ -143,10 +145,18 @@ def _workers(connect: Callable[[], Client]) -> Iterator[Finding]:
         if not made:
             return
         (client,) = made
-        yield from within("versions", lambda: clashes(client.get_versions(packages=_LOOKED_AT)))
-        yield from within("workers", lambda: _said(lambda: _asked(client)))
-        yield from within("workers", lambda: _looked(client))
-        yield from within("a small run", lambda: _said(lambda: [_judged(compared(client))]))
+        # Where one of these is wrong, those after it would only say so in other words.
+        for what, look in (
+            ("workers", lambda: _installed(client)),
+            ("versions", lambda: clashes(client.get_versions(packages=_LOOKED_AT))),
+            ("workers", lambda: _asked(client)),
+            ("workers", lambda: _looked(client)),
+            ("a small run", lambda: [_judged(compared(client))]),
+        ):
+            found = within(what, lambda look=look: _said(look))  # type: ignore[misc]
+            yield from found
+            if not is_well(found):
+                return
     finally:
         for client in made:
             within("scheduler", lambda client=client: client.close() or [])  # type: ignore[misc]
@@ -160,6 +170,12 @@ def _said(look: Callable[[], list[Finding]]) -> list[Finding]:
         return [of_error("workers", DaskInferError(reason)) for reason in error.reasons]
     except DaskInferError as error:
         return [of_error("workers", error)]
+
+
+def _installed(client: Client) -> list[Finding]:
+    """Nothing, where scheduler and workers can import daskinfer; else what is raised says who cannot."""
+    check_installed(client)
+    return []
 
 
 def clashes(found: Any) -> list[Finding]:

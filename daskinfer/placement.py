@@ -111,7 +111,7 @@ def _of_client(client: Client) -> Placement:
     if client.asynchronous or client.status != "running":
         state = "asynchronous" if client.asynchronous else client.status
         raise ClusterError(f"the client is {state}; a running synchronous one is needed. Make one with Client(cluster).")
-    _check_installed(client)
+    check_installed(client)
     found: dict[str, Device] = client.run(worker.describe)
     if not found:
         raise ClusterError(
@@ -124,8 +124,14 @@ def _of_client(client: Client) -> Placement:
     return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered), nannies)
 
 
-def _check_installed(client: Client) -> None:
-    """Refuse a cluster without daskinfer: its scheduler unpickles the tasks, and its workers run them."""
+def check_installed(client: Client) -> None:
+    """Refuse a cluster without daskinfer: its scheduler unpickles the tasks, and its workers run them.
+
+    Raises
+    ------
+    ClusterError
+        Where one cannot import it.
+    """
     if client in _checked:
         return
     imported = client.run(import_module, "daskinfer", on_error="return")

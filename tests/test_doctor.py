@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dask.config
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -30,6 +29,7 @@ from daskinfer.cli import main
 from daskinfer.errors import ClusterError, PlanError
 from daskinfer.hardware import Device, Machine
 from tests.conftest import wait_until
+from tests.dask_commands import others
 
 GPU = Device("cuda:0", "cuda", 0, uuid="GPU-1", label="H100", memory_nbytes=80 << 30)
 SMALL = Machine(n_cores=2, cpu_label="CPU", memory_nbytes=8 << 30)
@@ -436,10 +436,11 @@ def test_workers_that_are_well(cluster_client: Client) -> None:
 
 
 @pytest.mark.usefixtures("only_workers")
-def test_a_scheduler_that_is_not_there() -> None:
+def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does not answer is wrong, with the cure, and nothing else is asked."""
-    with dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}):
-        done = CliRunner().invoke(main, ["doctor", "--scheduler", "tcp://127.0.0.1:1"])
+    assert doctor.CONNECT_SECONDS <= 10
+    monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.5)
+    done = CliRunner().invoke(main, ["doctor", "--scheduler", "tcp://127.0.0.1:1"])
     assert done.exit_code == 1
     lines = done.stdout.splitlines()
     assert (len(lines), "cannot be reached" in lines[0], "Start one with `dask scheduler`" in lines[1]) == (3, True, True)
@@ -450,7 +451,20 @@ def test_a_scheduler_without_workers() -> None:
     """No workers is wrong, and says how to start some."""
     with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         found = examined(lambda: Client(cluster, set_as_default=False))
-    assert (states(found["workers"]), "dask worker" in found["workers"][0].cure) == ([WRONG, WRONG], True)
+    assert (states(found["workers"]), "dask worker" in found["workers"][0].cure) == ([WRONG], True)
+    assert "a small run" not in found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("only_workers")
+def test_a_worker_without_daskinfer(tmp_path: Path) -> None:
+    """It is said once, with the cure, and nothing that would follow from it."""
+    with others(tmp_path, worker_lacks="daskinfer") as (client, _):
+        found = examined(lambda: Client(client.scheduler.address, set_as_default=False))
+    assert list(found) == ["scheduler", "workers"]
+    (wrong,) = found["workers"]
+    assert (wrong.state, "cannot import daskinfer" in wrong.found) == (WRONG, True)
+    assert wrong.cure.startswith("Install there what is installed here")
 
 
 @pytest.mark.slow
