@@ -67,4 +67,4 @@ def _said_of_fault(fault: AtFaultError, start: int, device: torch.device) -> str
         else f"To see the whole traceback run them alone: di.predict(model, x[{begin}:{end}], devices='inline')"
     )
     where = f"rows {begin}:{end} on {device}"
-    return f"{where} failed: {type(error).__name__}: {error}. {advice}; on_error='skip' goes on without."
+    return f"{where} failed: {type(error).__name__}: {error}. {advice}; on_error='skip' (--on-error) goes on without."

@@ -149,7 +149,7 @@ def _cpu_build(gpus: str, machine: Machine) -> str:
     return (
         f"{gpus}: this torch is built for CPUs only and cannot drive a GPU. Install torch's CUDA {major} build "
         f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", '
-        'or pass devices="cpu" to use the CPUs on purpose.'
+        'or pass devices="cpu" (--devices) to use the CPUs on purpose.'
     )
 
 
@@ -160,7 +160,7 @@ def _old_driver(gpus: str, torch_cuda: str, driver: str, driver_cuda: tuple[int,
     return (
         f"{gpus}: driver {driver} speaks CUDA {speaks}; this torch is built for CUDA {torch_cuda}, which needs "
         f"{needs}. Update the driver, or install a torch built for CUDA {driver_cuda[0]}, "
-        'or pass devices="cpu" to use the CPUs on purpose.'
+        'or pass devices="cpu" (--devices) to use the CPUs on purpose.'
     )
 
 

@@ -8,6 +8,7 @@
     ├── OutputExists      (FileExistsError)     an output path that is taken
     ├── OutputLocked      (BlockingIOError)     an output that another run holds
     ├── OptionError       (ValueError)          an option, weight or batch size
+    │   └── UnknownKeyword (TypeError)          a keyword that there is none of
     ├── DeviceError       (ValueError)          a device that is unknown, doubled, absent or not drivable
     ├── ModelError        (ValueError)          a network that cannot be found, loaded, hashed or understood
     ├── PlanError         (ValueError)          a plan that cannot fit, or several of the above at once
@@ -78,6 +79,10 @@ class OutputLocked(DaskInferError, BlockingIOError):
 
 class OptionError(DaskInferError, ValueError):
     """An option, a device weight or a batch size outside what is allowed."""
+
+
+class UnknownKeyword(OptionError, TypeError):
+    """A keyword that a function does not take, as Python's own functions say it."""
 
 
 class DeviceError(DaskInferError, ValueError):

@@ -127,7 +127,7 @@ class Book:
 def lost(chunk: Chunk, worker: str, *, hung: bool, seconds: float | None) -> ChunkError:
     """What is said of a chunk that ended its worker each time it was alone."""
     which = f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop})"
-    advice = "Leave the rows out, or pass on_error='skip' to go on without them."
+    advice = "Leave the rows out, or pass on_error='skip' (--on-error) to go on without them."
     if hung:
         error: ChunkError = ChunkTimeout(
             f"{which} gave no answer within chunk_timeout={seconds:g} s on {worker}, alone too. {advice}"

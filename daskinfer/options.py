@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypedDict
 
-from daskinfer.errors import OptionError
+from daskinfer.errors import OptionError, UnknownKeyword
 from daskinfer.variables import MAX_READERS
 
 _AUTOCAST = ("bf16", "fp16")
@@ -178,13 +178,13 @@ def merge_options(options: Options | None, fields: OptionFields) -> Options:
     Raises
     ------
     OptionError
-        For a keyword that there is none of, or a value that is not allowed.
+        For a keyword that there is none of (``UnknownKeyword``), or a value that is not allowed.
     """
     known = [one.name for one in dataclasses.fields(Options)]
     if unknown := sorted(fields.keys() - known):
         alike = difflib.get_close_matches(unknown[0], [*known, *_KEYWORDS], 1)
         cure = f"Did you mean {alike[0]!r}?" if alike else f"Options are {', '.join(known)}."
-        raise OptionError(f"{unknown[0]!r} is no keyword here. {cure}")
+        raise UnknownKeyword(f"{unknown[0]!r} is no keyword here. {cure}")
     return replace(options or Options(), **fields)
 
 

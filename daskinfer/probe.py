@@ -183,7 +183,7 @@ def _refuse_dtype(model: LoadedModel, ports: Ports, rows: Sequence[Array], optio
             except ChunkError:
                 continue
             given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, rows, strict=True))
-            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r}")
+            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r} (--dtype)")
 
 
 def _casts(own: str, ports: Ports, rows: Sequence[Array]) -> Iterator[str | dict[str, str]]:
@@ -211,7 +211,7 @@ def check_fill(options: Options, wanted: Promise) -> None:
             value = "NaN" if options.fill_value is None else repr(options.fill_value)
             raise OptionError(
                 f"the output {name} is {output.dtype}, which cannot hold {value} where rows fail; fill_value has to be one "
-                "of its numbers. Pass fill_value=0, for example."
+                "of its numbers. Pass fill_value=0 (--fill-value), for example."
             )
 
 

@@ -155,7 +155,7 @@ def read(rows: Callable[[], T], chunk: Chunk) -> T:
     except Exception as error:
         raise StorageError(
             f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be read: {type(error).__name__}: {error}. Look "
-            "at the input there; on_error='skip' goes on without these rows.",
+            "at the input there; on_error='skip' (--on-error) goes on without these rows.",
             getattr(error, "errno", None) or 0,
         ) from error
 

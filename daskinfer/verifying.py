@@ -20,6 +20,7 @@ from daskinfer.records import Written
 from daskinfer.stored import (
     COMPLETE,
     CREATING,
+    FAILED,
     HEADER,
     LOCK,
     manifest_of,
@@ -33,17 +34,22 @@ from daskinfer.stored import (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: ``wrong`` has a sentence for each thing that is not as it should be."""
+    """What was found: ``wrong`` has a sentence for each thing that is not as it should be.
+
+    ``n_failed`` are rows that were written without an answer, which is as it was.
+    """
 
     n_rows: int
     n_parts: int
     nbytes: int
     wrong: tuple[str, ...]
+    n_failed: int = 0
 
     def __str__(self) -> str:
         if self.wrong:
             return "\n".join(self.wrong)
-        return f"{self.n_rows:,} rows in {self.n_parts:,} parts of {self.nbytes:,} bytes are as they were written"
+        said = f"{self.n_rows:,} rows in {self.n_parts:,} parts of {self.nbytes:,} bytes are as they were written"
+        return f"{said}; {self.n_failed:,} of them without an answer ({FAILED} says which)" if self.n_failed else said
 
 
 def verify(path: str | os.PathLike[str]) -> Verdict:
@@ -83,13 +89,16 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
         header = None
     if header is None:
         return Verdict(0, 0, 0, (*wrong, f"{folder / HEADER}: missing or changed; the rows cannot be looked at"))
-    parts, damaged = _parts(folder, header)
+    progress, damaged = _progress(folder, header)
+    parts = progress.parts
     stored = Path(output) if os.path.lexists(output) else partial_of(output)
     wrong += damaged
     wrong += _gaps(header, parts, stored)
     wrong += _stored(stored, parts)
     wrong += _others(stored, parts, completion or {"metadata": [], "nbytes": None})
-    return Verdict(header.n_rows, len(parts), sum(p.written.nbytes for p in parts if p.written), tuple(wrong))
+    n_failed = sum(failure.stop - failure.start for failure in progress.failures)
+    nbytes = sum(part.written.nbytes for part in parts if part.written)
+    return Verdict(header.n_rows, len(parts), nbytes, tuple(wrong), n_failed)
 
 
 def _manifest(folder: Path, completion: dict[str, Any] | None) -> Iterator[str]:
@@ -107,7 +116,7 @@ def _manifest(folder: Path, completion: dict[str, Any] | None) -> Iterator[str]:
             yield f"{path}: does not belong there"
 
 
-def _parts(folder: Path, header: Header) -> tuple[list[Part], list[str]]:
+def _progress(folder: Path, header: Header) -> tuple[Progress, list[str]]:
     progress, damaged = Progress(header.n_rows, header.unit_rows), []
     for path in sorted(folder.glob("receipts*.jsonl")):
         content = path.read_bytes()
@@ -115,7 +124,7 @@ def _parts(folder: Path, header: Header) -> tuple[list[Part], list[str]]:
         progress.read(records)
         if n_bytes < len(content):
             damaged.append(f"{path}: line {len(records) + 1} is torn or changed")
-    return progress.parts, damaged
+    return progress, damaged
 
 
 def _gaps(header: Header, parts: Sequence[Part], stored: Path) -> Iterator[str]:

@@ -275,7 +275,7 @@ def test_dtype_refused(given: str, own: str) -> None:
     """An input that the network would take in its own dtype is refused, with what to pass."""
     if given == own:
         return
-    with pytest.raises(InputError, match=f"^x is {given}, the net is {own}: pass dtype='{own}'$"):
+    with pytest.raises(InputError, match=f"^x is {given}, the net is {own}: pass dtype='{own}' \\(--dtype\\)$"):
         ask(nn.Linear(3, 2).to(getattr(torch, own)), ((5, 3), given))
 
 
@@ -287,7 +287,7 @@ def embed(image: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 def test_dtype_refused_per_port() -> None:
     """Where a port has to stay as it is, the others are named."""
     forms = {"image": ((5, 3), "uint8"), "number": ((5,), "int64")}
-    with pytest.raises(InputError, match=r"pass dtype=\{'image': 'float32'\}$"):
+    with pytest.raises(InputError, match=r"pass dtype=\{'image': 'float32'\} \(--dtype\)$"):
         ask(Do(embed), forms)
     assert looks(ask(Do(embed), forms, dtype={"image": "float32"})) == [((0, 2), "float32")]
 

@@ -554,6 +554,7 @@ def test_rows_that_fail(tmp_path: Path, in_folder: Path, suffix: str) -> None:
     assert [(f["start"], f["stop"], f["device"]) for f in listed] == [(3, 4, "inline"), (170, 171, "inline")]
     assert "ArithmeticError: seven" in listed[0]["exception"]
     assert np.isnan(read(y)[[3, 170]]).all()
+    assert str(verify(y)).endswith("as they were written; 2 of them without an answer (failed_rows.json says which)")
 
 
 def test_rows_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
