@@ -6,7 +6,7 @@ micro-batch (it may have been bad luck), and all others together, zeros in place
 are the same bytes that they would be without the bad ones.
 
 Where that does not agree with the search - a network that takes one batch size only, rows that fail only together - what
-runs is filled up from the first half on.
+runs is filled up from the first half on. Networks that compile themselves for the shapes that they see are shown no other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from daskinfer.arrays import Array
 
 Probe = Callable[[int, int], None]  # runs rows begin:end, or raises
 Fatal = Callable[[Exception], bool]  # whether an exception is none of the rows' fault
+
+
+class NoAnswerError(Exception):
+    """Rows that were only probed got no answer that could be used."""
 
 
 class Attempt(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from daskinfer.errors import ChunkError, ModelError, OptionError
 
 # torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED", "MemoryError: ")
-_HERE = str(Path(__file__).parent)
+_HERE = f"{Path(__file__).parent}{os.sep}"
 _STICKY = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
 
 

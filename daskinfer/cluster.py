@@ -265,5 +265,7 @@ def _end_wherever(cluster: Any, scratch: Scratch, timeout: float) -> None:
         # The garbage collector runs wherever it likes; on the event loop, waiting for the loop would never end.
         threading.Thread(target=_end_wherever, args=(cluster, scratch, timeout), name="daskinfer-end").start()
         return
-    end(cluster, timeout)
-    scratch.remove()
+    try:
+        end(cluster, timeout)
+    finally:
+        scratch.remove()

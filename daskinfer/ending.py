@@ -16,6 +16,7 @@ from daskinfer.nanny_process import GRACE_SECONDS, kill
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 20.0
+EARLY_SECONDS = 3 * GRACE_SECONDS  # a nanny ends its start in one, its worker's in another
 POLL_SECONDS = 0.01
 
 
@@ -29,7 +30,8 @@ def ended_on_failure(cluster: Any) -> Iterator[None]:
             with contextlib.suppress(Exception):
                 _end_early(cluster)
         finally:  # of whatever a second signal kept from ending
-            kill(_processes(cluster))
+            with contextlib.suppress(Exception):
+                kill(_processes(cluster))
             cluster.status = Status.closed  # also where it had not got as far as to have anything to close
         raise
 
@@ -39,7 +41,7 @@ def _end_early(cluster: Any) -> None:
         cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
     for nanny in _nannies(cluster):
         cluster.loop.add_callback(nanny.give_up)
-    _wait_while(lambda: any(map(_runs, _processes(cluster))), GRACE_SECONDS)
+    _wait_while(lambda: any(map(_runs, _processes(cluster))), EARLY_SECONDS)
     kill(_processes(cluster))
     end(cluster, CLOSE_SECONDS)
 
@@ -68,7 +70,11 @@ def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def _nannies(cluster: Any) -> list[Any]:
-    return list(getattr(cluster, "_created", ()))
+    while True:
+        try:
+            return list(getattr(cluster, "_created", ()))
+        except RuntimeError:  # the loop's thread has just added one
+            continue
 
 
 def _processes(cluster: Any) -> list[psutil.Process]:

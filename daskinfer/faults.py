@@ -70,8 +70,8 @@ class Book:
         return len(self._waiting)
 
     def is_new(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether none of these chunks has come back before."""
-        return all(self._records.get(chunk, _Record()).n_attempts == 1 for chunk in chunks)
+        """Whether none of these chunks has raised before."""
+        return not any(self._records.get(chunk, _Record()).n_failures for chunk in chunks)
 
     def raised(self, chunk: Chunk, error: Exception) -> bool:
         """Note that a chunk raised; whether it will be tried again."""

@@ -247,9 +247,10 @@ class Ledger:
             self._publish()
 
     def withdraw(self) -> None:
-        """Remove an output that was begun, and of which nothing is stored; a shard's may hold what others stored."""
+        """Remove what was begun, where nothing is stored and nobody takes part; not what has come to lie at the path."""
         with self._creating():
-            self._wipe()
+            remove(self.partial)
+            self._wipe_manifest()
 
     def _completion(self, metadata: Sequence[str]) -> dict[str, Any]:
         names = [HEADER, *(path.name for path in sorted(self.folder.glob("receipts*.jsonl")))]
@@ -284,6 +285,9 @@ class Ledger:
         """Remove all but the locks; what says that it is complete first, what says whose it is last."""
         for path in (self.folder / COMPLETE, Path(self.path), self.partial):
             remove(path)
+        self._wipe_manifest()
+
+    def _wipe_manifest(self) -> None:
         staging.end(self.folder / STAGING)
         kept = (LOCK, CREATING)
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == HEADER):

@@ -14,6 +14,8 @@ import torch
 class LoadedModel:
     """A network on a device, ready to be called.
 
+    ``compiled``: it makes itself anew for each shape that it sees, and may then answer others with other last bits.
+
     Note: ``lock`` is held while a chunk runs, since networks and users' objects need not be safe for threads.
     """
 
@@ -21,6 +23,7 @@ class LoadedModel:
     device: torch.device
     takes_tensors: bool
     on_close: Callable[[], None] | None = None
+    compiled: bool = False
     max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what memory held, by the shape of a row
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -31,7 +34,7 @@ class LoadedModel:
             network.eval()  # one by one: a network's own train() often forgets to return it
             network.requires_grad_(False)
             network.to(device)
-            return cls(network, device, takes_tensors=True)
+            return cls(network, device, takes_tensors=True, compiled=any(map(_is_compiled, network.modules())))
         if hasattr(network, "load"):
             network.load(str(device))
         return cls(network, device, takes_tensors=False, on_close=getattr(network, "close", None))
@@ -40,3 +43,8 @@ class LoadedModel:
         """Tell the model that it is needed no more."""
         if self.on_close is not None:
             self.on_close()
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    # By its name: torch.compile's class lies in a package that takes seconds to import.
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"

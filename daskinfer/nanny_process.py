@@ -104,14 +104,16 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         )
         assert self.process.stdin is not None
         self.process.stdin.write(message)
+        if self._given_up:  # while the process was made
+            self.process.stdin.close()
         try:
             await asyncio.wait_for(self._ready(), self.start_timeout)
         except TimeoutError:
             await self.close()
             raise RuntimeError(f"the worker {self.name} was not there within {self.start_timeout:g} s") from None
-        except BaseException:
+        except BaseException as error:
             await self.close()
-            if not self._given_up:
+            if not self._given_up or not isinstance(error, Exception):
                 raise
 
     def give_up(self) -> None:

@@ -184,6 +184,8 @@ def merge_options(options: Options | None, fields: OptionFields) -> Options:
     if unknown := sorted(fields.keys() - known):
         alike = difflib.get_close_matches(unknown[0], [*known, *_KEYWORDS], 1)
         cure = f"Did you mean {alike[0]!r}?" if alike else f"Options are {', '.join(known)}."
+        if unknown[0] in _KEYWORDS:
+            cure = "Another function takes it: leave it out."
         raise UnknownKeyword(f"{unknown[0]!r} is no keyword here. {cure}")
     return replace(options or Options(), **fields)
 

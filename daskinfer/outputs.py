@@ -136,31 +136,41 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
         ledgers = [stack.enter_context(Ledger(path, h, wanted.batch_size, wanted.shard)) for path, h in pairs]
         for ledger in ledgers:
             ledger.hold()
-        targets = []
-        for ledger in ledgers:
-            if fresh:
-                _check_removable(ledger.path)
-            make = partial(_make, ledger)
-            ledger.open(make, fresh=fresh, again=wanted.retries_failed)
-            targets.append(_target(ledger))
-        outputs = Outputs(ledgers, targets, wanted)
-        _refuse_half(ledgers, outputs)
-        try:
-            yield outputs
-        except BaseException as error:
-            if wanted.shard is None and isinstance(error, Exception) and not any(ledger.done for ledger in ledgers):
-                _withdraw(ledgers)
-            else:
-                kept = ", ".join(str(ledger.partial) for ledger in ledgers)
-                error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
-            raise
+        begun: list[Ledger] = []
+        with _withdrawn_on_failure(begun, wanted):
+            targets = []
+            for ledger in ledgers:
+                if fresh:
+                    _check_removable(ledger.path)
+                ledger.open(partial(_make, ledger), fresh=fresh, again=wanted.retries_failed)
+                begun.append(ledger)
+                targets.append(_target(ledger))
+            outputs = Outputs(ledgers, targets, wanted)
+            _refuse_half(ledgers, outputs)
+            try:
+                yield outputs
+            except BaseException as error:
+                if any(ledger.done for ledger in ledgers) or isinstance(error, KeyboardInterrupt) or wanted.shard:
+                    kept = ", ".join(str(ledger.partial) for ledger in ledgers)
+                    error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
+                raise
 
 
-def _withdraw(ledgers: Sequence[Ledger]) -> None:
-    """Remove outputs of which nothing is stored, if that can be done: a call that was refused leaves none behind."""
-    with contextlib.suppress(DaskInferError, OSError):
-        for ledger in ledgers:
-            ledger.withdraw()
+@contextlib.contextmanager
+def _withdrawn_on_failure(ledgers: Sequence[Ledger], wanted: Wanted) -> Iterator[None]:
+    """Remove these outputs where a call fails and nothing of them is stored: one that was refused leaves none behind.
+
+    Where it was interrupted they stay, since who writes for it may not have ended; those of a shard may hold what others
+    stored.
+    """
+    try:
+        yield
+    except Exception as error:
+        if wanted.shard is None and not isinstance(error, KeyboardInterrupt) and not any(ledger.done for ledger in ledgers):
+            with contextlib.suppress(DaskInferError, OSError):
+                for ledger in ledgers:
+                    ledger.withdraw()
+        raise
 
 
 def _target(ledger: Ledger) -> Target:

@@ -87,12 +87,15 @@ class RunReport:
 
     @property
     def _device_seconds(self) -> float:
-        """What the devices had of the time together, each from its first chunk on: before, its worker had to start."""
+        """What the devices had of the time together: all of it each, but where workers took over from this process.
+
+        Until its last chunk they had to start, and after it it was done.
+        """
         working = [device for device in self.devices if device.n_rows]
-        end = max((device.ended for device in working), default=0.0)
-        lasted = [(device.ended if device.device == "inline" else end) - device.began for device in working]
-        # Without a clock's time, or by another clock, all of it.
-        return sum(seconds if 0 < seconds < self.seconds else self.seconds for seconds in lasted)
+        here = [device.ended - device.began for device in working if device.device == "inline"]
+        if not here or len(working) == 1:
+            return self.seconds * len(working)
+        return here[0] + max(0.0, self.seconds - here[0]) * (len(working) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain strings, numbers, lists and dicts; the timeline is not in it.

@@ -183,6 +183,9 @@ class _Pass:
         if bad and self.job.options.on_error == "raise":
             raise ValueError("the answer holds a NaN")
         self._place(arrays, structure, begin, end, good)
+        if self.failed:  # by an earlier attempt
+            for row in range(begin, end) if good is None else good.tolist():
+                self.failed.pop(row, None)
         for row in bad:
             self.failed[begin + row if good is None else int(good[row])] = "the answer holds a NaN"
 
@@ -194,8 +197,14 @@ class _Pass:
         self.failed |= bad_rows.skip(self._attempt, self._probe, begin, end, error, options.retries, self._is_fatal)
 
     def _probe(self, begin: int, end: int) -> None:
-        """Run rows for nothing but to see whether they fail: nothing is filled up, no answer is kept."""
-        self._micro_batch(begin, end, padded=False)
+        """Run rows for nothing but to see whether they fail: nothing is filled up, no answer is kept.
+
+        What a network answers to other numbers of rows than a micro-batch's is no fault of these: squeezed, for example.
+        """
+        try:
+            self._micro_batch(begin, end, padded=self.model.compiled)
+        except (ModelError, OptionError) as error:
+            raise bad_rows.NoAnswerError from error
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether no row is at fault: the answer is none, memory is short, or the device is broken."""

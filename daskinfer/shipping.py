@@ -49,9 +49,9 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
     name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if elsewhere else ''}.safetensors"
     for folder in here:
         _keep(folder, name, recipe)
-    if elsewhere:
-        client.run(_receive, None, name, recipe.packed.to_bytes(), workers=list(elsewhere))
     try:
+        if elsewhere:
+            client.run(_receive, None, name, recipe.packed.to_bytes(), workers=list(elsewhere))
         yield ShippedModel(recipe.key, name, recipe.nbytes)
     finally:
         if elsewhere and client.status == "running":

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM while a call computes: what is in flight ends, nothing more begins; twice stops at once.
 
-Before the first chunk is on its way, while workers start, nothing is in flight: once is enough.
+Before the first chunk is on its way, while workers start or measure, there is nothing to keep: once is enough.
 
 The handlers are set while a call runs in the main thread, and only where the program has set none of its own.
 """

@@ -220,6 +220,35 @@ def test_a_network_of_one_batch_size(where: dict[str, Any]) -> None:
     right_but_for_the_bad(y, report)
 
 
+@pytest.mark.parametrize("squeezed", [np.squeeze, lambda batch: np.resize(batch, 32)])
+def test_a_network_whose_answer_to_few_rows_is_none(where: dict[str, Any], squeezed: Callable[[Array], Array]) -> None:
+    """One that answers with another shape to a single row, which it is never asked otherwise, is searched all the same."""
+
+    def net(batch: Array) -> Array:
+        return squeezed(picky(batch)) if len(batch) != 2 else picky(batch)  # 2: made-up rows
+
+    y, report = di.predict(net, X, on_error="skip", return_report=True, **where)
+    right_but_for_the_bad(y, report)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_compiled_networks_see_no_other_shape() -> None:
+    """A network that makes itself anew for each shape runs full micro-batches only."""
+    seen: list[int] = []
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(torch.nn.Identity())
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            seen.append(len(batch))
+            return torch.from_numpy(picky(batch.numpy()))
+
+    right_but_for_the_bad(di.predict(Net(), X, on_error="skip", devices="inline", batch_size=32, output=X[:0]))
+    assert set(seen) == {32}
+
+
 def test_bad_rows_are_named(where: dict[str, Any]) -> None:
     """By default the call ends at a row at fault, with the call that shows what is wrong and what was done until then."""
     with pytest.raises(ChunkError, match=r"failed: ValueError: cannot take \d+.* x\[\d+:\d+\], devices='inline'") as caught:

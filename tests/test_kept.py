@@ -212,10 +212,12 @@ def test_a_current_client_and_a_cluster_left_open_end_with_the_script(in_folder:
 
 
 COMPUTING = """
-    import time, psutil, numpy
+    import os, time, psutil, numpy
     import daskinfer as di
 
     def slow(rows):
+        if rows[0]:
+            open(os.environ["SIGN"], "w").close()
         time.sleep(float(rows[0]))
         return rows
 
@@ -229,13 +231,14 @@ COMPUTING = """
 def computing() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A script in the middle of a chunk, in a process group of its own, and the processes it started."""
     command = [sys.executable, "-c", dedent(COMPUTING)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as script:
+    pipe, sign = subprocess.PIPE, Path(tempfile.mkdtemp(), "sign")
+    environment = os.environ | {"SIGN": str(sign)}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment) as script:
         assert script.stdout is not None
         processes = [psutil.Process(int(pid)) for pid in script.stdout.readline().split()]
         assert len(processes) >= 2
-        worker = next(p for p in processes if "--multiprocessing-fork" in p.cmdline())
-        wait_until(lambda: worker.cpu_percent(0.2) < 10)  # it sleeps in the chunk, or is about to
+        wait_until(sign.exists)
+        shutil.rmtree(sign.parent)
         yield script, processes
 
 

@@ -140,3 +140,9 @@ def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
     for call in (di.predict, di.plan, di.map_blocks, di.stream):
         with pytest.raises(OptionError, match=said):
             call(abs, [1.0], **{given: 1})
+
+
+def test_a_keyword_of_another_function() -> None:
+    """A word that only another function takes is not suggested again."""
+    with pytest.raises(OptionError, match=r"^'fresh' is no keyword here\. Another function takes it: leave it out\.$"):
+        di.predict(abs, [1.0], fresh=True)

@@ -264,6 +264,36 @@ def test_what_holds_nothing_yet_may_become_anothers(tmp_path: Path) -> None:
     assert verify(y).wrong == ()
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_appears_while_a_call_fails_stays(tmp_path: Path, suffix: str) -> None:
+    """A call that fails with nothing stored removes what it has begun, and not what others put at its path meanwhile."""
+    y = tmp_path / f"y{suffix}"
+
+    def fails(rows: Any) -> Any:
+        y.write_text("precious")
+        raise ValueError("no")
+
+    with pytest.raises(ChunkError, match="no"):
+        di.run(fails, X, y, output=X[:0], retries=0, **HOW)
+    assert y.read_text() == "precious"
+    assert not Path(f"{y}.partial").exists()
+
+
+def test_several_outputs_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second of two outputs cannot be made, nothing is left of the first."""
+    make = outputs._make
+
+    def full(ledger: ledger.Ledger, path: str) -> None:
+        if ledger.path.endswith("b.npy"):
+            raise OSError(28, "No space left on device", path)
+        make(ledger, path)
+
+    monkeypatch.setattr(outputs, "_make", full)
+    with pytest.raises(OSError, match="No space left"):
+        di.run(lambda x: {"a": x, "b": x}, X, {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}, **HOW)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy.daskinfer", "b.npy.daskinfer"}
+
+
 def test_what_may_change(tmp_path: Path, two_cpus: list[str], interrupted: Callable[..., None]) -> None:
     """Devices, weights, readers and retries are no part of the answer."""
     x, y = stored(tmp_path), tmp_path / "y.zarr"

@@ -317,7 +317,7 @@ def _headline(shown: Shown, n_others: int) -> str:
 
 _GOES_ON = "goes on"
 _GONE = {
-    "lost": "its client is gone: the process has ended without a word",
+    "lost": "its client is gone before its end was heard of",
     "silent": "nothing was heard of it for a while: its process may hang",
 }
 
