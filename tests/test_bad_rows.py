@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 import daskinfer as di
 from daskinfer import bad_rows
 from daskinfer.errors import ChunkError, OptionError, TooManyFailures
+from daskinfer.loaded import LoadedModel
+from daskinfer.options import Options
+from daskinfer.runner import Job, run_chunk
+from daskinfer.structure import Ports
 from tests import faulty
 from tests.faulty import Array
 
@@ -231,21 +235,22 @@ def test_a_network_whose_answer_to_few_rows_is_none(where: dict[str, Any], squee
     right_but_for_the_bad(y, report)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 def test_compiled_networks_see_no_other_shape() -> None:
     """A network that makes itself anew for each shape runs full micro-batches only."""
+    nets = [torch.jit.script(torch.nn.Linear(1, 1)), torch.compile(torch.nn.Linear(1, 1)), torch.nn.Linear(1, 1)]
+    cpu = torch.device("cpu")
+    assert [LoadedModel.of(torch.nn.Sequential(net), cpu).compiled for net in nets] == [True, True, False]
     seen: list[int] = []
 
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = torch.jit.script(torch.nn.Identity())
+    def net(batch: Array) -> Array:
+        seen.append(len(batch))
+        return picky(batch)
 
-        def forward(self, batch: torch.Tensor) -> torch.Tensor:
-            seen.append(len(batch))
-            return torch.from_numpy(picky(batch.numpy()))
-
-    right_but_for_the_bad(di.predict(Net(), X, on_error="skip", devices="inline", batch_size=32, output=X[:0]))
+    job = Job(Ports.of(X), 32, Options(on_error="skip"))
+    answer = run_chunk(LoadedModel(net, cpu, takes_tensors=False, compiled=True), [X], 0, job)
+    right_but_for_the_bad(answer.arrays[0])
+    assert sorted(answer.failed) == list(np.flatnonzero(at_fault(X)))
     assert set(seen) == {32}
 
 
