@@ -21,7 +21,7 @@ from daskinfer.in_order import InOrder
 from daskinfer.options import Options
 from daskinfer.ranges import Range, Ranges, left_over
 from daskinfer.run_report import RunReport, Tally
-from daskinfer.stopping import drained
+from daskinfer.stopping import as_interrupted, drained
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None
     """The answer block by block, in order."""
     tally = Tally()
     run.tell.add(tally)
-    with _told(work, run, None), closing(iter(run)) as finished:
+    with _told(work, run, None), as_interrupted(), closing(iter(run)) as finished:
         for arrays in order.blocks(finished):
             yield work.answer(arrays)
     warn_of_rows(tally.report(seconds=0.0, facts={}).failed_rows)

@@ -58,6 +58,15 @@ def drained(run: Drains) -> Iterator[None]:
         raise interrupted(came[0]) from None
 
 
+@contextlib.contextmanager
+def as_interrupted() -> Iterator[None]:
+    """Say Ctrl-C as ``Interrupted``, where a call drains nothing since its caller has all that was done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise interrupted(signal.SIGINT) from None
+
+
 def interrupted(number: int) -> Interrupted:
     """What is raised after a signal."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

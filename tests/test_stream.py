@@ -166,6 +166,21 @@ def test_leaving_the_loop_is_closing(cluster_client: Client, counted: Any, tmp_p
     assert len(list(tmp_path.iterdir())) < N_ROWS
 
 
+def test_ctrl_c_is_an_error_of_ours() -> None:
+    """Where the next block is waited for, Ctrl-C ends the stream as it ends predict; the blocks before are the reader's."""
+
+    def stops(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if 500 in batch:
+            raise KeyboardInterrupt
+        return 2 * batch
+
+    blocks: list[np.ndarray[Any, Any]] = []
+    how: dict[str, Any] = {"devices": "inline", "batch_size": 8, "output": np.empty(0)}
+    with pytest.raises(di.Interrupted, match=r"^Ctrl-C ended the call before all rows had an answer"):
+        blocks.extend(di.stream(stops, np.arange(2000.0), **how))
+    np.testing.assert_array_equal(np.concatenate(blocks), 2 * np.arange(sum(map(len, blocks))))
+
+
 def test_errors_name_rows(anywhere: dict[str, Any]) -> None:
     """The blocks before the rows that fail come, then the error that names these."""
 
