@@ -43,17 +43,17 @@ def _end_early(cluster: Any) -> None:
         cluster.loop.add_callback(nanny.give_up)
     _wait_while(lambda: any(map(_runs, _processes(cluster))), EARLY_SECONDS)
     kill(_processes(cluster))
-    end(cluster, CLOSE_SECONDS)
+    # Nannies that were given up before the cluster knew of them make Dask's close() fail at first: no news to anybody.
+    end(cluster, CLOSE_SECONDS, level=logging.DEBUG)
 
 
-def end(cluster: Any, timeout: float) -> None:
-    """Close in time, then end what is left of our own processes."""
+def end(cluster: Any, timeout: float, *, level: int = logging.WARNING) -> None:
+    """Close in time, then end what is left of our own processes; ``level`` is the log's for a close that fails."""
     deadline = time.monotonic() + timeout
     processes = _processes(cluster)
     try:
         cluster.close(timeout=timeout)
     except Exception as error:
-        level = logging.WARNING if isinstance(error, TimeoutError) else logging.DEBUG  # else it had not even started
         logger.log(level, "the cluster did not close within %g s (%r); its processes are killed", timeout, error)
     _wait_while(lambda: any(map(_runs, processes)), deadline - time.monotonic())
     kill(processes)

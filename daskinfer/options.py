@@ -183,10 +183,11 @@ def merge_options(options: Options | None, fields: OptionFields) -> Options:
     known = [one.name for one in dataclasses.fields(Options)]
     if unknown := sorted(fields.keys() - known):
         alike = difflib.get_close_matches(unknown[0], [*known, *_KEYWORDS], 1)
-        cure = f"Did you mean {alike[0]!r}?" if alike else f"Options are {', '.join(known)}."
+        cure = f"Did you mean {alike[0]!r}?" if alike else "Leave it out."
         if unknown[0] in _KEYWORDS:
             cure = "Another function takes it: leave it out."
-        raise UnknownKeyword(f"{unknown[0]!r} is no keyword here. {cure}")
+        allowed = f"allowed are those in the function's signature and {', '.join(known)}"
+        raise UnknownKeyword(f"the keyword {unknown[0]!r} was given; {allowed}. {cure}")
     return replace(options or Options(), **fields)
 
 

@@ -36,15 +36,11 @@ LOOK_SECONDS = 1.0  # between looks whether a worker that measures is still ther
 Rows = Callable[[Chunk], Sequence[Array | Elsewhere]]
 
 
-def tuned(
-    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, begin: Callable[[], None] = lambda: None
-) -> Call:
+def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, begin: Callable[[], None]) -> Call:
     """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
 
-    ``begin()`` is called where measuring begins.
-
     As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
-    worker that ends or rows that fail is the window's to say.
+    worker that ends or rows that fail is the window's to say. ``begin()`` is called where measuring begins.
     """
     tried, known = call.tried_sizes, memory.of(call.key)
     by_kind = {lane.kind: lane for lane in reversed(lanes)}

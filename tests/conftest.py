@@ -46,23 +46,25 @@ LEAVE_SECONDS = 20.0  # a killed worker's kernel clean-up on a busy machine
 
 _SHARED = Path("/dev/shm")
 _NEW_MOUNTS, _RECURSIVE, _PRIVATE = 0x20000, 0x4000, 1 << 18  # CLONE_NEWNS, MS_REC and MS_PRIVATE of Linux
-_alone = pytest.StashKey[bool]()  # whether shared memory is this session's own
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give each of several sessions that run side by side (``-n 2``) folders of its own, so that it counts its own files."""
-    config.stash[_alone] = True
     if not hasattr(config, "workerinput"):
         return
     folder = tempfile.mkdtemp(prefix="of-a-session-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     libc = ctypes.CDLL(None, use_errno=True)
-    config.stash[_alone] = (
-        libc.unshare(_NEW_MOUNTS) == 0
-        and libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None) == 0
-        and libc.mount(b"tmpfs", bytes(_SHARED), b"tmpfs", 0, None) == 0
-    )
+    if (
+        libc.unshare(_NEW_MOUNTS)
+        or libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
+        or libc.mount(b"tmpfs", bytes(_SHARED), b"tmpfs", 0, None)
+    ):
+        raise pytest.UsageError(
+            f"-n was given, and a session cannot have a {_SHARED} of its own ({os.strerror(ctypes.get_errno())}); each has "
+            "to count its own files there. Run as root, or without -n."
+        )
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -78,7 +80,7 @@ def _is_kept(path: Path) -> bool:
     return path.name == f"daskinfer-{os.getuid()}"
 
 
-def _left_behind(*, alone: bool) -> dict[str, set[object]]:
+def _left_behind() -> dict[str, set[object]]:
     here = psutil.Process()
     temporary = Path(tempfile.gettempdir())
     return {
@@ -86,18 +88,17 @@ def _left_behind(*, alone: bool) -> dict[str, set[object]]:
         "threads": {t.name for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
         "ports": {c.laddr.port for c in here.net_connections("tcp") if c.status == psutil.CONN_LISTEN},
         "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer") and not _is_kept(p)},
-        "shared memory": set(_SHARED.iterdir()) if alone and _SHARED.is_dir() else set(),
+        "shared memory": set(_SHARED.iterdir()) if _SHARED.is_dir() else set(),
     }
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing(pytestconfig: pytest.Config) -> Iterator[None]:
+def _leaves_nothing() -> Iterator[None]:
     """Fail a test that leaves a process, thread, port, temporary file or shared memory; wider fixtures come first."""
-    alone = pytestconfig.stash[_alone]
-    before = _left_behind(alone=alone)
+    before = _left_behind()
     yield
     deadline = time.monotonic() + LEAVE_SECONDS
-    while left := {what: new for what, now in _left_behind(alone=alone).items() if (new := now - before[what])}:
+    while left := {what: new for what, now in _left_behind().items() if (new := now - before[what])}:
         if time.monotonic() > deadline:
             pytest.fail(f"left behind: {left}")
         time.sleep(0.05)

@@ -177,7 +177,7 @@ def test_a_task_that_failed_is_let_go(cpus: dict[str, Any], tmp_path: Path, act:
     assert n_arenas() <= before + 1  # one is kept for the next call
 
 
-@pytest.mark.parametrize("n_poison", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_poison", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_poison_is_filled_and_nobody_else(cpus: dict[str, Any], tmp_path: Path, n_poison: int) -> None:
     """Chunks that kill every worker are named and filled, and no innocent one is lost."""
     at = [1234.0, 1301.0, 77.0, 3999.0, 2500.0][:n_poison]

@@ -129,10 +129,10 @@ def test_cast(dtype: Any, cast: str | None) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("batchsize", r"'batchsize' is no keyword here\. Did you mean 'batch_size'\?"),
-        ("device", r"'device' is no keyword here\. Did you mean 'devices'\?"),
+        ("batchsize", r"^the keyword 'batchsize' was given; allowed are .*, trust\. Did you mean 'batch_size'\?$"),
+        ("device", r"^the keyword 'device' was given; allowed are .*, trust\. Did you mean 'devices'\?$"),
         ("onerror", r"Did you mean 'on_error'\?"),
-        ("colour", r"'colour' is no keyword here\. Options are dtype, autocast, .*, trust\."),
+        ("colour", r"^the keyword 'colour' was given; .* signature and dtype, autocast, .*, trust\. Leave it out\.$"),
     ],
 )
 def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
@@ -144,5 +144,7 @@ def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
 
 def test_a_keyword_of_another_function() -> None:
     """A word that only another function takes is not suggested again."""
-    with pytest.raises(OptionError, match=r"^'fresh' is no keyword here\. Another function takes it: leave it out\.$"):
+    with pytest.raises(
+        OptionError, match=r"^the keyword 'fresh' was given; .*, trust\. Another function takes it: leave it out\.$"
+    ):
         di.predict(abs, [1.0], fresh=True)
