@@ -128,13 +128,19 @@ def sent(number: int) -> None:
 
 
 @pytest.fixture
-def run() -> Iterator[SimpleNamespace]:
-    """What is asked to begin nothing more; handlers are as they were afterwards."""
+def usual_handlers() -> Iterator[None]:
+    """Signals are handled as where nobody has asked for anything else; handlers are as they were afterwards."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # coverage has its own
-    yield SimpleNamespace(draining=False, began=1.0)
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # coverage ends this process
+    yield
     found = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert found == usual
+
+
+@pytest.fixture
+def run(usual_handlers: None) -> SimpleNamespace:
+    """What is asked to begin nothing more."""
+    return SimpleNamespace(draining=False, began=1.0)
 
 
 def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace) -> None:
@@ -215,6 +221,7 @@ def test_in_another_thread_signals_are_not_touched() -> None:
     np.testing.assert_array_equal(found[1], -np.arange(5.0))
 
 
+@pytest.mark.usefixtures("usual_handlers")
 def test_a_device_that_may_be_added_is_not_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
     """An automatic call that is interrupted in this process starts no workers to end with."""
     monkeypatch.setattr("daskinfer.driver.opened", None)  # opening would fail
@@ -251,6 +258,7 @@ def test_what_stands_in_for_answers_that_cannot_be_nan(fill_value: int | None) -
     assert done.any()
 
 
+@pytest.mark.usefixtures("usual_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_chunk_interrupts_nothing(number: int) -> None:
     """Where all rows have their answer by then, the call gives it."""
