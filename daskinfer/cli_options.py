@@ -281,6 +281,7 @@ def _with(options: tuple[Callable[[Decorated], Decorated], ...], command: Decora
 
 def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     """Call a function of the api with the network and the keywords that the options say."""
+    _refuse_early(given)
     # A factory "my_nets:make" is meant to be found where the command is given, as with python -m.
     sys.path.insert(0, os.getcwd())
     from daskinfer import Model
@@ -298,6 +299,26 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         if given["scheduler"]:
             keywords["client"] = stack.enter_context(client_of(given))
         return function(source, devices=given["devices"], **keywords)
+
+
+def _refuse_early(given: Mapping[str, Any]) -> None:
+    """Say what is most often mistyped, paths and devices, before torch is imported, which takes seconds."""
+    from daskinfer.device import parse
+    from daskinfer.hardware import machine
+    from daskinfer.io import check_path, open_source
+
+    for path in _paths(given["input"]):
+        open_source(path)
+    for path in _paths(given["output"]):
+        check_path(path)
+    if not given["scheduler"]:
+        parse(given["devices"], machine())
+
+
+def _paths(ports: str | Mapping[str, str] | None) -> list[str]:
+    if ports is None:
+        return []
+    return [ports] if isinstance(ports, str) else list(ports.values())
 
 
 def progress_of(asked: bool | None) -> Any:

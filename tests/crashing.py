@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 import daskinfer as di
-from daskinfer import api  # noqa: F401  # imported before any process is forked
+from daskinfer import api, jobs  # noqa: F401  # imported before any process is forked
+from daskinfer.io import npy, zarr  # noqa: F401
 from daskinfer.verifying import verify
 
 # What puts something on the disk. "write" of an open file is a method of its type, so files are counted as they are opened.

@@ -228,6 +228,22 @@ def installed(*arguments: str, program: str = "daskinfer", **how: Any) -> subpro
     return subprocess.run(command, capture_output=True, text=True, check=False, **how)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gone.npy", "y.npy"], "gone.npy' does not exist"),
+        (["x.npy", "a=gone/y.npy"], "the output's folder .* does not exist"),
+        (["x.npy", "y.npy", "--devices", "tpu"], "tpu"),
+    ],
+)
+def test_what_is_mistyped_is_said_before_torch_is_imported(folder: Path, arguments: list[str], said: str) -> None:
+    """Importing torch takes seconds: paths and devices are looked at before."""
+    done = installed("run", "cli_nets:linear", *arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 2
+    assert re.search(f"daskinfer: error: .*{said}", done.stderr)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
 def test_stdout_is_the_result_alone(folder: Path) -> None:
     """With --json the one line on stdout is the result, whatever the network prints; progress is lines on stderr."""
     done = installed("run", "cli_nets:prints", "x.npy", "y.npy", "--devices", "inline", "--json")

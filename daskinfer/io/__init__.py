@@ -15,13 +15,15 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from daskinfer.arrays import Source
 from daskinfer.errors import InputError, SourceMissing
 from daskinfer.records import Written
+
+if TYPE_CHECKING:  # the command looks at paths before torch is imported, which takes seconds
+    from daskinfer.arrays import Source
 
 _FORMATS = {".npy": "daskinfer.io.npy", ".zarr": "daskinfer.io.zarr"}
 _ZARR_METADATA = ("zarr.json", ".zarray")
