@@ -186,6 +186,8 @@ def _timeline(devices: Sequence[str], drawn: Sequence[Bar]) -> Figure:
     glyphs = []
     for position, (lane, fill) in enumerate(LANES.items()):
         own = [bar for bar in drawn if bar.lane == lane]
+        if not own:  # Bokeh's key would have its name without its color
+            continue
         middle = np.array([row[bar.span.device] for bar in own], np.float64) + (position - 1) * 0.28
         source = ColumnDataSource(
             {

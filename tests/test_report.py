@@ -88,6 +88,22 @@ def test_the_page_has_it_all() -> None:
     assert re.search(r"Rows without an answer: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
 
 
+def test_the_key_has_what_is_drawn() -> None:
+    """Where nothing was written to files, no lane and no word of the timeline's key is for that."""
+
+    def lanes(write_seconds: float) -> list[str]:
+        receipt = Receipt(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
+        receipt = receipt.timed(
+            read_began=1000.0, ended=1001.0, read_seconds=0.1, write_seconds=write_seconds, waited_seconds=0.0
+        )
+        tally = Tally()
+        tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", receipt, (), 1))
+        return re.findall(r'"label":\{"type":"value","value":"(read|compute|write)"', tally.report(seconds=1.0).to_html())
+
+    assert lanes(write_seconds=0.1) == ["read", "compute", "write"]
+    assert lanes(write_seconds=0.0) == ["read", "compute"]
+
+
 def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
     """Retries are counted, by device and in all; failures of several rows are a range."""
     tally = Tally()
