@@ -135,7 +135,9 @@ def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
         with subprocess.Popen(
             command(tmp_path, f"y{suffix}"), cwd=tmp_path, env=env, start_new_session=True, stdout=-3, stderr=-3
         ) as process:
-            wait_until(lambda n=n_bytes, p=process: p.poll() is not None or (log.exists() and log.stat().st_size > n + 300))
+            wait_until(
+                lambda n=n_bytes, p=process: p.poll() is not None or (log.exists() and log.stat().st_size > n + 300), 120
+            )
             time.sleep(draw.random() / 2)  # the moment is what is drawn
             n_killed += process.poll() is None
             os.killpg(process.pid, signal.SIGKILL)
