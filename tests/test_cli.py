@@ -435,6 +435,7 @@ def test_verify_as_json(folder: Path) -> None:
     assert (changed.exit_code, len(json.loads(changed.stdout)["wrong"])) == (1, 1)
 
 
+@pytest.mark.slow
 def test_dask_infer_is_the_same_command(folder: Path) -> None:
     """``dask infer`` computes, refuses and ends as ``daskinfer run`` does."""
     assert "MODEL INPUT OUTPUT" in installed("infer", "--help", program="dask").stdout
@@ -487,6 +488,7 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
     assert invoke("--version").stdout.startswith("daskinfer, version 0.")
 
 
+@pytest.mark.slow
 def test_demo_on_workers(folder: Path) -> None:
     """The installed command shows a right, ordered answer, and leaves stderr to what went wrong: nothing."""
     command = [Path(sys.executable).with_name("daskinfer"), "demo", "--rows", "3000", "--devices", "cpu", "--folder", "d"]

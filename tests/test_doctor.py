@@ -348,6 +348,7 @@ def test_processes_that_do_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path:
 # The small run and its dashboard.
 
 
+@pytest.mark.slow
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compared with NumPy; an answer that differs, or none, is wrong; a dashboard that does not come is a warning."""
     (run, page) = doctor._own_trial()

@@ -70,6 +70,7 @@ def slow():
 """
 
 
+@pytest.mark.slow
 def test_the_command_listens_on_loopback_only(in_folder: Path) -> None:
     """While ``daskinfer run`` computes, no process of its tree can be reached from another machine."""
     Path("slow_nets.py").write_text(COMMAND)
@@ -172,6 +173,7 @@ def test_without_a_certificate_nobody_gets_in(secure: di.LocalDeviceCluster, in_
     np.testing.assert_array_equal(answer[0], X + 1)
 
 
+@pytest.mark.slow
 def test_the_command_gets_in_by_certificates(secure: di.LocalDeviceCluster, in_folder: Path, others: Security) -> None:
     """``--tls-ca-file``, ``--tls-cert`` and ``--tls-key`` let the command in; other certificates or none do not."""
     np.save("x.npy", X)
@@ -209,6 +211,7 @@ def test_what_security_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
         di.LocalDeviceCluster("cpu", security=True)
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_tls_is_no_place_for_certificates(
     cluster_client: Client, in_folder: Path, others: Security
 ) -> None:
