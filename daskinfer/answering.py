@@ -45,11 +45,12 @@ def compute(work: Work, keep: Callable[[Finished], None], run: Runs, rows: Range
     """Compute every chunk, give each to ``keep``, and sum the events up; ``rows`` are the call's part, None: all."""
     tally = Tally()
     run.tell.add(tally)
-    began = time.perf_counter()
+    called = time.perf_counter()
     with _told(work, run, rows), drained(run), closing(iter(run)) as found:
         for finished in found:
             keep(finished)
-    return tally.report(seconds=time.perf_counter() - (run.began or began), facts=_facts(work))
+    began = run.began or called
+    return tally.report(seconds=time.perf_counter() - began, start_seconds=began - called, facts=_facts(work))
 
 
 def nothing_to_do(work: Work) -> RunReport:

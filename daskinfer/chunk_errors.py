@@ -65,7 +65,8 @@ def _said_of_fault(fault: AtFaultError, start: int, device: torch.device) -> str
     advice = (
         "A single row does not fit into memory: use a device with more of it"
         if is_out_of_memory(error)
-        else f"To see the whole traceback run them alone: di.predict(model, x[{begin}:{end}], devices='inline')"
+        else "To see the whole traceback run them alone, where x is the input as an array: "
+        f"di.predict(model, x[{begin}:{end}], devices='inline')"
     )
     where = f"rows {begin}:{end} on {device}"
     return f"{where} failed: {type(error).__name__}: {error}. {advice}; on_error='skip' (--on-error) goes on without."

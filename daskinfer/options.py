@@ -17,6 +17,7 @@ _AUTOCAST = ("bf16", "fp16")
 _ON_ERROR = ("raise", "skip")
 # What the functions that users call take beside these options.
 _KEYWORDS = ("devices", "device_weights", "batch_size", "client", "progress", "return_report", "fresh", "shard", "probe")
+_N_WORKERS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")  # what other tools call the number of processes
 
 
 class OptionFields(TypedDict, total=False):
@@ -186,6 +187,8 @@ def merge_options(options: Options | None, fields: OptionFields) -> Options:
         cure = f"Did you mean {alike[0]!r}?" if alike else "Leave it out."
         if unknown[0] in _KEYWORDS:
             cure = "Another function takes it: leave it out."
+        if unknown[0] in _N_WORKERS:
+            cure = "The devices say how many workers there are: devices='cpu*2', for example."
         allowed = f"allowed are those in the function's signature and {', '.join(known)}"
         raise UnknownKeyword(f"the keyword {unknown[0]!r} was given; {allowed}. {cure}")
     return replace(options or Options(), **fields)

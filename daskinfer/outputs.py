@@ -15,7 +15,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from daskinfer.errors import DaskInferError, StorageError
+from daskinfer.errors import ChunkError, DaskInferError, StorageError
 from daskinfer.io import Target, is_array, target
 from daskinfer.ledger import Ledger
 from daskinfer.manifest import Entry, shard_rows
@@ -152,7 +152,8 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
             except BaseException as error:
                 if any(ledger.done for ledger in ledgers) or isinstance(error, KeyboardInterrupt) or wanted.shard:
                     kept = ", ".join(str(ledger.partial) for ledger in ledgers)
-                    error.add_note(f"What is done is kept ({kept}); repeat the call to go on with what is missing.")
+                    without = ", with on_error='skip' where rows fail again," if isinstance(error, ChunkError) else ""
+                    error.add_note(f"What is done is kept ({kept}); repeat the call{without} to go on with what is missing.")
                 raise
 
 

@@ -132,7 +132,7 @@ def _tried(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Opt
         raise ModelError(
             f"the model failed on {N_ROWS} made-up rows of zeros ({made_up}): {error.__cause__!r}; what its answer looks "
             "like has to be known before it runs. If it is right with your rows, pass output=np.empty((0, …), dtype)."
-        ) from error
+        ) from error.__cause__
 
 
 def _real_run(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
@@ -183,7 +183,7 @@ def _refuse_dtype(model: LoadedModel, ports: Ports, rows: Sequence[Array], optio
             except ChunkError:
                 continue
             given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, rows, strict=True))
-            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r} (--dtype)")
+            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r} (--dtype)") from None
 
 
 def _casts(own: str, ports: Ports, rows: Sequence[Array]) -> Iterator[str | dict[str, str]]:

@@ -46,6 +46,8 @@ class RunReport:
         When each device read, computed and wrote, in spans of at least one chunk; boundedly many.
     facts
         What was computed, in words: the network, inputs, outputs, versions, and of a stored output the fingerprints.
+    start_seconds
+        Wall time before ``seconds``: workers start, load the network and measure the micro-batch.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class RunReport:
     by_kind: Mapping[str, int] = field(default_factory=dict)
     timeline: tuple[Span, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    start_seconds: float = 0.0
 
     @property
     def rows_per_second(self) -> float:
@@ -210,8 +213,12 @@ class RunReport:
 
     @property
     def details(self) -> str:
-        """What else is worth a line: micro-batches by kind, retries, a long wait for the last; empty where nothing is."""
-        said = [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
+        """What else is worth a line: a start that took long, micro-batches by kind, retries, a long wait for the last.
+
+        Empty where nothing is.
+        """
+        said = [f"before that the start took {self.start_seconds:.1f} s"] if self.start_seconds >= LONG_START else []
+        said += [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
         said += [f"attempts that came to nothing: {self.n_retried:,}"] if self.n_retried else []
         if self.tail_seconds > LONG_TAIL * self.seconds:
             said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
@@ -249,6 +256,7 @@ class RunReport:
 
 MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
 LONG_TAIL = 0.1  # of the wall time, from which on it is said; arbitrary
+LONG_START = 1.0  # seconds, from which on it is said; arbitrary
 
 _REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
 
@@ -281,7 +289,7 @@ class Tally:
         elif isinstance(event, MicroBatchChosen):
             self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
 
-    def report(self, *, seconds: float, facts: Mapping[str, str] | None = None) -> RunReport:
+    def report(self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None) -> RunReport:
         """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""
         rows = sum(sums.n_rows for sums in self._devices.values())
         speed = sum(sums.rows_per_second for sums in self._devices.values())
@@ -296,6 +304,7 @@ class Tally:
             by_kind=self._by_kind,
             timeline=self._timeline.spans,
             facts={**self._facts, **(facts or {})},
+            start_seconds=start_seconds,
         )
 
     def _sums(self, device: str) -> _Sums:

@@ -132,6 +132,7 @@ def test_cast(dtype: Any, cast: str | None) -> None:
         ("batchsize", r"^the keyword 'batchsize' was given; allowed are .*, trust\. Did you mean 'batch_size'\?$"),
         ("device", r"^the keyword 'device' was given; allowed are .*, trust\. Did you mean 'devices'\?$"),
         ("onerror", r"Did you mean 'on_error'\?"),
+        ("num_workers", r"The devices say how many workers there are: devices='cpu\*2', for example\.$"),
         ("colour", r"^the keyword 'colour' was given; .* signature and dtype, autocast, .*, trust\. Leave it out\.$"),
     ],
 )

@@ -5,8 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
+import daskinfer as di
 from daskinfer.events import Asked, ChunkDone, ChunkFailed, MicroBatchChosen, RunStarted
 from daskinfer.records import Failure, Receipt
 from daskinfer.run_report import DeviceReport, RunReport, Tally
@@ -129,7 +131,7 @@ def test_a_run_that_had_nothing_to_do_says_so():
 
 
 def test_what_else_is_worth_a_line():
-    """Micro-batches by kind, retries and a long wait for the last are said in a line of their own, in text and HTML."""
+    """A long start, micro-batches by kind, retries and a long wait for the last are said in a line, in text and HTML."""
     tally = told({"cuda:0": 0.5, "cpu:0": 0.5})
     tally(MicroBatchChosen("a", 0.5, 16, {"cuda": 16, "cpu": 4}))
     tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
@@ -137,11 +139,24 @@ def test_what_else_is_worth_a_line():
         times = {"read_began": 0.0, "ended": at, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
         tally(done(receipt(0, 10, device).timed(**times)))
     tail = "the first device was done 0.25 s before the last"
-    said = f"micro-batch by kind: cuda 16, cpu 4; attempts that came to nothing: 1; {tail}"
-    found = tally.report(seconds=2.0)
+    start = "before that the start took 21.6 s"
+    said = f"{start}; micro-batch by kind: cuda 16, cpu 4; attempts that came to nothing: 1; {tail}"
+    found = tally.report(seconds=2.0, start_seconds=21.61)
     assert str(found).splitlines()[-1] == found.details == said
     assert f"<p>{said}</p>" in found._repr_html_()
     assert "before the last" not in tally.report(seconds=2.5).details
+    assert "start" not in tally.report(seconds=2.0, start_seconds=0.9).details
+
+
+@pytest.mark.slow
+def test_a_start_is_no_part_of_the_speed():
+    """The call that starts workers says how long that took, beside the seconds of the rows; the next has them."""
+    x = np.zeros(1000, np.float32)
+    _, cold = di.predict(np.negative, x, devices=["cpu"], return_report=True)
+    _, warm = di.predict(np.negative, x, devices=["cpu"], return_report=True)
+    di.close()
+    assert cold.start_seconds > warm.start_seconds > 0.0
+    assert cold.start_seconds > cold.seconds
 
 
 def test_a_notebook_shows_the_timeline():
