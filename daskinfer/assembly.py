@@ -132,6 +132,7 @@ class Work:
             targets=tuple(targets),
             tunable=self.tunable,
             done=tuple(done),
+            part_rows=self.layout.n_rows,
         )
 
     def answer(self, arrays: Sequence[Array]) -> Any:

@@ -29,7 +29,8 @@ class Call:
     ``balanced``: devices get rows by their measured speed; else exactly the layout's chunks. ``row_nbytes`` are a row's of
     all inputs and outputs, ``chunk_nbytes`` those that a task may hold. ``targets`` is empty where answers come back.
     ``tunable``: the micro-batch is a prior, and may be another once one was measured. ``done``: row ranges (start, stop) of
-    whole cells, in order, that need not be computed again.
+    whole cells, in order, that need not be computed again. ``n_failed``: rows of these without an answer, as found by
+    earlier attempts; ``part_rows``: how many rows they and this call are to compute.
     """
 
     inputs: Inputs
@@ -45,6 +46,8 @@ class Call:
     targets: tuple[Target, ...] = ()
     tunable: bool = False
     done: tuple[tuple[int, int], ...] = ()
+    n_failed: int = 0
+    part_rows: int = 0
 
     def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
         """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""

@@ -36,6 +36,7 @@ from daskinfer.cli_options import (
     check_report,
     client_of,
     how,
+    paths,
     printed,
     progress_of,
     scheduled,
@@ -84,7 +85,7 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
         _write(done, report, given["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
     if done.failed_rows:
-        say_rows_missing(len(done.failed_rows), ROWS_MISSING)
+        say_rows_missing(len(done.failed_rows), ROWS_MISSING, paths(given["output"])[0])
         context.exit(ROWS_MISSING)
 
 

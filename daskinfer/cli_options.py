@@ -307,15 +307,16 @@ def _refuse_early(given: Mapping[str, Any]) -> None:
     from daskinfer.hardware import machine
     from daskinfer.io import check_path, open_source
 
-    for path in _paths(given["input"]):
+    for path in paths(given["input"]):
         open_source(path)
-    for path in _paths(given["output"]):
+    for path in paths(given["output"]):
         check_path(path)
     if not given["scheduler"]:
         parse(given["devices"], machine())
 
 
-def _paths(ports: str | Mapping[str, str] | None) -> list[str]:
+def paths(ports: str | Mapping[str, str] | None) -> list[str]:
+    """The paths of INPUT or OUTPUT, none where it was not given."""
     if ports is None:
         return []
     return [ports] if isinstance(ports, str) else list(ports.values())

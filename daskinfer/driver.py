@@ -80,7 +80,7 @@ class Run:
     def __init__(self, call: Call, tell: Listeners | None = None, before: Callable[[], int | None] = lambda: None) -> None:
         self._call, self._before, self.tell = call, before, tell or Listeners()
         self._n_threads: int | None = None  # torch's in this process; None: as they are
-        self._n_failed = 0  # rows
+        self._n_failed = call.n_failed  # rows
         self.began: float | None = None
         self.draining = False
 
@@ -101,16 +101,11 @@ class Run:
 
     def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
-        allowed = call.job.options.failures_allowed(call.layout.n_rows)
+        self._refuse_more_failures(())
         n_missing = sum(stop - start for start, stop in self.missing)
         known = memory.of(call.key) if n_missing else Known()
         for finished in self._finished():
-            self._n_failed += sum(failure.stop - failure.start for failure in finished.failures)
-            if self._n_failed > allowed:
-                raise TooManyFailures(
-                    f"{self._n_failed:,} rows failed; max_failed_rows={call.job.options.max_failed_rows!r} allows "
-                    f"{allowed:,}. The last: {finished.failures[-1].exception}. Mend the rows, or allow more."
-                )
+            self._refuse_more_failures(finished.failures)
             n_missing -= finished.chunk.n_rows
             known.n_rows += finished.chunk.n_rows
             self._tell_done(finished)
@@ -118,6 +113,17 @@ class Run:
         if n_missing > 0 and not self.draining:  # better no answer than one with holes
             raise ChunkError(f"{n_missing:,} rows were not computed, and nobody said why; this is a fault of daskinfer's.")
         self.draining = self.draining and n_missing > 0  # who was to be interrupted has ended
+
+    def _refuse_more_failures(self, new: Sequence[Failure]) -> None:
+        """Count rows that failed, and end the call where they are more than are allowed, earlier attempts' among them."""
+        options = self._call.job.options
+        self._n_failed += sum(failure.stop - failure.start for failure in new)
+        if self._n_failed > (allowed := options.failures_allowed(self._call.part_rows)):
+            last = f" The last: {new[-1].exception}." if new else ""
+            raise TooManyFailures(
+                f"{self._n_failed:,} rows failed; max_failed_rows={options.max_failed_rows!r} allows {allowed:,}.{last} "
+                "Mend the rows, or allow more."
+            )
 
     def _tell_done(self, done: Finished) -> None:
         chunk, receipt = done.chunk, done.receipt

@@ -54,7 +54,9 @@ def end(cluster: Any, timeout: float, *, level: int = logging.WARNING) -> None:
     try:
         cluster.close(timeout=timeout)
     except Exception as error:
-        logger.log(level, "the cluster did not close within %g s (%r); its processes are killed", timeout, error)
+        # Dask's word for a close that was cancelled while workers started: what there is of them ends below.
+        level = logging.DEBUG if isinstance(error, UnboundLocalError) else level
+        logger.log(level, "the cluster did not close in time (%r); its processes are killed", error)
     _wait_while(lambda: any(map(_runs, processes)), deadline - time.monotonic())
     kill(processes)
     if cluster.status is not Status.closed:

@@ -109,10 +109,12 @@ def say_error(error: BaseException, exit_code: int, *, said: str = "", with_trac
     )
 
 
-def say_rows_missing(n_rows: int, exit_code: int) -> None:
-    """Say that the command is done, but for some rows."""
+def say_rows_missing(n_rows: int, exit_code: int, output: str) -> None:
+    """Say that the command is done, but for some rows of an output."""
     logger.warning(
-        "%s rows have no answer; failed_rows.json beside it lists them",
+        "%s rows of %s have no answer, as %s.daskinfer/failed_rows.json lists; once they are mended, --fresh starts over",
         f"{n_rows:,}",
-        extra={"fields": {"n_failed": n_rows, "exit_code": exit_code}},
+        output,
+        output,
+        extra={"fields": {"n_failed": n_rows, "output": output, "exit_code": exit_code}},
     )

@@ -73,7 +73,7 @@ class Options:
         What stands where rows failed. None: NaN, which only floats and complex numbers have.
     max_failed_rows
         How many rows may fail under "skip", as a number or as a share of all ("1%"), before the call ends with
-        ``TooManyFailures``. None: any.
+        ``TooManyFailures``; each shard of a ``run`` may have as many, or that share of its own. None: any.
     nan_is_failure
         True: a row whose answer holds a NaN has failed.
     retries

@@ -15,7 +15,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from daskinfer.errors import ChunkError, DaskInferError, StorageError
+from daskinfer.errors import ChunkError, DaskInferError, StorageError, TooManyFailures
 from daskinfer.io import Target, is_array, target
 from daskinfer.ledger import Ledger
 from daskinfer.manifest import Entry, shard_rows
@@ -152,9 +152,17 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
             except BaseException as error:
                 if any(ledger.done for ledger in ledgers) or isinstance(error, KeyboardInterrupt) or wanted.shard:
                     kept = ", ".join(str(ledger.partial) for ledger in ledgers)
-                    without = ", with on_error='skip' where rows fail again," if isinstance(error, ChunkError) else ""
-                    error.add_note(f"What is done is kept ({kept}); repeat the call{without} to go on with what is missing.")
+                    error.add_note(
+                        f"What is done is kept ({kept}); repeat the call{_but(error)} to go on with what is missing."
+                    )
                 raise
+
+
+def _but(error: BaseException) -> str:
+    """What else than the same call may be needed to go on after an error."""
+    if isinstance(error, TooManyFailures):
+        return ", with a larger max_failed_rows (--max-failed-rows),"
+    return ", with on_error='skip' where rows fail again," if isinstance(error, ChunkError) else ""
 
 
 @contextlib.contextmanager

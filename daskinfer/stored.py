@@ -168,7 +168,7 @@ def foreign(path: str | Path) -> OutputExists:
     """An output that no manifest speaks of."""
     return OutputExists(
         f"the output {str(path)!r} exists already, and no manifest says what it holds; nothing is ever overwritten. Choose "
-        "another path, remove it, or pass fresh=True (--fresh) to start over."
+        "another path, remove it, or, where it is an array, pass fresh=True (--fresh) to start over."
     )
 
 

@@ -355,7 +355,9 @@ def test_rows_are_missing(folder: Path) -> None:
     how = ("--devices", "inline", "--on-error", "skip", "--retries", "0", "--batch-size", "10", "--no-pad", "--no-progress")
     done = invoke("run", "cli_nets:fails", "bad.npy", "y.npy", *how, "--json", "--report", "r.html")
     assert (done.exit_code, json.loads(done.stdout)["failed_rows"]) == (3, [7])
-    assert done.stderr == "daskinfer: 1 rows have no answer; failed_rows.json beside it lists them\n"
+    listed = "y.npy.daskinfer/failed_rows.json"
+    said = f"1 rows of y.npy have no answer, as {listed} lists; once they are mended, --fresh starts over"
+    assert done.stderr == f"daskinfer: {said}\n"
     assert "<html" in Path("r.html").read_text()
 
 

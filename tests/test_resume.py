@@ -26,7 +26,7 @@ from click.testing import CliRunner
 import daskinfer as di
 from daskinfer import durable, ledger, outputs, staging
 from daskinfer.cli import main
-from daskinfer.errors import ChunkError, Interrupted, OutputExists, OutputLocked, StorageError
+from daskinfer.errors import ChunkError, Interrupted, OutputExists, OutputLocked, StorageError, TooManyFailures
 from daskinfer.verifying import verify
 from tests.conftest import wait_until
 from tests.crashing import digest
@@ -590,6 +590,22 @@ def test_rows_that_fail(tmp_path: Path, in_folder: Path, suffix: str) -> None:
     assert str(verify(y)).endswith("as they were written; 2 of them without an answer (failed_rows.json says which)")
 
 
+@pytest.mark.parametrize(("shard", "allowed"), [(None, 5), (None, "2.5%"), ((1, 2), 5), ((1, 2), "5.3%")])
+def test_repeating_allows_no_more_failures(tmp_path: Path, shard: tuple[int, int] | None, allowed: int | str) -> None:
+    """Rows that failed in earlier attempts count: the same call ends the same way, until more are allowed."""
+    x, how = X.copy(), {"on_error": "skip", "retries": 0, "shard": shard, **HOW}
+    x[3:90:16] = 7  # six, one per micro-batch, in the first shard
+    for _ in range(3):
+        with pytest.raises(TooManyFailures, match=f"6 rows failed; max_failed_rows={allowed!r} allows 5") as caught:
+            di.run(picky, x, tmp_path / "y.npy", max_failed_rows=allowed, **how)
+        assert "repeat the call, with a larger max_failed_rows (--max-failed-rows), to go on" in caught.value.__notes__[0]
+    with pytest.raises(TooManyFailures, match=r"5 rows failed; max_failed_rows=4 allows 4\. Mend the rows"):
+        di.run(picky, x, tmp_path / "y.npy", max_failed_rows=4, **how)
+    report = di.run(picky, x, tmp_path / "y.npy", max_failed_rows=6, **how)
+    assert report.failed_rows == tuple(range(3, 90, 16))
+    assert report.rows_before > 0
+
+
 def test_rows_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an output that is not complete, on_error="raise" computes rows again that were skipped before."""
     x, y, finish = X.copy(), tmp_path / "y.npy", outputs.Outputs.finish
@@ -612,7 +628,8 @@ def test_missing_rows_on_the_command_line(in_folder: Path, monkeypatch: pytest.M
     for _ in range(2):
         done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", *how])
         assert done.exit_code == 3, done.stderr
-        assert done.stderr == "daskinfer: 1 rows have no answer; failed_rows.json beside it lists them\n"
+        said = "1 rows of y.npy have no answer, as y.npy.daskinfer/failed_rows.json lists; once they are mended, --fresh"
+        assert done.stderr == f"daskinfer: {said} starts over\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

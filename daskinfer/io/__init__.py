@@ -90,7 +90,8 @@ def check_path(path: str | os.PathLike[str]) -> str:
     _format(path, "the output")
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
-        raise SourceMissing(f"the output's folder {folder!r} does not exist; a folder is needed. Create it first.")
+        state = "is a file" if os.path.exists(folder) else "does not exist"
+        raise SourceMissing(f"the output's folder {folder!r} {state}; a folder is needed. Create it, or correct the path.")
     return path
 
 
