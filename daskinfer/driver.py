@@ -201,23 +201,23 @@ class Run:
         failure = Failure(chunk.start, chunk.stop, device, f"{type(error).__name__}: {error}")
         return _stored(chunk, Block(arrays, receipt, failures=(failure,)), call.targets, time.time(), 0.0)
 
-    def _policy(self, client: Client, folders: Mapping[str, str]) -> Policy:
+    def _policy(self, client: Client, folders: Mapping[str, str], back: Callable[[str], None]) -> Policy:
         options = self._call.job.options
         replacer = Replacer(client, folders, allowed=options.restart_workers)
-        return Policy(options.retries, options.chunk_timeout, replacer, self._give_up, self.tell)
+        return Policy(options.retries, options.chunk_timeout, replacer, self._give_up, back, self.tell)
 
     def _on_workers(self, client: Client, dealer: Dealer | None = None) -> Iterator[Finished]:
         """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
         self.tell.connected(client)
-        with ready(self._call, client) as (lanes, feeder, recipe, folders):
+        with ready(self._call, client) as (lanes, feeder, shipment, folders):
             if dealer is None:
-                order = order_of(self._call, recipe)
+                order = order_of(self._call, shipment.recipe)
                 self._choose(tuned(self._call, client, order, lanes, feeder.task, self._tell_tried))
                 dealer = dealer_of(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
-            errand = Errand(client, order_of(self._call, recipe))
+            errand = Errand(client, order_of(self._call, shipment.recipe))
             settles = bool(self._call.targets)
-            policy = self._policy(client, folders)
+            policy = self._policy(client, folders, shipment.to)
             with Window(client, run_task, errand, lanes, feeder.task, policy, settles=settles) as window:
                 yield from window.run(dealer, self._before, lambda: self.draining)
         known = memory.of(self._call.key).speeds
@@ -327,9 +327,9 @@ def speeds(call: Call) -> dict[str, float]:
         _, speed = measure_here(call, feeder_of(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
         found = {call.placement.devices[0].name: speed}
     else:
-        with opened(call.placement) as client, ready(call, client) as (lanes, feeder, recipe, _):
+        with opened(call.placement) as client, ready(call, client) as (lanes, feeder, shipment, _):
             sizes, n_rows = call.tried_sizes[:1], call.layout.n_rows // len(lanes)
-            by_lane = measured(call, client, order_of(call, recipe), lanes, feeder.task, sizes, n_rows)
+            by_lane = measured(call, client, order_of(call, shipment.recipe), lanes, feeder.task, sizes, n_rows)
             found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
     memory.of(call.key).speeds.update(found)
     return found

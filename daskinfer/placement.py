@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from distributed import Client
+from distributed.comm import CommClosedError
 
 from daskinfer import worker
 from daskinfer.device import Device, check_drivable, machine, parse
@@ -108,11 +109,16 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
 
 
 def _of_client(client: Client) -> Placement:
+    if not isinstance(client, Client):
+        raise ClusterError(
+            f"client is a {type(client).__name__}; a distributed.Client is needed. Make one with Client(…) of "
+            "the cluster, or of its scheduler's address."
+        )
     if client.asynchronous or client.status != "running":
         state = "asynchronous" if client.asynchronous else client.status
         raise ClusterError(f"the client is {state}; a running synchronous one is needed. Make one with Client(cluster).")
     check_installed(client)
-    found: dict[str, Device] = client.run(worker.describe)
+    found = _described(client)
     if not found:
         raise ClusterError(
             f"the client of {client.scheduler.address} has no workers; at least one is needed. Start one, or wait for it "
@@ -122,6 +128,15 @@ def _of_client(client: Client) -> Placement:
     there = workers_of(client)
     nannies = tuple(_nanny(there.get(address, {}), device) for address, device in ordered)
     return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered), nannies)
+
+
+def _described(client: Client) -> dict[str, Device]:
+    """The device of every worker; those that go while they are asked are none."""
+    found: dict[str, Any] = client.run(worker.describe, on_error="return")
+    for answer in found.values():
+        if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
+            raise answer
+    return {address: device for address, device in found.items() if isinstance(device, Device)}
 
 
 def check_installed(client: Client) -> None:

@@ -19,7 +19,7 @@ from daskinfer.model import Recipe
 from daskinfer.pace import memory
 from daskinfer.placement import Placement
 from daskinfer.preflight import Answer
-from daskinfer.shipping import shipped
+from daskinfer.shipping import Shipment, shipped
 from daskinfer.task import Order
 from daskinfer.transport import Arena
 from daskinfer.window import AWAY_SECONDS
@@ -63,7 +63,7 @@ def feeder_of(call: Call, client: Client | None) -> Feeder:
 
 
 @contextlib.contextmanager
-def ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Recipe, dict[str, str]]]:
+def ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Shipment, dict[str, str]]]:
     """Everything that has to be there before the first chunk: plugin, shared memory, the preflight, the network.
 
     Last the folder of each device's cluster, where it is ours.
@@ -83,8 +83,8 @@ def ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Reci
         answers = preflight.ask(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref))
         folders = {address: answer.scratch for address, answer in answers.items()}
         loaded = {address for address, answer in answers.items() if answer.loaded}
-        recipe = stack.enter_context(shipped(client, call.recipe, folders, loaded))
-        yield _lanes(call, answers, arena, n_tasks), feeder, recipe, {a.device: a.scratch for a in answers.values()}
+        shipment = stack.enter_context(shipped(client, call.recipe, folders, loaded))
+        yield _lanes(call, answers, arena, n_tasks), feeder, shipment, {a.device: a.scratch for a in answers.values()}
 
 
 def order_of(call: Call, recipe: Recipe) -> bytes:

@@ -3,15 +3,17 @@
 Where a folder of our own cluster lies on this machine, the client writes the file itself and leaves it there, by the
 network's key: a worker that is restarted finds it, and the next call with the same network sends nothing. The last
 ``MAX_SHIPPED`` are kept; the folder goes with its cluster. On clusters of others the file goes through a worker of each
-host, into a folder of this user's, and is removed when the call ends.
+host, into a folder of this user's, and is removed when the call ends. There it goes to hosts where a worker lacks the
+network; and to one where all had it once a worker comes, in place of one that died, that has not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from distributed import Client
@@ -21,12 +23,49 @@ from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
 from daskinfer.model_file import check_private
 from daskinfer.placement import workers_of
 
+logger = logging.getLogger(__name__)
+
 MAX_SHIPPED = MAX_MODELS  # what a worker keeps loaded
 
 
+class Shipment:
+    """A network that was shipped: ``recipe`` is what travels in tasks.
+
+    Parameters
+    ----------
+    client
+        Whose workers are meant.
+    recipe
+        What travels.
+    content
+        The bytes of the file, made when they are needed; None where no file was, or need be, shipped to hosts of others.
+    hosts
+        Hosts of others that have the file; more come with :meth:`to`.
+    """
+
+    def __init__(
+        self, client: Client, recipe: Recipe, content: Callable[[], bytes] | None = None, hosts: Collection[str] = ()
+    ) -> None:
+        self.recipe, self.hosts = recipe, set(hosts)
+        self._client, self._content = client, content
+
+    def to(self, address: str) -> None:
+        """See that the host of a worker that came meanwhile has the file."""
+        host = workers_of(self._client).get(address, {}).get("host")
+        if self._content is None or host is None or host in self.hosts:
+            return
+        assert isinstance(self.recipe, ShippedModel)  # all that has a content
+        self.hosts.add(host)
+        try:
+            self._client.run(_receive, None, self.recipe.name, self._content(), workers=[address])
+        except OSError as error:  # it died, too: the next one in its place gets the file
+            self.hosts.discard(host)
+            logger.debug("the network did not reach %s (%r)", address, error)
+
+
 @contextlib.contextmanager
-def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: Collection[str]) -> Iterator[Recipe]:
-    """While inside, every host of the cluster has the network's file; what is yielded travels in tasks instead of it.
+def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: Collection[str]) -> Iterator[Shipment]:
+    """While inside, every host of the cluster where a worker lacks the network has its file.
 
     Parameters
     ----------
@@ -40,24 +79,26 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
         Workers that have loaded the network already.
     """
     if not isinstance(recipe, PackedModel):
-        yield recipe
+        yield Shipment(client, recipe)
         return
     here = {folder for folder in folders.values() if folder and os.path.isdir(folder)}
-    elsewhere = _receivers(client, [address for address, folder in folders.items() if folder not in here], loaded)
-    hosts = set(elsewhere.values())
+    others = [address for address, folder in folders.items() if folder not in here]
     # Ours stays, by its key; on a host of others another call with the same network may end first.
-    name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if elsewhere else ''}.safetensors"
+    name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if others else ''}.safetensors"
     for folder in here:
         _keep(folder, name, recipe)
+    elsewhere = _receivers(client, others, loaded)
+    travelling = ShippedModel(recipe.key, name, recipe.nbytes)
+    shipment = Shipment(client, travelling, recipe.packed.to_bytes if others else None, elsewhere.values())
     try:
         if elsewhere:
             client.run(_receive, None, name, recipe.packed.to_bytes(), workers=list(elsewhere))
-        yield ShippedModel(recipe.key, name, recipe.nbytes)
+        yield shipment
     finally:
-        if elsewhere and client.status == "running":
+        if shipment.hosts and client.status == "running":
             # By whatever worker is on the host now: the one that received it may have died.
-            client.run(_forget, name, workers=_one_each(client, hosts), on_error="ignore")
-        elif elsewhere:
+            client.run(_forget, name, workers=_one_each(client, shipment.hosts), on_error="ignore")
+        elif shipment.hosts:
             _forget(name)  # the scheduler is lost: of all hosts this one is reached still
 
 

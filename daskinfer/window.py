@@ -56,6 +56,8 @@ class Policy:
     give_up
         Called with a chunk that will not be tried again, the name of its device and why: what stands in for its answer, or
         the error is raised.
+    back
+        Called with the address of a worker in place of one that died, before it gets a task.
     tell
         Gets the events of tasks and devices.
     """
@@ -64,6 +66,7 @@ class Policy:
     chunk_timeout: float | None
     replacer: Replacer
     give_up: Callable[[Chunk, str, ChunkError], Finished]
+    back: Callable[[str], None] = lambda address: None
     tell: Listeners = field(default_factory=Listeners)
 
 
@@ -301,6 +304,7 @@ class Window:
         if lane.away_since is not None:
             lane.away_since, lane.quiet_since = None, now
         if lane.workers and address not in lane.workers:  # its nanny brought it back
+            self._policy.back(address)
             lane.restriction = {"workers": [address]}
             yield from self._take_back(lane, dealer)
         if task := lane.hangs(self._policy.chunk_timeout, now):

@@ -2,25 +2,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
 
 import daskinfer as di
-from daskinfer import driver
+from daskinfer import driver, worker
 from daskinfer.driver import opened as open_
 from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.hardware import Device, machine
 from daskinfer.launch import memory_per_worker, resource
-from daskinfer.placement import Placement, place
+from daskinfer.placement import Placement, place, workers_of
+from tests.conftest import wait_until
 from tests.dask_commands import others
 from tests.nvml_stand_in import LIBRARY, build
 
@@ -110,6 +114,33 @@ def test_the_kept_cluster_is_asked_for_by_what_pins_its_devices(monkeypatch: pyt
     assert asked == []
     with open_(placement) as opened:
         assert (opened, asked) == ("client", [["GPU-1", "cpu"]])
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_when_it_is_asked_is_none(
+    foreign: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place in the call is lost, and the call is not."""
+    sign, describe = tmp_path / "sign", worker.describe
+
+    def first_dies(dask_worker: Worker) -> Device:
+        with contextlib.suppress(FileExistsError):
+            sign.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return describe(dask_worker)
+
+    monkeypatch.setattr(worker, "describe", first_dies)
+    assert len(place("auto", foreign).devices) == 1
+    wait_until(lambda: len(workers_of(foreign)) == 2, 60)
+
+
+@pytest.mark.parametrize("given", ["tcp://127.0.0.1:8786", 3])
+def test_what_is_no_client_is_refused(given: Any) -> None:
+    """An address, or a cluster, is no client: the message says how to make one of it."""
+    with pytest.raises(
+        ClusterError, match=r"client is a (str|int); a distributed\.Client is needed\. Make one with Client\("
+    ):
+        di.predict(np.negative, np.zeros(3), client=given)
 
 
 @pytest.mark.parametrize("devices", ["cpu", ["auto"], "inline"])

@@ -184,6 +184,17 @@ def test_a_worker_of_others_that_dies(foreign: Client, tmp_path: Path, reads: bo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
+def test_a_worker_of_others_that_dies_in_a_later_call(foreign: Client, tmp_path: Path) -> None:
+    """Where all workers had the network nothing was sent; the one in place of the dead gets it all the same."""
+    net = faulty.network(tmp_path, faulty.killed, [1234], times=1, seconds=0.01)
+    how: dict[str, Any] = {"client": foreign, "batch_size": CHUNK_ROWS, "device_weights": [1, 1]}
+    di.predict(net, X[: 4 * CHUNK_ROWS], **how)
+    np.testing.assert_array_equal(di.predict(net, X, **how), 2 * X)
+    assert len(faulty.acted(tmp_path)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_a_worker_of_others_that_hangs_is_left_alone(foreign: Client, tmp_path: Path) -> None:
     """Unless it is allowed nobody restarts it, and the other worker does its chunks."""
     before = foreign.run(os.getpid)

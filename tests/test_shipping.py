@@ -51,7 +51,8 @@ def test_one_file_per_host_stays_with_our_cluster(cluster_client: Client) -> Non
     """A network in memory lies in one file per host, which a restarted worker and the next call find again."""
     recipe = Model(big_net(1)).recipe()
     for _ in range(2):
-        with shipping.shipped(cluster_client, recipe, *folders_and_loaded(cluster_client, recipe)) as travelling:
+        with shipping.shipped(cluster_client, recipe, *folders_and_loaded(cluster_client, recipe)) as shipment:
+            travelling = shipment.recipe
             assert isinstance(travelling, ShippedModel)
             assert len(pickle.dumps(travelling)) < 500  # whatever the network's size
     seen = cluster_client.run(shipped_files).values()
@@ -82,8 +83,8 @@ def test_not_sent_again(cluster_client: Client, monkeypatch: pytest.MonkeyPatch)
 def test_files_and_factories_travel_by_reference(cluster_client: Client) -> None:
     """What every worker can read or import by itself is not shipped."""
     recipe = Model("torch.nn:Identity").recipe()
-    with shipping.shipped(cluster_client, recipe, {}, set()) as travelling:
-        assert travelling is recipe
+    with shipping.shipped(cluster_client, recipe, {}, set()) as shipment:
+        assert shipment.recipe is recipe
     np.testing.assert_array_equal(di.predict("torch.nn:Identity", X, client=cluster_client), X)
 
 
@@ -94,8 +95,12 @@ def test_on_clusters_of_others_a_file_goes_with_its_call(plain_client: Client) -
     recipe = Model(net).recipe()
     folders, loaded = folders_and_loaded(plain_client, recipe)
     assert loaded == set(folders)
-    with shipping.shipped(plain_client, recipe, folders, loaded):
+    with shipping.shipped(plain_client, recipe, folders, loaded) as shipment:
         assert not shipped_files()
+        for address in ("tcp://gone", *folders):  # of workers that come while the call goes on
+            shipment.to(address)
+            assert len(shipped_files()) == (address in folders)
+    assert not shipped_files()
     with shipping.shipped(plain_client, recipe, folders, set()):
         assert len(shipped_files()) == 1
     assert not shipped_files()

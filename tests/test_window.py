@@ -241,9 +241,9 @@ def test_a_shipped_network_goes_though_its_receiver_died(foreign: Client) -> Non
     """On a cluster of others the network's file is removed at the end of the call, whichever worker had received it."""
     recipe = Model(torch.nn.Linear(3, 2)).recipe()
     before = set(workers_of(foreign))
-    with shipping.shipped(foreign, recipe, dict.fromkeys(before, ""), set()) as travelling:
-        assert isinstance(travelling, ShippedModel)
-        path = Path(shipped_path(travelling.name))
+    with shipping.shipped(foreign, recipe, dict.fromkeys(before, ""), set()) as shipment:
+        assert isinstance(shipment.recipe, ShippedModel)
+        path = Path(shipped_path(shipment.recipe.name))
         assert path.exists()
         for pid in foreign.run(os.getpid).values():
             os.kill(pid, signal.SIGKILL)
