@@ -328,6 +328,8 @@ def progress_of(asked: bool | None) -> Any:
     from daskinfer.status_words import sentence
 
     def say(status: Status) -> None:
+        if status.ended and status.seconds is None and status.error:
+            return  # the command's own last line says it
         log_lines.progress_logger.info("%s", sentence(status), extra={"fields": asdict(status)})
 
     if asked is False:

@@ -150,11 +150,13 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
             try:
                 yield outputs
             except BaseException as error:
-                if any(ledger.done for ledger in ledgers) or isinstance(error, KeyboardInterrupt) or wanted.shard:
-                    kept = ", ".join(str(ledger.partial) for ledger in ledgers)
+                kept = ", ".join(str(ledger.partial) for ledger in ledgers)
+                if any(ledger.done for ledger in ledgers) or wanted.shard:
                     error.add_note(
                         f"What is done is kept ({kept}); repeat the call{_but(error)} to go on with what is missing."
                     )
+                elif isinstance(error, KeyboardInterrupt):
+                    error.add_note(f"Nothing is stored yet ({kept}); repeat the call to begin again.")
                 raise
 
 

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from distributed import Client
 
 import daskinfer as di
+from daskinfer import variables
 from daskinfer.cli import main
 
 FACTORY = """
@@ -242,6 +243,16 @@ def test_what_is_mistyped_is_said_before_torch_is_imported(folder: Path, argumen
     assert done.returncode == 2
     assert re.search(f"daskinfer: error: .*{said}", done.stderr)
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_workers_is_said_once(folder: Path) -> None:
+    """What ends a run before its first chunk is the command's last line, and not a line of progress, too."""
+    only_here = f"import os\nif {variables.DEVICE!r} in os.environ:\n    raise ImportError('only here')\n"
+    (folder / "cli_here.py").write_text(only_here + "from cli_nets import linear\n")
+    done = installed("run", "cli_here:linear", "x.npy", "y.npy", "--devices", "cpu")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("only here") == 1, done.stderr
 
 
 def test_stdout_is_the_result_alone(folder: Path) -> None:

@@ -636,7 +636,7 @@ def test_missing_rows_on_the_command_line(in_folder: Path, monkeypatch: pytest.M
 def test_signals_on_the_command_line(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    """A command that was stopped ends with 130 or 143, and says how to go on."""
+    """A command that was stopped ends with 130 or 143, and says what is stored and how to go on."""
     np.save("x.npy", X)
     (in_folder / "resume_nets.py").write_text(NETS)
     monkeypatch.setattr(sys, "path", sys.path.copy())
@@ -647,8 +647,8 @@ def test_signals_on_the_command_line(
     monkeypatch.setattr(outputs.Outputs, "keep", stop)
     done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", "--devices", "inline"])
     assert done.exit_code == code
-    assert "daskinfer: stopped. What is done is kept" in done.stderr
-    assert "repeat the call to go on" in done.stderr
+    assert "daskinfer: stopped. Nothing is stored yet" in done.stderr
+    assert "repeat the call to begin again" in done.stderr
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
