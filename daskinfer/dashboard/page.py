@@ -120,7 +120,8 @@ class View:
         runs = {shown.snapshot.status.run: shown for shown in self._board.runs}
         if not runs:
             return
-        shown = runs.get(self._choice.value) or next(iter(runs.values()))
+        going_on = (each for each in runs.values() if _state(each) == _GOES_ON)
+        shown = runs.get(self._choice.value) or next(going_on, next(iter(runs.values())))
         choice = [("", "the latest"), *((run, _title(each)) for run, each in runs.items())]
         n_others = sum(_state(other) == _GOES_ON for other in runs.values() if other is not shown)
         seen = (shown.snapshot.status.run, shown.n_heard, choice)
@@ -307,7 +308,8 @@ def _headline(shown: Shown, n_others: int) -> str:
     if state in _GONE:
         said.append(_GONE[state])
     elif status.seconds is not None and not status.ended:
-        said.append(f"{sum(device.n_in_flight for device in status.devices):,} chunks in flight")
+        n_in_flight = sum(device.n_in_flight for device in status.devices)
+        said.append("1 chunk in flight" if n_in_flight == 1 else f"{n_in_flight:,} chunks in flight")
     head = f"<b>{html.escape(_short(status.model))}</b>{bar}{html.escape(', '.join(said))}"
     if n_others:
         others = "another run goes on" if n_others == 1 else f"{n_others} other runs go on"
