@@ -10,7 +10,6 @@ from distributed import Client
 from daskinfer import driver, graph, kept
 from daskinfer.answering import answered, streamed, warn_of_rows
 from daskinfer.assembly import (
-    Refusals,
     Weights,
     assemble,
     even_chunks,
@@ -18,7 +17,7 @@ from daskinfer.assembly import (
     keep_bfloat16,
 )
 from daskinfer.device import DeviceTable, here
-from daskinfer.errors import OptionError
+from daskinfer.errors import OptionError, Refusals
 from daskinfer.grid import auto_batch_size, check_batch_size
 from daskinfer.hardware import machine
 from daskinfer.in_order import InOrder

@@ -6,8 +6,7 @@ Nothing starts here: no cluster, no task, and no row is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from distributed import Client
 
 from daskinfer.arrays import Array
 from daskinfer.call import Call, key_of
-from daskinfer.errors import DaskInferError, InputError, OutputExists, PlanError
+from daskinfer.errors import InputError, OutputExists, PlanError, Refusals
 from daskinfer.grid import auto_batch_size, check_batch_size, read_grid, within
 from daskinfer.hardware import machine
 from daskinfer.input_mark import input_mark
@@ -42,29 +41,6 @@ Weights = str | Sequence[float] | Mapping[str, float]
 WRITE_UNIT_NBYTES = 1 << 20
 # Write-units in the smallest share: every share is met to within 1/64 of it; arbitrary.
 MIN_WRITE_UNITS = 32
-
-
-class Refusals:
-    """Collects errors raised on purpose, so that a user hears of all of them in one go."""
-
-    def __init__(self) -> None:
-        self._errors: list[DaskInferError] = []
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Keep an error of ours for later; others pass."""
-        try:
-            yield
-        except DaskInferError as error:
-            self._errors.append(error)
-
-    def raise_if_any(self) -> None:
-        """Raise the one error, or one that lists them all."""
-        if len(self._errors) == 1:
-            raise self._errors[0]
-        if self._errors:
-            said = (e.reasons if isinstance(e, PlanError) else [str(e)] for e in self._errors)
-            raise PlanError([reason for reasons in said for reason in reasons])
 
 
 @dataclass(frozen=True)
@@ -116,8 +92,19 @@ class Work:
             "faster; what is measured decides",
         )
 
-    def call(self, targets: Sequence[Target] = (), done: Sequence[tuple[int, int]] = ()) -> Call:
-        """What the driver computes; ``targets`` are files that the workers write to, ``done`` row ranges that they hold."""
+    def call(
+        self,
+        targets: Sequence[Target] = (),
+        done: Sequence[tuple[int, int]] = (),
+        n_failed: int = 0,
+        part: tuple[int, int] | None = None,
+    ) -> Call:
+        """What the driver computes.
+
+        ``targets`` are files that the workers write to, ``done`` row ranges that they hold, ``n_failed`` of these rows
+        without an answer, ``part`` (start, stop) the call's part of the input, None: all of it.
+        """
+        start, stop = part or (0, self.layout.n_rows)
         return Call(
             inputs=self.inputs,
             recipe=self.recipe,
@@ -132,7 +119,8 @@ class Work:
             targets=tuple(targets),
             tunable=self.tunable,
             done=tuple(done),
-            part_rows=self.layout.n_rows,
+            part_rows=stop - start,
+            n_failed=n_failed,
         )
 
     def answer(self, arrays: Sequence[Array]) -> Any:

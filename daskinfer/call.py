@@ -43,11 +43,11 @@ class Call:
     readers: int
     row_nbytes: int
     chunk_nbytes: int
+    part_rows: int
     targets: tuple[Target, ...] = ()
     tunable: bool = False
     done: tuple[tuple[int, int], ...] = ()
     n_failed: int = 0
-    part_rows: int = 0
 
     def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
         """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""

@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from daskinfer import job_file, log_lines
 from daskinfer.command import results_only
-from daskinfer.errors import ClusterError, OptionError
+from daskinfer.errors import ClusterError, OptionError, Refusals
 
 if TYPE_CHECKING:
     from daskinfer.status import Status
@@ -302,17 +302,22 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
 
 
 def _refuse_early(given: Mapping[str, Any]) -> None:
-    """Say what is most often mistyped, paths and devices, before torch is imported, which takes seconds."""
+    """Say what is most often mistyped, paths and devices, all of it, before torch is imported, which takes seconds."""
     from daskinfer.device import parse
     from daskinfer.hardware import machine
     from daskinfer.io import check_path, open_source
 
+    refusals = Refusals()
     for path in paths(given["input"]):
-        open_source(path)
+        with refusals.collect():
+            open_source(path)
     for path in paths(given["output"]):
-        check_path(path)
-    if not given["scheduler"]:
-        parse(given["devices"], machine())
+        with refusals.collect():
+            check_path(path)
+    with refusals.collect():
+        if not given["scheduler"]:
+            parse(given["devices"], machine())
+    refusals.raise_if_any()
 
 
 def paths(ports: str | Mapping[str, str] | None) -> list[str]:

@@ -31,7 +31,8 @@ A message has four parts: which thing, what was got, what is allowed, what to ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
@@ -172,3 +173,26 @@ class Interrupted(DaskInferError, KeyboardInterrupt):
 
 class MissingExtra(DaskInferError, ImportError):
     """An optional package that is not installed; the message names the extra to install."""
+
+
+class Refusals:
+    """Collects errors raised on purpose, so that a user hears of all of them in one go."""
+
+    def __init__(self) -> None:
+        self._errors: list[DaskInferError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep an error of ours for later; others pass."""
+        try:
+            yield
+        except DaskInferError as error:
+            self._errors.append(error)
+
+    def raise_if_any(self) -> None:
+        """Raise the one error, or one that lists them all."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            said = (e.reasons if isinstance(e, PlanError) else [str(e)] for e in self._errors)
+            raise PlanError([reason for reasons in said for reason in reasons])

@@ -96,14 +96,13 @@ def run(
     with opened(work.wanted, fresh=fresh) as outputs:
         if outputs.header.sizes != work.wanted.headers[0].sizes:
             work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units
-        call = work.call(outputs.targets, outputs.done)
-        n_failed, (start, stop) = len(outputs.without_answer["failed_rows"]), outputs.rows
-        running = driver.Run(replace(call, n_failed=n_failed, part_rows=stop - start), listeners(progress))
+        done = outputs.done, outputs.n_failed, outputs.rows
+        call = driver.Run(work.call(outputs.targets, *done), listeners(progress))
 
         def keep(finished: Finished) -> None:
-            outputs.keep(finished, running.batch_size, running.by_kind)
+            outputs.keep(finished, call.batch_size, call.by_kind)
 
-        report = compute(work, keep, running, outputs.rows) if outputs.missing else nothing_to_do(work)
+        report = compute(work, keep, call, outputs.rows) if outputs.missing else nothing_to_do(work)
         outputs.finish()
     return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
 

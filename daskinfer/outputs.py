@@ -63,7 +63,8 @@ class Outputs:
         self.rows = shard_rows(self.header.n_rows, self.header.unit_rows, wanted.shard)
         done = in_all([ledger.done for ledger in ledgers], self.header.n_rows)
         n_done = sum(b - a for a, b in in_all([done, [self.rows]], self.header.n_rows))
-        self.n_before = n_done - len(self.without_answer["failed_rows"])
+        self.n_failed = len(self.without_answer["failed_rows"])
+        self.n_before = n_done - self.n_failed
         # What belongs to others counts as done.
         start, stop = self.rows
         self.done = tuple(merged([*done, (0, start), (stop, self.header.n_rows)]))
@@ -153,14 +154,14 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
                 kept = ", ".join(str(ledger.partial) for ledger in ledgers)
                 if any(ledger.done for ledger in ledgers) or wanted.shard:
                     error.add_note(
-                        f"What is done is kept ({kept}); repeat the call{_but(error)} to go on with what is missing."
+                        f"What is done is kept ({kept}); repeat the call{_cure(error)} to go on with what is missing."
                     )
                 elif isinstance(error, KeyboardInterrupt):
                     error.add_note(f"Nothing is stored yet ({kept}); repeat the call to begin again.")
                 raise
 
 
-def _but(error: BaseException) -> str:
+def _cure(error: BaseException) -> str:
     """What else than the same call may be needed to go on after an error."""
     if isinstance(error, TooManyFailures):
         return ", with a larger max_failed_rows (--max-failed-rows),"

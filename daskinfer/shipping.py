@@ -60,7 +60,7 @@ class Shipment:
             self._client.run(_receive, None, self.recipe.name, self._content(), workers=[address])
         except OSError as error:  # it died, too: the next one in its place gets the file
             self.hosts.discard(host)
-            logger.debug("the network did not reach %s (%r)", address, error)
+            logger.warning("the network did not reach %s (%r)", address, error)
 
 
 @contextlib.contextmanager

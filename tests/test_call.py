@@ -51,6 +51,7 @@ def call_of(
     job = Job(inputs.ports, layout.batch_size, options or Options())
     placement = Placement(tuple(Device(f"cpu:{i}", "cpu", i) for i in range(len(weights))))
     given_fields = {"balanced": False, "readers": 1, "row_nbytes": ROW_NBYTES, "chunk_nbytes": CHUNK_NBYTES} | fields
+    given_fields["part_rows"] = inputs.n_rows
     return Call(inputs, as_model(model).recipe(), job, placement, tuple(weights), layout, **given_fields)
 
 

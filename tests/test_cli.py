@@ -235,13 +235,14 @@ def installed(*arguments: str, program: str = "daskinfer", **how: Any) -> subpro
         (["gone.npy", "y.npy"], "gone.npy' does not exist"),
         (["x.npy", "a=gone/y.npy"], "the output's folder .* does not exist"),
         (["x.npy", "y.npy", "--devices", "tpu"], "tpu"),
+        (["gone.npy", "gone/y.npy", "--devices", "tpu"], "gone.npy' does not exist.*output's folder .* does not exist.*tpu"),
     ],
 )
 def test_what_is_mistyped_is_said_before_torch_is_imported(folder: Path, arguments: list[str], said: str) -> None:
     """Importing torch takes seconds: paths and devices are looked at before."""
     done = installed("run", "cli_nets:linear", *arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 2
-    assert re.search(f"daskinfer: error: .*{said}", done.stderr)
+    assert re.search(f"daskinfer: error: .*{said}", done.stderr, re.DOTALL)
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
