@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ class Elsewhere(ABC):
     def read_into(self, out: Array) -> None:
         """Copy all of it into a C-contiguous array of the same shape and dtype."""
 
+    def copier(self, out: Array) -> Callable[[int], None]:
+        """What copies ``len(out)`` rows from a row on into ``out``, of the same dtype; called many times."""
+        return lambda begin: self[begin : begin + len(out)].read_into(out)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         out = np.empty(self.shape, self.dtype)
         self.read_into(out)
@@ -62,6 +67,13 @@ def copy_rows(rows: Array | Elsewhere, out: Array) -> None:
         rows.read_into(out)
     else:
         out[...] = rows
+
+
+def copier(rows: Array | Elsewhere, out: Array) -> Callable[[int], None]:
+    """What copies ``len(out)`` rows from a row on into ``out``, as :func:`copy_rows` does; called many times."""
+    if isinstance(rows, Elsewhere) and rows.dtype == out.dtype:
+        return rows.copier(out)
+    return lambda begin: copy_rows(rows[begin : begin + len(out)], out)
 
 
 def numpy_of(tensor: torch.Tensor) -> Array:

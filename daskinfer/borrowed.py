@@ -80,6 +80,20 @@ class Borrowed(Elsewhere):
         """
         read(self.pid, self.address, out)
 
+    def copier(self, out: Array) -> Callable[[int], None]:
+        """As :meth:`read_into`, with the call to the system made ready."""
+        row_nbytes, wanted = self.dtype.itemsize * math.prod(self.shape[1:]), out.nbytes
+        pid, address, reader = self.pid, self.address, _reader()
+        places = _Places(out.__array_interface__["data"][0], wanted, address, wanted)
+        here, there = ctypes.byref(places), ctypes.byref(places, _PLACE_NBYTES)
+
+        def copy(begin: int) -> None:
+            places[2] = start = address + begin * row_nbytes
+            if reader(pid, here, 1, there, 1, 0) != wanted:
+                read(pid, start, out)  # the rest of it, or why not
+
+        return copy
+
 
 def lendable(array: Array) -> bool:
     """Whether the system gives the bytes of an array of this process to others; of a driver's memory it may not."""

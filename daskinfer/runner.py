@@ -4,10 +4,9 @@ Micro-batches lie on a grid that starts at row 0 of the whole input, whatever th
 inside its micro-batch, and what the chunk does not hold of it is zeros, so the network sees every row at the same place of
 a tensor of the same shape however the input is cut. The last bits of an answer depend on both.
 
-The caller's rows are copied into a buffer of the runner's own: a network may write into its input, the source may be
-read-only, and a retry has to see what the first attempt saw (decision 11). The buffers serve all micro-batches of a chunk,
-since fresh pages cost more than the copy. What is done per micro-batch beside the network is kept short: its code is not in
-the processor's caches any more, after the tensors that went through them, and takes four times as long as alone (measured).
+What is done per micro-batch beside the network is kept short: its code is not in the processor's caches any more, after the
+tensors that went through them, and takes four times as long as alone (measured). So whole micro-batches of a network that
+gives one tensor go through a loop of their own, :meth:`_Pass._go_on`.
 
 Out of memory, the micro-batch is halved, the tensors of the failed attempt are let go, and the same rows are run again; a
 model remembers what it could hold of rows of this shape. Answers then agree within rounding, and the receipt says which
@@ -28,12 +27,13 @@ import numpy as np
 import torch
 
 from daskinfer import bad_rows
-from daskinfer.arrays import NUMBERS, Array, Elsewhere, UnreadableError, copy_rows, to_numpy
+from daskinfer.arrays import Array, Elsewhere, UnreadableError, numpy_of, to_numpy
+from daskinfer.buffers import Buffers
 from daskinfer.chunk_errors import AtFaultError, is_out_of_memory, is_sticky, said_of_rows
 from daskinfer.errors import ModelError, OptionError
 from daskinfer.loaded import LoadedModel
 from daskinfer.options import Options
-from daskinfer.structure import Ports, Structure, call, flatten
+from daskinfer.structure import ONE_ARRAY, Ports, Structure, call, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -129,18 +129,6 @@ def _shrink(model: LoadedModel, batch_size: int) -> int:
     return smaller
 
 
-@dataclass(frozen=True, slots=True)
-class _Buffer:
-    """Where the rows of a micro-batch lie on their way to the device, and the dtype that torch casts them to there.
-
-    ``looks`` is what it was made for: how many rows, and their shape and dtype.
-    """
-
-    looks: tuple[int, tuple[int, ...], np.dtype[Any]]
-    array: Array
-    by_torch: torch.dtype | None
-
-
 class _Pass:
     """One attempt at a chunk with one micro-batch size."""
 
@@ -159,16 +147,21 @@ class _Pass:
         self.results: list[Array] = []
         self.structure: Structure | None = None
         self.failed: dict[int, str] = {}
-        self._buffers: dict[str, _Buffer] = {}  # by the port's name
+        self._buffers = Buffers(model, job.options)
+        self._begin = 0  # the first row that is not done
 
     def run(self) -> tuple[list[Array], Structure]:
-        for begin, end in self._cells():
+        while self._begin < self.n_rows:
             try:
-                self._attempt(begin, end)
+                if self._is_steady():
+                    self._go_on()
+                else:
+                    self._attempt(self._begin, self._cell_end())
             except Exception as error:
                 if self._is_fatal(error):
                     raise
-                self._failed(begin, end, error)
+                self._failed(self._begin, self._cell_end(), error)
+            self._begin = self._cell_end()
         if self.structure is None:  # not one row has an answer
             self._prepare(self.job.outputs or ())
         if self.failed:
@@ -211,13 +204,9 @@ class _Pass:
         out_of_memory = is_out_of_memory(error) and (self.batch_size > 1 or not self.job.alone)
         return out_of_memory or isinstance(error, ModelError | OptionError | UnreadableError) or is_sticky(error)
 
-    def _cells(self) -> Iterator[tuple[int, int]]:
-        """Rows of the chunk, begin to end, that fall into one cell of the global grid."""
-        begin = 0
-        while begin < self.n_rows:
-            end = min(self.n_rows, begin + self.batch_size - (self.start + begin) % self.batch_size)
-            yield begin, end
-            begin = end
+    def _cell_end(self) -> int:
+        """Where the cell of the global grid ends that the next row of the chunk lies in, or the chunk."""
+        return min(self.n_rows, self._begin + self.batch_size - (self.start + self._begin) % self.batch_size)
 
     def _micro_batch(
         self, begin: int, end: int, good: Array | None = None, *, padded: bool = True
@@ -236,47 +225,56 @@ class _Pass:
         if job.options.pad and padded:
             size, offset = self.batch_size, (self.start + begin) % self.batch_size
             places = slice(offset, offset + n_rows) if good is None else good - begin + offset
-        batch = [self._batched(name, array, size, places) for name, array in zip(ports.names, arrays, strict=True)]
-        answer, structure = self._call(ports.join(batch))
-        _check_rows(structure, answer, size, "the model")
-        trimmed = [to_numpy(array)[places] for array in answer]
+        batch = [self._buffers.batched(name, array, size, places) for name, array in zip(ports.names, arrays, strict=True)]
+        answer, structure = self._checked(self._call(ports.join(batch)), size)
+        trimmed = [array[places] for array in answer]
         if job.options.postprocess is None:
             return trimmed, structure
         answer, structure = _flat(job.options.postprocess(structure.rebuild(trimmed)), "postprocess")
         _check_rows(structure, answer, n_rows, "postprocess")
         return [to_numpy(array) for array in answer], structure
 
-    def _batched(self, name: str, array: Array | Elsewhere, size: int, places: slice | Array) -> Any:
-        """Copy rows to their places in a buffer of the runner's own, and from there onto the device."""
-        looks = size, array.shape[1:], array.dtype
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.looks != looks:
-            buffer = self._buffers[name] = self._buffer(name, looks)
-        # Zeroed each time: the network may have written there.
-        if not isinstance(places, slice):
-            buffer.array[...] = 0
-            buffer.array[places] = array
-        else:
-            if len(array) < size:
-                buffer.array[: places.start] = 0
-                buffer.array[places.stop :] = 0
-            copy_rows(array, buffer.array[places])
-        if not self.model.takes_tensors:
-            return buffer.array
-        tensor = torch.from_numpy(buffer.array).to(self.model.device)
-        return tensor if buffer.by_torch is None else tensor.to(buffer.by_torch)
+    def _is_steady(self) -> bool:
+        """Whether the next rows are a whole micro-batch of a network that gives one tensor, with nothing done beside it."""
+        options = self.job.options
+        return (
+            self.model.takes_tensors
+            and self.structure == ONE_ARRAY
+            and options.preprocess is options.postprocess is None
+            and not options.nan_is_failure
+            and self._cell_end() - self._begin == self.batch_size
+        )
 
-    def _buffer(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> _Buffer:
-        by_numpy, by_torch = _casts(name, self.job.options.cast(name), for_torch=self.model.takes_tensors)
-        size, shape, dtype = looks
-        # torch takes this machine's byte order only.
-        return _Buffer(looks, np.empty((size, *shape), by_numpy or dtype.newbyteorder("=")), by_torch)
+    def _go_on(self) -> None:
+        """Whole micro-batches from here on, as :meth:`_attempt` does one, but what stays the same is done once."""
+        ports, size, (result,) = self.job.ports, self.batch_size, self.results
+        batch, shape, dtype = self._buffers.whole(ports.names, self.rows, size), (size, *result.shape[1:]), result.dtype
+        with self._inference():
+            for begin in range(self._begin, self.n_rows - size + 1, size):
+                self._begin, end = begin, begin + size
+                answer = call(self.model.run, ports.join(batch(begin)))
+                if type(answer) is torch.Tensor and answer.shape == shape and (array := numpy_of(answer)).dtype == dtype:
+                    result[begin:end] = array
+                else:  # as autocast gives it on this device, or not as before, which is said there
+                    arrays, structure = self._checked(_flat(answer, "the model"), size)
+                    self._place(self._as_promised(arrays), structure, begin, end, None)
 
     def _call(self, batch: Any) -> tuple[list[Any], Structure]:
         if not self.model.takes_tensors:
             return _flat(call(self.model.run, batch), "the model")
-        with torch.inference_mode(), precision(self.job.options, self.model.device.type):
+        with self._inference():
             return _flat(call(self.model.run, batch), "the model")
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), precision(self.job.options, self.model.device.type):
+            yield
+
+    def _checked(self, given: tuple[list[Any], Structure], size: int) -> tuple[list[Array], Structure]:
+        """The answer to ``size`` rows as ndarrays, after a look whether it is one."""
+        answer, structure = given
+        _check_rows(structure, answer, size, "the model")
+        return [to_numpy(array) for array in answer], structure
 
     def _as_promised(self, arrays: list[Array]) -> list[Array]:
         """Under autocast the float dtype of an answer differs from device to device: the plan's is the one that counts."""
@@ -359,31 +357,6 @@ def _check_rows(named: Sequence[str] | Structure, arrays: Sequence[Any], n_rows:
                 f"{who} returned {name} of shape {tuple(shape)} for {n_rows} rows; its first axis has to be the "
                 f"rows', {n_rows} long. Return one entry per row."
             )
-
-
-def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
-    """The dtypes to cast to while copying and then by torch; None where that is nothing to do (NumPy has no bfloat16)."""
-    if cast is None:
-        return None, None
-    by_torch = getattr(torch, cast, None) if for_torch else None
-    # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
-    by_numpy = _numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
-    if for_torch and not isinstance(by_torch, torch.dtype):
-        raise OptionError(f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32'.")
-    if not for_torch and by_numpy is None:
-        raise OptionError(
-            f"dtype of {port} is {cast!r}; a model that is no nn.Module gets ndarrays, which hold NumPy's numbers only. "
-            "Pass the name of one of NumPy's dtypes, such as 'float32'."
-        )
-    return by_numpy, by_torch
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    try:
-        dtype = np.dtype(name)
-    except TypeError:
-        return None
-    return dtype if dtype.kind in NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
 
 
 def _differ(one: Array, other: Array) -> bool:

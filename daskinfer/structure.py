@@ -103,7 +103,7 @@ class Structure:
                 yield (str(key), *path)
 
 
-_NONE, _ARRAY = Structure("none"), Structure("array")
+_NONE, ONE_ARRAY = Structure("none"), Structure("array")
 
 
 def flatten(value: Any) -> tuple[list[Any], Structure]:
@@ -132,7 +132,7 @@ def _flatten(value: Any, arrays: list[Any], path: str) -> Structure:
         return _NONE
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         arrays.append(value)
-        return _ARRAY
+        return ONE_ARRAY
     kind, items = _take_apart(value, path)
     children = tuple(_flatten(child, arrays, f"{path}.{key}") for key, child in items)
     return Structure(kind, type(value), tuple(key for key, _ in items), children)

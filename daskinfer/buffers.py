@@ -1,0 +1,112 @@
+"""Where the rows of a micro-batch lie on their way to the device: one buffer per port, kept from micro-batch to micro-batch.
+
+The caller's rows are copied: a network may write into its input, the source may be read-only, and a retry has to see what
+the first attempt saw (decision 11). The buffers serve all micro-batches of a chunk, since fresh pages cost more than the
+copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from daskinfer.arrays import NUMBERS, Array, Elsewhere, copier, copy_rows
+from daskinfer.errors import OptionError
+from daskinfer.loaded import LoadedModel
+from daskinfer.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Rows of one port, and the dtype that torch casts them to on the device.
+
+    ``looks`` is what it was made for: how many rows, and their shape and dtype.
+    """
+
+    looks: tuple[int, tuple[int, ...], np.dtype[Any]]
+    array: Array
+    by_torch: torch.dtype | None
+
+    def fill(self, rows: Array | Elsewhere, places: slice | Array) -> None:
+        """Copy rows to their places; the others are zeros, each time anew, for the network may have written there."""
+        if not isinstance(places, slice):
+            self.array[...] = 0
+            self.array[places] = rows
+            return
+        if len(rows) < len(self.array):
+            self.array[: places.start] = 0
+            self.array[places.stop :] = 0
+        copy_rows(rows, self.array[places])
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """All of it as a tensor there; a new one each time, for a network may change a tensor's shape too."""
+        tensor = torch.from_numpy(self.array).to(device)
+        return tensor if self.by_torch is None else tensor.to(self.by_torch)
+
+
+class Buffers:
+    """The buffers of one pass over a chunk."""
+
+    def __init__(self, model: LoadedModel, options: Options) -> None:
+        self.model, self.options = model, options
+        self._of: dict[str, Buffer] = {}  # by the port's name
+
+    def batched(self, name: str, rows: Array | Elsewhere, size: int, places: slice | Array) -> Any:
+        """Rows at their places among ``size``, as the model takes them."""
+        buffer = self._buffer(name, (size, rows.shape[1:], rows.dtype))
+        buffer.fill(rows, places)
+        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array
+
+    def whole(self, names: Sequence[str], ports: Sequence[Array | Elsewhere], size: int) -> Callable[[int], list[Any]]:
+        """What gives ``size`` rows of every port from a row on as tensors, with as little to do each time as can be."""
+        buffers = [self._buffer(name, (size, rows.shape[1:], rows.dtype)) for name, rows in zip(names, ports, strict=True)]
+        copies = [copier(rows, buffer.array) for rows, buffer in zip(ports, buffers, strict=True)]
+        device = self.model.device
+
+        def batch(begin: int) -> list[torch.Tensor]:
+            for copy in copies:
+                copy(begin)
+            return [buffer.on(device) for buffer in buffers]
+
+        return batch
+
+    def _buffer(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
+        buffer = self._of.get(name)
+        if buffer is None or buffer.looks != looks:
+            buffer = self._of[name] = self._made(name, looks)
+        return buffer
+
+    def _made(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
+        by_numpy, by_torch = _casts(name, self.options.cast(name), for_torch=self.model.takes_tensors)
+        size, shape, dtype = looks
+        # torch takes this machine's byte order only.
+        return Buffer(looks, np.empty((size, *shape), by_numpy or dtype.newbyteorder("=")), by_torch)
+
+
+def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
+    """The dtypes to cast to while copying and then by torch; None where that is nothing to do (NumPy has no bfloat16)."""
+    if cast is None:
+        return None, None
+    by_torch = getattr(torch, cast, None) if for_torch else None
+    # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
+    by_numpy = _numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
+    if for_torch and not isinstance(by_torch, torch.dtype):
+        raise OptionError(f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32'.")
+    if not for_torch and by_numpy is None:
+        raise OptionError(
+            f"dtype of {port} is {cast!r}; a model that is no nn.Module gets ndarrays, which hold NumPy's numbers only. "
+            "Pass the name of one of NumPy's dtypes, such as 'float32'."
+        )
+    return by_numpy, by_torch
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any] | None:
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        return None
+    return dtype if dtype.kind in NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
