@@ -5,6 +5,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
     0  errors  tables  records  options  structure             plain Python
        events  timeline  status  status_words  reported
        pictures  variables  own_code  allocator  owned  ranges
+                       shipped_files
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying
@@ -20,7 +21,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        ready  driver
     4  assembly  report  figure  run_report  answering  progress  api  jobs
        dashboard  demo  foreseen  checkup  doctor  log_lines
-       command  job_file  cli_options  cli
+       command  job_file  cli_values  cli_options  cli
 
 The longest chain of imports has eight rooms (the design has seven): what is stored lies below what is read, and both below
 what is computed.

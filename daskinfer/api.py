@@ -27,6 +27,9 @@ from daskinfer.options import OptionFields, Options, merge_options, trusts
 from daskinfer.progress import Progress, listeners
 from daskinfer.runner import Job
 
+# Options that are followed while daskinfer computes.
+_DRIVEN = ("on_error", "fill_value", "max_failed_rows", "readers", "retries", "chunk_timeout", "restart_workers")
+
 
 def predict(
     model: Any,
@@ -56,9 +59,10 @@ def predict(
         "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4", comma-joined; "inline" computes in this process.
     device_weights
         The share of rows that each device gets: a list in the devices' order, a mapping by device or kind, "even", or
-        "auto" (a prior by kind, shown as assumed). 0 leaves a device out.
+        "auto": measured while it runs, from a prior by kind on, which the plan shows as assumed. 0 leaves a device out.
     batch_size
-        Rows of a micro-batch; "auto" goes by the size of a row and the smallest share.
+        Rows of a micro-batch; "auto" begins with what the size of a row and the smallest share say, and where there is
+        enough to do measures which one pays on each kind of device.
     client
         A Dask client, whose workers are then the devices. None: the current client if there is one and ``devices`` is
         "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close`).
@@ -184,7 +188,7 @@ def map_blocks(
     batch_size
         Rows of a micro-batch; "auto" goes by the size of a row.
     options, **fields
-        As for :func:`predict`.
+        As for :func:`predict`, but for those on faults and reading ahead, which are refused: Dask computes this one.
 
     Returns
     -------
@@ -216,17 +220,24 @@ def map_blocks(
     with refusals.collect():
         recipe = as_model(model, trust=trusts(options, fields)).recipe()
     refusals.raise_if_any()
-    if given.on_error != "raise":
-        raise OptionError(
-            f"on_error={given.on_error!r} was given to map_blocks, which has no report of rows that fail; it may be "
-            "'raise'. Leave it out, or use predict, stream or run."
-        )
+    _refuse_driven(given)
     given = keep_bfloat16(given, inputs)
     promise = find_promise(recipe, inputs, given)
     size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
     row_chunks = inputs.row_chunks or even_chunks(inputs, promise.row_nbytes, size)
     blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
     return graph.outputs(blocks, promise.structure, promise.outputs)
+
+
+def _refuse_driven(given: Options) -> None:
+    """Refuse what would have no effect: options that are followed while daskinfer computes, where Dask does."""
+    usual = Options()
+    for name in _DRIVEN:
+        if (asked := getattr(given, name)) != getattr(usual, name):
+            raise OptionError(
+                f"{name}={asked!r} was given to map_blocks, whose chunks Dask computes, without a report; it may be "
+                f"{getattr(usual, name)!r}. Leave it out, or use predict, stream or run."
+            )
 
 
 def devices() -> DeviceTable:

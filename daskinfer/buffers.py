@@ -17,7 +17,6 @@ import torch
 from daskinfer.arrays import NUMBERS, Array, Elsewhere, copier, copy_rows
 from daskinfer.errors import OptionError
 from daskinfer.loaded import LoadedModel
-from daskinfer.options import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +42,23 @@ class Buffer:
         copy_rows(rows, self.array[places])
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """All of it as a tensor there; a new one each time, for a network may change a tensor's shape too."""
+        """All of it as a tensor there; a new one each time, for a network may change its shape too."""
         tensor = torch.from_numpy(self.array).to(device)
         return tensor if self.by_torch is None else tensor.to(self.by_torch)
 
 
 class Buffers:
-    """The buffers of one pass over a chunk."""
+    """The buffers of one pass over a chunk; ``cast`` names the dtype that a port is cast to, None: its own."""
 
-    def __init__(self, model: LoadedModel, options: Options) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: LoadedModel, cast: Callable[[str], str | None]) -> None:
+        self.model, self.cast = model, cast
         self._of: dict[str, Buffer] = {}  # by the port's name
 
     def batched(self, name: str, rows: Array | Elsewhere, size: int, places: slice | Array) -> Any:
         """Rows at their places among ``size``, as the model takes them."""
         buffer = self._buffer(name, (size, rows.shape[1:], rows.dtype))
         buffer.fill(rows, places)
-        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array
+        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array.view()
 
     def whole(self, names: Sequence[str], ports: Sequence[Array | Elsewhere], size: int) -> Callable[[int], list[Any]]:
         """What gives ``size`` rows of every port from a row on as tensors, with as little to do each time as can be."""
@@ -81,7 +80,7 @@ class Buffers:
         return buffer
 
     def _made(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
-        by_numpy, by_torch = _casts(name, self.options.cast(name), for_torch=self.model.takes_tensors)
+        by_numpy, by_torch = _casts(name, self.cast(name), for_torch=self.model.takes_tensors)
         size, shape, dtype = looks
         # torch takes this machine's byte order only.
         return Buffer(looks, np.empty((size, *shape), by_numpy or dtype.newbyteorder("=")), by_torch)

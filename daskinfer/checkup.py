@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import socket
@@ -34,7 +35,10 @@ from daskinfer.tables import format_nbytes
 from daskinfer.transport import Arena, ArenaRef, reaches
 from daskinfer.variables import N_TASKS
 
+logger = logging.getLogger(__name__)
+
 OK, WARNING, WRONG, UNKNOWN = "ok", "warning", "wrong", "unknown"
+NETWORK = "loopback ports"  # the check of what no cluster of this machine works without
 
 CHILD_SECONDS = 90.0  # for a process that imports torch and starts CUDA: some 10 s; the rest is for machines under load
 WORKER_NBYTES = 512 << 20  # that a worker takes with torch imported and a small network (measured: some 300 MiB)
@@ -268,11 +272,9 @@ def loopback() -> Iterator[Finding]:
                 assert other.recv(1) == b"x"
     except OSError as error:
         said = f"a process cannot be reached on {LOOPBACK} ({error})"
-        yield Finding(
-            "loopback ports", WRONG, said, "allow sockets on the loopback interface; in a container: ip link set lo up"
-        )
+        yield Finding(NETWORK, WRONG, said, "allow sockets on the loopback interface; in a container: ip link set lo up")
         return
-    yield Finding("loopback ports", OK, f"{LOOPBACK}:{port} was opened and reached")
+    yield Finding(NETWORK, OK, f"{LOOPBACK}:{port} was opened and reached")
 
 
 def temporary_folder() -> Iterator[Finding]:
@@ -322,7 +324,7 @@ CHECKS: dict[str, Check] = {
     "CUDA packages": cuda_packages,
     "memory": host_memory,
     "shared memory": shared_memory,
-    "loopback ports": loopback,
+    NETWORK: loopback,
     "temporary folder": temporary_folder,
     "open files": open_files,
 }
@@ -375,6 +377,7 @@ def in_child(function: str, *arguments: Any, room: str = "checkup", environment:
     except subprocess.TimeoutExpired:
         raise ChildError(f"no answer within {CHILD_SECONDS:g} s") from None
     if done.returncode:
+        logger.debug("%s in a process of its own: %s", function, done.stderr.strip())
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise ChildError(lines[-1])
     return json.loads(done.stdout.splitlines()[-1])

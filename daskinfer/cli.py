@@ -5,8 +5,8 @@ codes:
 
 ====  ==============================================================
 0     done, also where nothing was left to do
-1     failed while running; of verify and doctor: something is wrong
-2     wrong usage: refused before anything started
+1     failed, or the workers could not be had; of verify and doctor: something is wrong
+2     refused: the command, the network or what lies at OUTPUT has to change; mostly before anything started
 3     done, but rows are missing: the report counts them, ``….daskinfer/failed_rows.json`` beside the output lists them
 4     another run holds the output
 130   interrupted by Ctrl-C
@@ -34,6 +34,7 @@ from daskinfer.cli_options import (
     PROBE,
     call,
     check_report,
+    check_wait,
     client_of,
     how,
     paths,
@@ -170,6 +171,7 @@ def doctor(as_json: bool, log_format: str, **given: Any) -> None:
     """
     from daskinfer.doctor import CONNECT_SECONDS, examine, is_well
 
+    check_wait(given)
     adopt()
     found = []
     for finding in examine(partial(client_of, given, CONNECT_SECONDS) if given["scheduler"] else None):

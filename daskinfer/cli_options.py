@@ -1,150 +1,24 @@
-"""The options that commands share, and how their values are read: as text of the command line, or as values of TOML."""
+"""The options that commands share, and what is called with them."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from daskinfer import job_file, log_lines
+from daskinfer.cli_values import Count, Devices, Keywords, Names, Part, Ports, Weights
 from daskinfer.command import results_only
 from daskinfer.errors import ClusterError, OptionError, Refusals
 
 if TYPE_CHECKING:
     from daskinfer.status import Status
-
-_Natural = tuple[tuple[type, ...], str]
-
-
-class _Value(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 has no type argument
-    """A value that is ``natural`` in TOML, or text; :meth:`parsed` reads the text and checks the rest."""
-
-    natural: ClassVar[_Natural]
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self.parsed(value)
-        except ValueError as error:
-            return self.fail(str(error), param, ctx)
-
-    @abstractmethod
-    def parsed(self, value: Any) -> Any:
-        """The value; a ValueError says why it is none."""
-
-
-class _Ports(_Value):
-    """A path, or ``image=a.npy,meta=b.npy`` as a dict."""
-
-    name = "path"
-    natural = ((str, dict), "a path, or a table of paths by port")
-
-    def parsed(self, value: Any) -> Any:
-        found = value
-        if isinstance(value, str) and "=" in value:
-            pairs = [part.partition("=") for part in value.split(",")]
-            found = {name: path for name, _, path in pairs}
-        if isinstance(found, dict) and not (found and all(n and isinstance(p, str) and p for n, p in found.items())):
-            raise ValueError(f"{value!r} is neither a path nor name=path,name=path")
-        return found
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-        return [CompletionItem(incomplete, type="file")]
-
-
-class _Names(_Ports):
-    """A dtype, or ``image=float32,meta=int64`` as a dict."""
-
-    name = "text"
-    natural = ((str, dict), "a dtype, or a table of dtypes by port")
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-        return []
-
-
-class _Devices(_Value):
-    """``cuda,cpu*2``, or a list."""
-
-    name = "text"
-    natural = ((str, list), "text, or a list of texts")
-
-    def parsed(self, value: Any) -> Any:
-        return value  # checked when the call is planned
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-        """The devices of this machine, after those that stand there already."""
-        from daskinfer.device import here
-
-        before, comma, last = incomplete.rpartition(",")
-        found = {"auto": "every GPU, else CPUs", "cuda": "every GPU", "cpu": "a CPU worker", "inline": "this process"}
-        found |= {device.name: device.label for device in here() if device.kind == "cuda"}
-        return [CompletionItem(f"{before}{comma}{n}", help=label) for n, label in found.items() if n.startswith(last)]
-
-
-class _Weights(_Value):
-    """``auto``, ``even``, ``1,1,8`` or ``cuda=8,cpu=1``."""
-
-    name = "text"
-    natural = ((str, list, dict), "auto, even, a list of numbers, or a table of numbers by device")
-
-    def parsed(self, value: Any) -> Any:
-        if value in ("auto", "even"):
-            return value
-        try:
-            if isinstance(value, str) and "=" in value:
-                value = {name: weight for name, _, weight in (part.partition("=") for part in value.split(","))}
-            if isinstance(value, Mapping):
-                return {name: float(weight) for name, weight in value.items()}
-            return [float(weight) for weight in (value.split(",") if isinstance(value, str) else value)]
-        except (ValueError, TypeError):
-            raise ValueError(f"{value!r} is neither auto, even, 1,1,8 nor cuda=8,cpu=1") from None
-
-
-class _Count(_Value):
-    """A number, or a word."""
-
-    name = "number"
-    natural = ((int, str), "a whole number, or text")
-
-    def parsed(self, value: Any) -> Any:
-        return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
-
-
-class _Shard(_Value):
-    """``3/64``."""
-
-    name = "i/n"
-    natural = ((str, list), "text such as '3/64', or a list of two numbers")
-
-    def parsed(self, value: Any) -> tuple[int, int]:
-        numbers = value.split("/") if isinstance(value, str) else value
-        if len(numbers) != 2 or not all(str(n).isdecimal() for n in numbers):
-            raise ValueError(f"{value!r} is no part such as 3/64")
-        return int(numbers[0]), int(numbers[1])
-
-
-class _Keywords(_Value):
-    """A JSON object, or a table."""
-
-    name = "json"
-    natural = ((str, dict), "a table, or text that is a JSON object")
-
-    def parsed(self, value: Any) -> Any:
-        try:
-            found = json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{value!r} is no JSON object ({error})") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{value!r} is no JSON object")
-        return found
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
@@ -166,7 +40,7 @@ PROBE = click.Option(
 )
 
 MODEL = click.argument("model", type=click.Path())
-PORTS = _Ports()
+PORTS = Ports()
 INPUT = click.argument("input", type=PORTS)
 
 _HOW = (
@@ -180,18 +54,18 @@ _HOW = (
         "paths in it are relative to where the command is run.",
     ),
     click.option("--print-config", is_flag=True, help="Print what such a file and the command line say together, and end."),
-    click.option("--devices", type=_Devices(), default="auto", show_default=True, help="auto, cuda, cuda:1, cpu, cpu*4, …"),
+    click.option("--devices", type=Devices(), default="auto", show_default=True, help="auto, cuda, cuda:1, cpu, cpu*4, …"),
     click.option(
         "--device-weights",
-        type=_Weights(),
+        type=Weights(),
         default="auto",
         show_default=True,
         help="Share of rows per device: even, 1,1,8 or cuda=8,cpu=1.",
     ),
-    click.option("--batch-size", type=_Count(), default="auto", show_default=True, help="Rows of a micro-batch."),
+    click.option("--batch-size", type=Count(), default="auto", show_default=True, help="Rows of a micro-batch."),
     click.option("--factory", help="pkg.mod:make, which makes the network for a file of weights."),
-    click.option("--kwargs", type=_Keywords(), help="Keywords of the factory, as a JSON object."),
-    click.option("--dtype", type=_Names(), help="Cast the input: float32, or image=float32,meta=int64 per port."),
+    click.option("--kwargs", type=Keywords(), help="Keywords of the factory, as a JSON object."),
+    click.option("--dtype", type=Names(), help="Cast the input: float32, or image=float32,meta=int64 per port."),
     click.option("--readers", type=int, default=1, show_default=True, help="Chunks read ahead for each device, 1 to 6."),
     click.option(
         "--on-error",
@@ -201,7 +75,7 @@ _HOW = (
         help="What a row that fails does: end the run, or be filled and listed (exit code 3).",
     ),
     click.option("--fill-value", type=float, help="What stands where rows failed. [default: NaN]"),
-    click.option("--max-failed-rows", type=_Count(), help="Rows that may fail: a number, or 1%."),
+    click.option("--max-failed-rows", type=Count(), help="Rows that may fail: a number, or 1%."),
     click.option("--nan-is-failure/--no-nan-is-failure", help="A row whose answer holds a NaN has failed."),
     click.option("--retries", type=int, default=2, show_default=True, help="How often what raised is tried again."),
     click.option("--chunk-timeout", type=float, metavar="SECONDS", help="Replace a worker whose chunk takes longer."),
@@ -214,7 +88,7 @@ _HOW = (
     ),
     click.option("--model-sha256", metavar="HEX", help="The SHA-256 that the model file has to have, on every worker."),
     click.option("--fresh/--no-fresh", help="Remove what lies at OUTPUT already, and start over."),
-    click.option("--shard", type=_Shard(), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."),
+    click.option("--shard", type=Part(), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."),
     click.option(
         "--progress/--no-progress",
         default=None,
@@ -235,6 +109,12 @@ _SCHEDULER = (
     ),
     click.option("--tls-cert", type=click.Path(), help="Own certificate for such a scheduler."),
     click.option("--tls-key", type=click.Path(), help="Key of the own certificate, where it is a file of its own."),
+    click.option(
+        "--wait-for-workers",
+        type=int,
+        metavar="N",
+        help="Wait until --scheduler, and its file, are there and have N workers. [default: take those that are there]",
+    ),
 )
 
 _PRINTED = (
@@ -317,7 +197,27 @@ def _refuse_early(given: Mapping[str, Any]) -> None:
     with refusals.collect():
         if not given["scheduler"]:
             parse(given["devices"], machine())
+    with refusals.collect():
+        check_wait(given)
     refusals.raise_if_any()
+
+
+def check_wait(given: Mapping[str, Any]) -> None:
+    """Refuse to wait for workers of no scheduler, or for less than one.
+
+    Raises
+    ------
+    OptionError
+        Which it is.
+    """
+    asked = given["wait_for_workers"]
+    if asked is not None and asked < 1:
+        raise OptionError(f"--wait-for-workers is {asked}; it may be a number from 1. Pass one, or leave it out.")
+    if asked is not None and not given["scheduler"]:
+        raise OptionError(
+            f"--wait-for-workers {asked} was given without --scheduler, whose workers it is for; daskinfer's own are waited "
+            "for anyhow. Leave it out, or name a scheduler."
+        )
 
 
 def paths(ports: str | Mapping[str, str] | None) -> list[str]:
@@ -345,7 +245,9 @@ def progress_of(asked: bool | None) -> Any:
 
 
 def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
-    """A client of the scheduler that the options name; ``timeout`` in seconds, None: Dask's own.
+    """A client of the scheduler that the options name, once it has the workers that they ask for.
+
+    ``timeout`` in seconds for the scheduler; None: Dask's own.
 
     Raises
     ------
@@ -354,18 +256,24 @@ def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
     """
     from distributed import Client
 
-    scheduler: str = given["scheduler"]
-    where: dict[str, Any] = {"scheduler_file": scheduler} if os.path.exists(scheduler) else {"address": scheduler}
+    scheduler, n_workers = given["scheduler"], given["wait_for_workers"]
+    # Dask waits for a file that is to come.
+    is_file = os.path.exists(scheduler) or (n_workers is not None and scheduler.endswith(".json"))
+    where: dict[str, Any] = {"scheduler_file": scheduler} if is_file else {"address": scheduler}
     if timeout is not None:
         where["timeout"] = timeout
     try:
-        return Client(**where, security=_security(given), set_as_default=False)
+        client = Client(**where, security=_security(given), set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:  # the last two: of its certificates
         raise ClusterError(
             f"the scheduler {scheduler!r} cannot be reached ({error}); the address of a running one, or its file, is "
             "needed, and for one at tls:// --tls-ca-file and --tls-cert. Start one with `dask scheduler`, or leave "
             "--scheduler out."
         ) from error
+    if n_workers is not None:
+        log_lines.progress_logger.info("waiting until %s has %s workers", scheduler, n_workers)
+        client.wait_for_workers(n_workers)
+    return client
 
 
 def _security(given: Mapping[str, Any]) -> Any:

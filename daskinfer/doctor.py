@@ -21,6 +21,7 @@ from daskinfer.borrowed import own_memory
 from daskinfer.checkup import (
     CHECKS,
     CHILD_SECONDS,
+    NETWORK,
     OK,
     UNKNOWN,
     WARNING,
@@ -54,9 +55,17 @@ def is_well(findings: Sequence[Finding]) -> bool:
 
 def examine(connect: Callable[[], Client] | None = None) -> Iterator[Finding]:
     """Look at this machine, and at the workers of the client that ``connect`` makes; None: at a cluster of our own."""
+    wrong = set()
     for what, check in CHECKS.items():
-        yield from within(what, lambda what=what, check=check: tried(what, check))  # type: ignore[misc]
-    yield from within("a small run", _own_trial) if connect is None else _workers(connect)
+        for finding in within(what, lambda what=what, check=check: tried(what, check)):  # type: ignore[misc]
+            wrong |= {what} if finding.state == WRONG else set()
+            yield finding
+    if connect is not None:
+        yield from _workers(connect)
+    elif NETWORK in wrong:  # its workers would be waited for in vain, for a minute
+        yield Finding("a small run", UNKNOWN, "is not tried: its processes could not talk to each other")
+    else:
+        yield from within("a small run", _own_trial)
 
 
 def within(what: str, look: Callable[[], list[Finding]], seconds: float | None = None) -> list[Finding]:
@@ -83,7 +92,14 @@ def _own_trial() -> list[Finding]:
     try:
         told = in_child("trial", room="doctor")
     except ChildError as error:
-        return [Finding("a small run", WRONG, f"failed: {error}", "mend what is wrong above; --debug shows more")]
+        return [
+            Finding(
+                "a small run",
+                WRONG,
+                f"failed: {error}",
+                "mend what is wrong above; `daskinfer --debug doctor` shows all of its log",
+            )
+        ]
     return [_judged(told), _page(told["page"])]
 
 

@@ -4,7 +4,7 @@ Where rows are computed, first match wins; each exit is one DEBUG line:
 
 1. No rows: nowhere.
 2. ``devices="inline"``: in this process.
-3. A client, named devices or a GPU: on the workers.
+3. A client, named devices, a GPU, or ``chunk_timeout``, which replaces workers: on the workers.
 4. ``devices="auto"`` and CPUs only. Both ways were measured for this network in this process: the one that ends sooner,
    workers that have to be started first counted with it.
 5. Its cluster is running: on the workers, unless these turn out slower than this process was.
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 4.0  # until two workers that import torch are there, on 2 cores (measured: 3.6 to 4.3)
 WARM_CHUNKS = 3  # of this process, until its speed tells anything: the first finds its memory and its kernels; arbitrary
+MAX_THEIRS = 0.5  # of the time may be the caller's, copies of the answers above all, where speeds are compared; arbitrary
 TRIAL_SECONDS = 0.5  # that workers compute before they are compared with this process; arbitrary
 SLOWER = 0.9  # of this process's speed: workers that are slower stop; arbitrary, a tenth is noise
 
@@ -138,7 +139,7 @@ class Run:
         if call.placement.inline:
             logger.debug("rule 2: in this process")
             yield from self._inline(dealer_of(call, call.weights), 0, feeder_of(call, None))
-        elif not call.placement.automatic or not call.balanced:
+        elif not call.placement.automatic or not call.balanced or call.job.options.chunk_timeout is not None:
             logger.debug("rule 3: on the workers")
             with opened(call.placement) as client:
                 yield from self._on_workers(client)
@@ -150,11 +151,14 @@ class Run:
         self.began = self.began or time.perf_counter()
         while not self.draining and (chunks := dealer.deal(device)):
             call, here = self._call, replace(seat(), n_threads=self._n_threads)
-            began = time.perf_counter()
+            seconds = 0.0  # without what the caller does with the answers
             for chunk in chunks:
                 if chunk.n_rows:
-                    yield self._computed_here(chunk, feeder, here)
-            dealer.took(device, chunks, time.perf_counter() - began)
+                    began = time.perf_counter()
+                    finished = self._computed_here(chunk, feeder, here)
+                    seconds += time.perf_counter() - began
+                    yield finished
+            dealer.took(device, chunks, seconds)
             if call.tunable and dealer.n_rows_left > MIN_BATCHES * call.job.batch_size:
                 self._choose(tuned_here(call, feeder.rows, here, dealer.n_rows_left, dealer.speeds[device] or 1.0))
 
@@ -282,18 +286,21 @@ class _Automatic:
         for device, weight in enumerate(self._call.weights):
             self._dealer.weigh(device, weight)
         self._dealer.weigh(self._here, 0.0)
-        began, n_done = None, 0
+        began, n_done, theirs = None, 0, 0.0  # seconds of the caller's, who uses the answers meanwhile
         with opened(self._call.placement) as client:
             for finished in self._run._on_workers(client, self._dealer):
                 began = began or time.perf_counter()
+                given = time.perf_counter()
                 yield finished
                 n_done += finished.chunk.n_rows
                 seconds = time.perf_counter() - began
-                if seconds > TRIAL_SECONDS and n_done / seconds < SLOWER * here:
+                theirs += time.perf_counter() - given
+                # Workers that wait for the caller tell nothing of how fast they are.
+                if theirs < MAX_THEIRS * seconds and seconds > TRIAL_SECONDS and n_done / seconds < SLOWER * here:
                     logger.debug("the workers do %.0f rows/s, this process %.0f: it goes on", n_done / seconds, here)
                     for device in range(self._here):
                         self._dealer.weigh(device, 0.0)
-            if began is not None:
+            if began is not None and theirs < MAX_THEIRS * (time.perf_counter() - began):
                 self._note("workers", n_done / max(1e-6, time.perf_counter() - began))
         yield from self._inline() if self._dealer.n_rows_left and not self._run.draining else ()
 

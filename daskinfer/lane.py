@@ -67,6 +67,8 @@ class Lane:
         """The task that has taken too long: the oldest in flight, since tasks are computed as they come."""
         if chunk_timeout is None or self.away_since is not None:
             return None
+        if len(self.unanswered()) < len(self.tasks):  # when it answered last is known once that has been used
+            return None
         # A task of several chunks may take no longer than one: they go together only where they are short (``dealer``).
         task = next((self.tasks[future] for future in self.unanswered()), None)
         if task is None or task.hung or now - max(task.submitted, self.quiet_since) <= chunk_timeout:

@@ -103,9 +103,28 @@ class Ledger:
         finally:
             if self._log is not None:
                 self._log.close()
+            with contextlib.suppress(OSError):
+                self._leave_no_locks()
             for descriptor in self._held:
                 os.close(descriptor)
             self._held.clear()
+
+    def _leave_no_locks(self) -> None:
+        """Remove the manifest where it is nothing but the locks, and all of it is this run's."""
+        if self.shard or not self._is_ours():
+            return
+        left = sorted(path.name for path in self.folder.iterdir())
+        if all(name.startswith((LOCK, CREATING)) for name in left):
+            for name in left:  # the one that is held comes last of those that a run takes
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _is_ours(self) -> bool:
+        """Whether the lock that is held is the one that lies there: somebody may have removed all, and begun anew."""
+        try:
+            return bool(self._held) and os.path.samestat(os.fstat(self._held[0]), os.stat(self.folder / LOCK))
+        except FileNotFoundError:
+            return False
 
     def hold(self) -> None:
         """Take the lock.
@@ -115,21 +134,30 @@ class Ledger:
         OutputLocked
             Where another run has it.
         """
-        self.folder.mkdir(exist_ok=True)
         self._lock(LOCK, fcntl.LOCK_SH if self.shard else fcntl.LOCK_EX)
         if self.shard:
             self._lock(f"{LOCK}{suffix(self.shard)}", fcntl.LOCK_EX)
 
     def _lock(self, name: str, kind: int) -> None:
-        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        self._held.append(descriptor)
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputLocked(
-                f"the output {self.path!r} is held by another run ({self.folder / name} is locked); one run, or one per "
-                "shard, may write it at a time. Wait until that run has ended, and repeat the call."
-            ) from None
+        path, held = self.folder / name, False
+        while not held:  # or its owner has just withdrawn the output: the lock was nobody's any more
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir()
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                    held = os.path.samestat(os.fstat(descriptor), os.stat(path))
+                except BlockingIOError:
+                    raise OutputLocked(
+                        f"the output {self.path!r} is held by another run ({path} is locked); one run, or one per shard, "
+                        "may write it at a time. Wait until that run has ended, and repeat the call."
+                    ) from None
+                finally:
+                    if held:
+                        self._held.append(descriptor)
+                    else:
+                        os.close(descriptor)
 
     def open(self, make: Make, *, fresh: bool = False, again: bool = False) -> None:
         """Begin the output, or find out what of it is done; ``again``: rows without an answer count as not done.
@@ -248,9 +276,10 @@ class Ledger:
 
     def withdraw(self) -> None:
         """Remove what was begun, where nothing is stored and nobody takes part; not what has come to lie at the path."""
-        with self._creating():
-            remove(self.partial)
-            self._wipe_manifest()
+        if self._is_ours():
+            with self._creating():
+                remove(self.partial)
+                self._wipe_manifest()
 
     def _completion(self, metadata: Sequence[str]) -> dict[str, Any]:
         names = [HEADER, *(path.name for path in sorted(self.folder.glob("receipts*.jsonl")))]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import pkgutil
 import reprlib
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +27,12 @@ from typing import Any, Protocol
 
 import torch
 
-from daskinfer import packed, variables
+from daskinfer import packed
 from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
 from daskinfer.model_file import CODE_SUFFIXES, WEIGHTS_READERS, ModelFile, check_private
 from daskinfer.recipe import PROGRAMS, Loading, digest, said_of
+from daskinfer.shipped_files import shipped_path
 from daskinfer.tables import html_table
 
 
@@ -274,12 +274,6 @@ class WeightsFile(Loading):
             )
         network.load_state_dict(_with_tied(self.file.weights(), network), strict=True)
         return network
-
-
-def shipped_path(name: str) -> str:
-    """Where a shipped file lies on this host: with our own cluster, which removes it at the latest, else per user."""
-    folder = os.environ.get(variables.SCRATCH) or os.path.join(tempfile.gettempdir(), f"daskinfer-{os.getuid()}")
-    return os.path.join(folder, name)
 
 
 def as_model(model: Any, *, trust: bool = False) -> Model:

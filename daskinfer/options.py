@@ -42,7 +42,7 @@ class OptionFields(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a network is run; each field is also a keyword of ``predict``, ``map_blocks``, ``run`` and ``plan``.
+    """How a network is run; each field is also a keyword of ``predict``, ``stream``, ``map_blocks``, ``run``, ``plan``.
 
     Parameters
     ----------
@@ -80,7 +80,8 @@ class Options:
         How often rows whose computing, reading or writing raised are tried again, a little later each time; 0 and up.
     chunk_timeout
         Seconds that a chunk may take on a device, loading the network included, until its worker is replaced and the chunk
-        tried again. None: any.
+        tried again; with "inline" there is none to replace. Workers of a cluster that is not daskinfer's are replaced with
+        ``restart_workers``, and else left out from then on. None: any.
     restart_workers
         True: workers of a cluster that is not daskinfer's may be restarted where they hang or their device broke.
     trust

@@ -15,13 +15,13 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-from daskinfer.errors import ChunkError, DaskInferError, StorageError, TooManyFailures
+from daskinfer.errors import ChunkError, DaskInferError, OutputExists, StorageError, TooManyFailures
 from daskinfer.io import Target, is_array, target
 from daskinfer.ledger import Ledger
 from daskinfer.manifest import Entry, shard_rows
 from daskinfer.ranges import in_all, left_over, merged
 from daskinfer.records import Failure, Receipt, Written
-from daskinfer.stored import HEADER, foreign, manifest_of
+from daskinfer.stored import COMPLETE, HEADER, begun, foreign, manifest_of
 from daskinfer.wanted import Wanted
 
 _SHOWN = 3  # parts that a message lists before it counts the rest
@@ -62,12 +62,16 @@ class Outputs:
         self._ledgers = ledgers
         self.rows = shard_rows(self.header.n_rows, self.header.unit_rows, wanted.shard)
         done = in_all([ledger.done for ledger in ledgers], self.header.n_rows)
-        n_done = sum(b - a for a, b in in_all([done, [self.rows]], self.header.n_rows))
-        self.n_failed = len(self.without_answer["failed_rows"])
-        self.n_before = n_done - self.n_failed
+        here = in_all([done, [self.rows]], self.header.n_rows)
+        self.n_failed = sum(self._n_failed(a, b) for a, b in here)
+        self.n_before = sum(b - a for a, b in here) - self.n_failed
         # What belongs to others counts as done.
         start, stop = self.rows
         self.done = tuple(merged([*done, (0, start), (stop, self.header.n_rows)]))
+
+    def _n_failed(self, start: int, stop: int) -> int:
+        """Rows of these without an answer."""
+        return sum(max(0, min(stop, f.stop) - max(start, f.start)) for f in self._ledgers[0].failures)
 
     @property
     def missing(self) -> bool:
@@ -137,16 +141,17 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
         ledgers = [stack.enter_context(Ledger(path, h, wanted.batch_size, wanted.shard)) for path, h in pairs]
         for ledger in ledgers:
             ledger.hold()
-        begun: list[Ledger] = []
-        with _withdrawn_on_failure(begun, wanted):
-            targets = []
+        for ledger in ledgers:
+            if fresh:
+                _check_removable(ledger.path)
+        if not fresh:
+            _refuse_unlike(wanted.paths)
+        taken: list[Ledger] = []
+        with _withdrawn_on_failure(taken, wanted):
             for ledger in ledgers:
-                if fresh:
-                    _check_removable(ledger.path)
-                ledger.open(partial(_make, ledger), fresh=fresh, again=wanted.retries_failed)
-                begun.append(ledger)
-                targets.append(_target(ledger))
-            outputs = Outputs(ledgers, targets, wanted)
+                ledger.open(partial(_begin, taken, ledger), fresh=fresh, again=wanted.retries_failed)
+                taken.append(ledger)
+            outputs = Outputs(ledgers, [_target(ledger) for ledger in ledgers], wanted)
             _refuse_half(ledgers, outputs)
             try:
                 yield outputs
@@ -192,6 +197,11 @@ def _target(ledger: Ledger) -> Target:
     )
 
 
+def _begin(taken: list[Ledger], ledger: Ledger, path: str) -> None:
+    taken.append(ledger)  # whatever comes of it
+    _make(ledger, path)
+
+
 def _make(ledger: Ledger, path: str) -> None:
     _target(ledger).create(path)
 
@@ -201,6 +211,24 @@ def _check_removable(path: str) -> None:
     ours = os.path.exists(manifest_of(path) / HEADER)
     if os.path.lexists(path) and not ours and not is_array(path):
         raise foreign(path)
+
+
+def _refuse_unlike(paths: Sequence[str]) -> None:
+    """Refuse outputs that no one run has begun: written in other units, or one complete and another not there."""
+    headers = {path: begun(path) for path in paths}
+    complete = [path for path in paths if headers[path] is not None and (manifest_of(path) / COMPLETE).exists()]
+    if complete and (gone := [path for path in paths if headers[path] is None]):
+        raise OutputExists(
+            f"the output {gone[0]!r} is not there, and {complete[0]!r}, of the same run, is complete; what is complete is "
+            "not written to again. Put it back, or pass fresh=True (--fresh) to compute all of them anew."
+        )
+    units = {header.unit_rows: path for path, header in headers.items() if header is not None and path not in complete}
+    if len(units) > 1:
+        (one, here), (other, there), *_ = units.items()
+        raise OutputExists(
+            f"the outputs {here!r} and {there!r} were begun by different runs, in units of {one:,} and {other:,} rows; a "
+            "run continues only what is its own. Name those of one run, or pass fresh=True (--fresh) to start over."
+        )
 
 
 def _refuse_half(ledgers: Sequence[Ledger], outputs: Outputs) -> None:

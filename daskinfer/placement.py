@@ -90,7 +90,8 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
     if client is not None:
         if not automatic:
             raise DeviceError(
-                f"devices={devices!r} was given beside client=; a client's devices are its workers. Leave one of them out."
+                f"devices={devices!r} was given beside client=; a client's devices are its workers. Leave one of them out "
+                "(beside --scheduler: --devices auto, which goes over a job file's)."
             )
         return _of_client(client)
     current = _current_client() if automatic else None
@@ -122,7 +123,7 @@ def _of_client(client: Client) -> Placement:
     if not found:
         raise ClusterError(
             f"the client of {client.scheduler.address} has no workers; at least one is needed. Start one, or wait for it "
-            "with client.wait_for_workers(1)."
+            "with client.wait_for_workers(1) (--wait-for-workers 1)."
         )
     ordered = sorted(found.items(), key=lambda pair: (pair[1].kind != "cuda", pair[1].name))
     there = workers_of(client)

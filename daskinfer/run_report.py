@@ -41,7 +41,7 @@ class RunReport:
     rows_before
         Rows of a stored output that an earlier call had done, beside ``rows``.
     by_kind
-        Rows of a micro-batch by kind of device, where the kinds differ.
+        Rows of a micro-batch by kind of device, where they were measured.
     timeline
         When each device read, computed and wrote, in spans of at least one chunk; boundedly many.
     facts

@@ -147,7 +147,7 @@ class _Pass:
         self.results: list[Array] = []
         self.structure: Structure | None = None
         self.failed: dict[int, str] = {}
-        self._buffers = Buffers(model, job.options)
+        self._buffers = Buffers(model, job.options.cast)
         self._begin = 0  # the first row that is not done
 
     def run(self) -> tuple[list[Array], Structure]:
@@ -247,17 +247,22 @@ class _Pass:
 
     def _go_on(self) -> None:
         """Whole micro-batches from here on, as :meth:`_attempt` does one, but what stays the same is done once."""
-        ports, size, (result,) = self.job.ports, self.batch_size, self.results
-        batch, shape, dtype = self._buffers.whole(ports.names, self.rows, size), (size, *result.shape[1:]), result.dtype
+        ports, size = self.job.ports, self.batch_size
+        batch = self._buffers.whole(ports.names, self.rows, size)
         with self._inference():
             for begin in range(self._begin, self.n_rows - size + 1, size):
-                self._begin, end = begin, begin + size
-                answer = call(self.model.run, ports.join(batch(begin)))
-                if type(answer) is torch.Tensor and answer.shape == shape and (array := numpy_of(answer)).dtype == dtype:
-                    result[begin:end] = array
-                else:  # as autocast gives it on this device, or not as before, which is said there
-                    arrays, structure = self._checked(_flat(answer, "the model"), size)
-                    self._place(self._as_promised(arrays), structure, begin, end, None)
+                self._begin = begin
+                self._keep_whole(call(self.model.run, ports.join(batch(begin))))
+
+    def _keep_whole(self, answer: Any) -> None:
+        """Keep the answer to a whole micro-batch; in a method of its own, so that none lives while the next is computed."""
+        begin, size, (result,) = self._begin, self.batch_size, self.results
+        looks_alike = type(answer) is torch.Tensor and answer.shape == (size, *result.shape[1:])
+        if looks_alike and (array := numpy_of(answer)).dtype == result.dtype:
+            result[begin : begin + size] = array
+        else:  # as autocast gives it on this device, or not as before, which is said there
+            arrays, structure = self._checked(_flat(answer, "the model"), size)
+            self._place(self._as_promised(arrays), structure, begin, begin + size, None)
 
     def _call(self, batch: Any) -> tuple[list[Any], Structure]:
         if not self.model.takes_tensors:

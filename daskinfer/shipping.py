@@ -3,8 +3,9 @@
 Where a folder of our own cluster lies on this machine, the client writes the file itself and leaves it there, by the
 network's key: a worker that is restarted finds it, and the next call with the same network sends nothing. The last
 ``MAX_SHIPPED`` are kept; the folder goes with its cluster. On clusters of others the file goes through a worker of each
-host, into a folder of this user's, and is removed when the call ends. There it goes to hosts where a worker lacks the
-network; and to one where all had it once a worker comes, in place of one that died, that has not.
+host, into a folder of this user's. It is removed when the call ends, or by the workers once its client is gone. There it
+goes to hosts where a worker lacks the network; and to one where all had it once a worker comes, in place of one that died,
+that has not.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pathlib import Path
 from distributed import Client
 
 from daskinfer.cache import MAX_MODELS
-from daskinfer.model import PackedModel, Recipe, ShippedModel, shipped_path
+from daskinfer.model import PackedModel, Recipe, ShippedModel
 from daskinfer.model_file import check_private
 from daskinfer.placement import workers_of
+from daskinfer.shipped_files import ending_of, forget, shipped_path
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
     here = {folder for folder in folders.values() if folder and os.path.isdir(folder)}
     others = [address for address, folder in folders.items() if folder not in here]
     # Ours stays, by its key; on a host of others another call with the same network may end first.
-    name = f"model-{recipe.key}{'-' + uuid.uuid4().hex if others else ''}.safetensors"
+    name = f"model-{recipe.key}{f'-{uuid.uuid4().hex}{ending_of(client.id)}' if others else '.safetensors'}"
     for folder in here:
         _keep(folder, name, recipe)
     elsewhere = _receivers(client, others, loaded)
@@ -97,9 +99,9 @@ def shipped(client: Client, recipe: Recipe, folders: Mapping[str, str], loaded: 
     finally:
         if shipment.hosts and client.status == "running":
             # By whatever worker is on the host now: the one that received it may have died.
-            client.run(_forget, name, workers=_one_each(client, shipment.hosts), on_error="ignore")
+            client.run(forget, name, workers=_one_each(client, shipment.hosts), on_error="ignore")
         elif shipment.hosts:
-            _forget(name)  # the scheduler is lost: of all hosts this one is reached still
+            forget(name)  # the scheduler is lost: of all hosts this one is reached still
 
 
 def _receivers(client: Client, addresses: Sequence[str], loaded: Collection[str]) -> dict[str, str]:
@@ -121,10 +123,15 @@ def _receive(folder: str | None, name: str, content: bytes) -> None:
     path = shipped_path(name) if folder is None else os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     check_private(path)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.rename(temporary, path)
+    temporary = f"{path}.{uuid.uuid4().hex}"  # another thread may write the same
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _keep(folder: str, name: str, recipe: PackedModel) -> None:
@@ -137,10 +144,3 @@ def _keep(folder: str, name: str, recipe: PackedModel) -> None:
     files = sorted(Path(folder).glob("model-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     for file in files[:-MAX_SHIPPED]:
         file.unlink(missing_ok=True)
-
-
-def _forget(name: str) -> None:
-    path = shipped_path(name)
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))  # refused while others' files, or the rest of our own cluster's, lie there

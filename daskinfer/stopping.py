@@ -48,9 +48,13 @@ def drained(run: Drains) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
         run.draining = True
-        if len(came) > 1 or run.began is None:
+        name = signal.Signals(number).name
+        if len(came) > 1:
             raise StopNow
-        logger.warning("%s: what is in flight is ended; once more stops at once", signal.Signals(number).name)
+        if run.began is None:  # workers that are starting take seconds to end
+            logger.warning("%s: no chunk is on its way yet; what was started is ended", name)
+            raise StopNow
+        logger.warning("%s: what is in flight is ended; once more stops at once", name)
 
     with contextlib.suppress(StopNow), _handled(handle):
         yield

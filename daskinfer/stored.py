@@ -91,8 +91,15 @@ def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int
     if differences := found.differences(wanted, batch_size):
         raise OutputExists(
             f"the output {path!r} was begun with something else: {'; '.join(differences)}. A run continues only what is its "
-            "own. Repeat the call as it was to go on, choose another path, or pass fresh=True (--fresh) to start over."
+            f"own. Repeat the call as it was to go on, choose another path, or {_anew(path, wanted)} to start over."
         )
+
+
+def _anew(path: str, wanted: Header) -> str:
+    """How to start over; what shards share is no shard's to remove."""
+    if not wanted.shards:
+        return "pass fresh=True (--fresh)"
+    return f"remove {path!r}, {str(partial_of(path))!r} and {str(manifest_of(path))!r} while no shard runs,"
 
 
 def refuse_gone(path: str, header: Header) -> None:

@@ -99,7 +99,7 @@ def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Seque
     """Which micro-batch pays on this worker, as ``ladder.best_size`` finds it on the first chunk of a task."""
     order, (piece, *_), here = _opened(sealed), task.pieces, seat()
     within = Within(mapped(task.arena) if task.arena else None, brought)
-    rows = [part.rows(within) for part in piece.parts]
+    rows = read(lambda: [part.rows(within) for part in piece.parts], piece.chunk)
     measured, _ = device_thread.of_worker(here.worker).run(
         lambda: measure(rows, order.recipe, order.job, here, tried, n_rows), time.perf_counter()
     )

@@ -25,7 +25,7 @@ from daskinfer.lane import Feed, Lane
 from daskinfer.pace import Known, memory
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
-from daskinfer.task import measure, measure_task
+from daskinfer.task import measure, measure_task, read
 from daskinfer.ways import UnsentError
 from daskinfer.worker import Seat
 
@@ -77,7 +77,11 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
         n_rows = known.n_rows + n_rows_left
         if n_rows < WORTH_SECONDS * speed:
             return call
-        known.batch_sizes["inline"], _ = measure_here(call, rows, here, tried, n_rows)
+        try:
+            known.batch_sizes["inline"], _ = measure_here(call, rows, here, tried, n_rows)
+        except ChunkError as error:  # what to do about it is said where the rows are computed
+            logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
+            return replace(call, tunable=False)
     return replace(call, job=replace(call.job, batch_size=_at_most(known.batch_sizes["inline"], tried)), tunable=False)
 
 
@@ -124,7 +128,8 @@ class _UnmeasuredError(Exception):
 
 def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
     """The same in this process."""
-    return measure(rows(_first(call, tried[-1])), call.recipe, call.job, here, tried, n_rows)
+    first = _first(call, tried[-1])
+    return measure(read(lambda: rows(first), first), call.recipe, call.job, here, tried, n_rows)
 
 
 def _at_most(known: int, tried: Sequence[int]) -> int:

@@ -10,20 +10,22 @@ match wins:
    on the cluster first, and the chunks begin with its results.
 
 In-memory arrays at the leaves of a graph go the way of every in-memory array (``ways``); one that many blocks read
-goes to the cluster once.
+goes to the cluster once, and again where it ended with the worker that had it. Of a memmap, which Dask keeps whole and
+cuts in the tasks, each block is cut here: the file may be larger than a worker's memory.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import dask
 import dask.array as da
 import numpy as np
-from dask._task_spec import DataNode  # Dask's own module for graphs; it has no public name for it
+from dask._task_spec import DataNode, Task, TaskRef  # Dask's own module for graphs; it has no public name for it
+from dask.array.core import getter, getter_inline, getter_nofancy
 from dask.core import get_dependencies
 from distributed import Client, Future
 
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REPEATS = 1.5  # times that a load may be done on average; arbitrary, below 2: a cut between two chunks shares one
 SHARED_NBYTES = 1 << 20  # an array at a leaf that several chunks read and that is larger goes to the cluster once; arbitrary
+
+_CUTS = (getter, getter_inline, getter_nofancy)
 
 
 class Blocks:
@@ -63,7 +67,7 @@ class Blocks:
         nodes: dict[Hashable, Any] = {}
         for key in keys:
             nodes |= self._reached(key)
-        leaves = {k: leaf for k, node in nodes.items() if (leaf := self._leaf(k, node, way)) is not None}
+        leaves = {k: leaf for k in nodes if (leaf := self._leaf(k, way)) is not None}
         graph = {k: node for k, node in nodes.items() if k not in leaves}
         computed = tuple(key for key in keys if key in graph)
         return [leaves[key] if key in leaves else FromGraph(graph, key, leaves, computed) for key in keys]
@@ -72,7 +76,7 @@ class Blocks:
         """How many arrays of this process a chunk begins with, and their bytes per row, read off the first that has rows."""
         index = next((index for index, n_rows in enumerate(self._row_chunks) if n_rows), 0)
         keys = self._keys_of(index) - self._shared.keys()
-        arrays = [array for key in keys if (array := _array(self._graph[key])) is not None]
+        arrays = [array for key in keys if (array := self._array(key)) is not None]
         return len(arrays), -(-sum(array.nbytes for array in arrays) // max(1, self._row_chunks[index]))
 
     def _index(self, arrays: Sequence[da.Array]) -> None:
@@ -98,7 +102,8 @@ class Blocks:
             key = left.pop()
             if key not in found:
                 node = found[key] = self._graph[key]
-                left += () if isinstance(node, Future) else get_dependencies(self._graph, key)
+                is_leaf = isinstance(node, Future) or self._array(key) is not None
+                left += () if is_leaf else get_dependencies(self._graph, key)
         return found
 
     def _independent(self) -> bool:
@@ -114,21 +119,37 @@ class Blocks:
         node = self._graph[key]
         return not isinstance(node, Future | DataNode | np.ndarray) and not get_dependencies(self._graph, key)
 
-    def _once_on_the_cluster(self) -> Mapping[Hashable, Future]:
+    def _once_on_the_cluster(self) -> dict[Hashable, Future]:
         if self._client is None:
             return {}
-        large = {k for k, node in self._graph.items() if (a := _array(node)) is not None and a.nbytes > SHARED_NBYTES}
+        large = {key for key in self._graph if (a := self._array(key)) is not None and a.nbytes > SHARED_NBYTES}
         if not large:
             return {}
         n_readers = Counter(key for keys in self._chunk_keys() for key in keys if key in large)
-        shared = {key: _array(self._graph[key]) for key, n in n_readers.items() if n > 1}
-        return {key: self._client.scatter(array, hash=False) for key, array in shared.items()}
+        return {key: self._sent(key) for key, n in n_readers.items() if n > 1}
 
-    def _leaf(self, key: Hashable, node: Any, way: Taking) -> Part | None:
-        if isinstance(future := self._shared.get(key, node), Future):
-            return way.bring(future)
-        array = _array(node)
+    def _sent(self, key: Hashable) -> Future:
+        assert self._client is not None  # nothing is shared without one
+        return self._client.scatter(self._array(key), hash=False)
+
+    def _leaf(self, key: Hashable, way: Taking) -> Part | None:
+        if key in self._shared:
+            if self._shared[key].status != "finished":
+                self._shared[key] = self._sent(key)
+            return way.bring(self._shared[key])
+        if isinstance(node := self._graph[key], Future):
+            return way.bring(node)
+        array = self._array(key)
         return None if array is None else way.take(array)
+
+    def _array(self, key: Hashable) -> Array | None:
+        """The array of this process that a node is, or is cut out of a memmap."""
+        node = self._graph[key]
+        if not isinstance(node, Task) or node.func not in _CUTS:
+            return _array(node)
+        source, cut = node.args[:2]
+        whole = _array(self._graph[source.key]) if isinstance(source, TaskRef) and isinstance(cut, DataNode) else None
+        return node.func(whole, cut.value) if type(whole) is np.memmap else None
 
 
 def _array(node: Any) -> Array | None:

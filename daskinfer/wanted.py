@@ -73,8 +73,9 @@ def check_shard(shard: object, *, fresh: bool) -> Shard | None:
         )
     if fresh:
         raise OptionError(
-            f"fresh=True was given with shard={shard!r}; it would remove what the other shards have done. Remove the output "
-            "by hand before the first of them starts, or choose another path."
+            f"fresh=True was given with shard={shard!r}; it would remove what the other shards have done. Remove the "
+            "output, and what lies beside it under its name (.partial, .daskinfer), before the first of them starts, or "
+            "choose another path."
         )
     return numbers[0], numbers[1]
 

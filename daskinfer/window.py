@@ -177,7 +177,7 @@ class Window:
             yield from self._died(lane, task, _address(error.last_worker), dealer)
         except NeedsLostError:
             del lane.tasks[future]
-            yield from self._died(lane, task, lane.name, dealer)
+            yield from self._died(lane, replace(task, alone=False), lane.name, dealer)  # it ended no worker
         except Exception as error:
             del lane.tasks[future]
             if future.status == "error":  # its attempt has answered
@@ -188,6 +188,9 @@ class Window:
             yield from self._raised(lane, task, error, dealer)
         else:
             del lane.tasks[future]
+            # Or it would be computed again where its worker ends before the answers are used: into a slot that is another's
+            # by then.
+            future.release()
             lane.quiet_since = time.monotonic()
             dealer.took(lane.device, task.chunks, sum(f.receipt.seconds + f.receipt.waited_seconds for f in finished))
             attempts = [self._book.settled(chunk) for chunk in task.chunks]
@@ -255,7 +258,8 @@ class Window:
         return False
 
     def _emptiest(self) -> Lane:
-        return min((lane for lane in self._lanes if not lane.full), key=lambda lane: len(lane.tasks))
+        free = (lane for lane in self._lanes if not lane.full)
+        return min(free, key=lambda lane: (lane.away_since is not None, len(lane.tasks)))
 
     def _submit(self, lane: Lane, chunks: tuple[Chunk, ...], *, alone: bool = False) -> bool:
         # Without a slot, those of lost tasks are never used again, the answer comes back by Dask's comms.

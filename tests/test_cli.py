@@ -24,6 +24,7 @@ from distributed import Client
 import daskinfer as di
 from daskinfer import variables
 from daskinfer.cli import main
+from tests.dask_commands import others
 
 FACTORY = """
 import logging, warnings
@@ -189,6 +190,12 @@ def test_devices_is_a_table_or_json() -> None:
         (["plan", "cli_nets:linear", "x.npy", "--on-error", "ignore"], 2, "'ignore' is not one of 'raise', 'skip'"),
         (["plan", "cli_nets:linear", "x.npy", "--max-failed-rows", "200%"], 2, "max_failed_rows is '200%'"),
         (["plan", "cli_nets:linear", "x.npy", "--retries", "-1"], 2, "retries is -1"),
+        (
+            ["plan", "cli_nets:linear", "x.npy", "--wait-for-workers", "2"],
+            2,
+            "--wait-for-workers 2 was given without --scheduler",
+        ),
+        (["doctor", "--scheduler", "s.json", "--wait-for-workers", "0"], 2, "it may be a number from 1"),
         (["plan", "cli_nets:linear", "x.npy", "--chunk-timeout", "0"], 2, r"chunk_timeout is 0\.0"),
         (["verify", "x.npy"], 2, "has no manifest"),
         (["demo", "--folder", "."], 2, "a new folder is needed"),
@@ -210,6 +217,27 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
     done = invoke("--debug", "run", "cli_nets:linear", "gone.npy", "y.npy")
     assert done.exit_code == 2
     assert "Traceback (most recent call last)" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_command_that_waits_for_workers(folder: Path) -> None:
+    """Started before its scheduler, the command waits for the scheduler's file and for as many workers as it was told."""
+    arguments = ["run", "cli_nets:linear", "x.npy", "y.npy", "--scheduler", "scheduler.json", "--wait-for-workers", "1"]
+    program = str(Path(sys.executable).with_name("daskinfer"))
+    with subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        with others(folder):
+            assert process.wait(120) == 0, process.stderr.read()
+        assert "100 rows" in process.stdout.read()
+
+
+def test_a_folder_with_an_equals_sign_is_no_port(folder: Path) -> None:
+    """A path such as ``…/date=2026-11-27/x.npy`` is one, alone and as a port's."""
+    (folder / "date=1").mkdir()
+    np.save(folder / "date=1" / "x.npy", np.load("x.npy"))
+    for path in (f"{folder}/date=1/x.npy", "./date=1/x.npy", "input=date=1/x.npy"):
+        done = invoke("plan", "cli_nets:linear", path, "--no-probe", "--devices", "inline")
+        assert done.exit_code == 0, done.stderr
 
 
 def test_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,18 @@ def test_before_the_first_chunk_and_after_the_end() -> None:
     assert "100%, 1 of 0 rows, done after" in seen(board)[1]
 
 
+def test_runs_of_one_second() -> None:
+    """Runs that begin in the same second with the same network can be told apart in the list, the first first."""
+    board = Board()
+    for number in range(3):
+        shown_on(board, told(started(0, 50), run=f"run {number}"))
+        board._runs[f"run {number}"].first_heard = 100.0 + number / 10
+    view, _ = seen(board)
+    (_, latest), (run, third), (_, second), (_, first) = view._choice.options
+    assert (latest, run) == ("the latest", "run 2")
+    assert (second, third) == (f"{first}, no. 2", f"{first}, no. 3")
+
+
 def test_a_run_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose process is gone without a word is said to be silent after a while."""
     board = Board()

@@ -11,15 +11,17 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer import faults, transport, window
+from daskinfer import driver, faults, transport, tuning, upstream, window
+from daskinfer.call import Call
 from daskinfer.errors import ChunkError, ChunkTimeout, ClusterError, ModelError, StorageError, WorkerLost
 from daskinfer.faults import MAX_DEATHS, Book, ends_the_call, lost
 from daskinfer.kept import kept
-from daskinfer.model import shipped_path
 from daskinfer.records import Chunk
+from daskinfer.shipped_files import shipped_path
 from tests import faulty
 from tests.conftest import wait_until
 from tests.faulty import CHUNK_ROWS, X
@@ -212,6 +214,17 @@ def test_more_deaths_than_slots(tmp_path: Path) -> None:
     assert len(faulty.acted(tmp_path)) == len(at)
 
 
+def test_an_array_that_all_chunks_share_survives_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array in memory that went to the cluster once, and ended with the only worker, is sent again; nobody is blamed."""
+    monkeypatch.setattr(upstream, "SHARED_NBYTES", 0)
+    net = faulty.network(tmp_path, faulty.killed, [1235], times=1)
+    x = chunked() + da.from_array(np.ones(1, np.float32), chunks=-1)
+    y = di.predict(net, x, devices="cpu", device_weights="even", batch_size=CHUNK_ROWS)
+    di.close()
+    np.testing.assert_array_equal(y, 2 * (X + 1))
+    assert len(faulty.acted(tmp_path)) == 1
+
+
 def test_a_network_that_is_sent_once_survives_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large order that ended with the only worker is sent again."""
     monkeypatch.setattr("daskinfer.feeder.MAX_ORDER_NBYTES", 0)
@@ -274,6 +287,28 @@ def test_rows_that_cannot_be_read_are_skipped(two: dict[str, Any], tmp_path: Pat
     with pytest.raises(StorageError, match=r"chunk 12 \(rows 1200:1300\) cannot be read: OSError: .*torn") as caught:
         di.predict(np.negative, x, retries=0, **two)
     assert caught.value.number == errno.EIO
+
+
+@pytest.mark.parametrize("devices", ["inline", None])
+def test_rows_that_cannot_be_read_to_measure_with(
+    two: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where the rows to measure with cannot be read, the micro-batch stays as it is, and they are skipped."""
+    monkeypatch.setattr(tuning, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(driver, "MIN_BATCHES", 0)
+    monkeypatch.setattr(Call, "tried_sizes", property(lambda self: (50, 100)))
+    torn = faulty.network(tmp_path, faulty.raises(lambda value: OSError(errno.EIO, "torn")), [12])
+    x = da.from_array(X, chunks=800).map_blocks(torn, dtype=X.dtype, meta=X[:0])
+    how = ({"devices": devices} if devices else two) | {"batch_size": "auto", "return_report": True}
+    net = torch.nn.Threshold(0.0, 7.0)  # not measured by any other test
+    y, report = di.predict(net, x, on_error="skip", retries=0, **how)
+    assert report.failed_rows == tuple(range(800)) == tuple(np.flatnonzero(np.isnan(y)))
+    np.testing.assert_array_equal(y[800:], 2 * X[800:])
+    assert any("the micro-batch stays as it is, since measuring failed" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import daskinfer as di
-from daskinfer.errors import ChunkError, InputError, ModelError, PlanError
+from daskinfer.errors import ChunkError, InputError, ModelError, OptionError, PlanError
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
 
@@ -384,3 +384,22 @@ def test_distributed(cluster_client: Client) -> None:
     np.testing.assert_array_equal(first, -X[:, 0])
     other = di.map_blocks(dense(), X).compute(scheduler=cluster_client)
     np.testing.assert_allclose(other, plain(dense(), X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"on_error": "skip"},
+        {"retries": 5},
+        {"chunk_timeout": 3.0},
+        {"readers": 3},
+        {"fill_value": 0.0},
+        {"max_failed_rows": 3},
+        {"restart_workers": True},
+    ],
+)
+def test_what_only_daskinfers_own_calls_follow_is_refused(option: dict[str, Any]) -> None:
+    """Options that would have no effect, since Dask computes the chunks, are refused and say where they have one."""
+    ((name, value),) = option.items()
+    with pytest.raises(OptionError, match=rf"{name}={value!r} was given to map_blocks, whose chunks Dask computes"):
+        di.map_blocks(np.negative, da.ones(10), **option)

@@ -18,8 +18,9 @@ from torch import nn
 from daskinfer import variables
 from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
-from daskinfer.model import Model, PackedModel, Recipe, ShippedModel, as_model, shipped_path
+from daskinfer.model import Model, PackedModel, Recipe, ShippedModel, as_model
 from daskinfer.packed import pack
+from daskinfer.shipped_files import shipped_path
 
 CPU = torch.device("cpu")
 X = torch.ones(2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -153,6 +154,11 @@ def heap_growth() -> int:
 def test_the_allocator_of_our_workers_keeps_memory(cluster_client: Client) -> None:
     """A worker of ours takes large arrays from its heap, where the next finds the memory again."""
     assert all(grown > 32 << 20 for grown in cluster_client.run(heap_growth).values())
+
+
+def test_what_our_workers_have_imported_is_never_looked_through(cluster_client: Client) -> None:
+    """The collector of garbage leaves alone what was there when a worker of ours started; torch alone is most of it."""
+    assert min(cluster_client.run(gc.get_freeze_count).values()) > 50_000
 
 
 def test_the_allocator_of_others_is_theirs(threads_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,31 @@ def test_copies_that_end_early_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(borrowed, "_reader", lambda: at_most_5)
     answer = run_chunk(load(nn.Identity()), [Borrowed.of(X)], 0, Job(Ports.of(X), 4, Options()))
     np.testing.assert_array_equal(answer.arrays[0], X)
+
+
+def test_a_function_that_changes_its_array() -> None:
+    """Nor does a function of ndarrays that changes the shape of what it was given disturb the next micro-batch."""
+
+    def spoil(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        answer = x.sum(1)
+        x.shape = (-1,)
+        return answer
+
+    np.testing.assert_array_equal(result(spoil, X), X.sum(1))
+
+
+def test_no_answer_lives_while_the_next_is_computed() -> None:
+    """What was copied is let go: a device has to hold one answer at a time."""
+    answers: list[weakref.ref[torch.Tensor]] = []
+    n_alive = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        n_alive.append(sum(answer() is not None for answer in answers))
+        answers.append(weakref.ref(answer := x + 1))
+        return answer
+
+    np.testing.assert_array_equal(result(Do(forward), X), X + 1)
+    assert n_alive == [0] * 10
 
 
 def test_a_network_that_changes_its_tensor() -> None:

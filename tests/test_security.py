@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -131,9 +132,13 @@ def others() -> Security:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own: a client that was refused may keep the next from starting."""
+    """Run the command in a process of its own: a client that was refused may keep the next from starting.
+
+    Dask tries for 30 s by default, refused or not.
+    """
     installed = str(Path(sys.executable).with_name("daskinfer"))
-    return subprocess.run([installed, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    env = os.environ | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s"}
+    return subprocess.run([installed, *arguments], capture_output=True, text=True, check=False, timeout=120, env=env)
 
 
 def pem_files(security: Security, folder: Path) -> dict[str, str]:

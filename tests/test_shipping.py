@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer import shipping
+from daskinfer import plugin, shipping
 from daskinfer.cache import models
-from daskinfer.model import Model, Recipe, ShippedModel, shipped_path
+from daskinfer.model import Model, Recipe, ShippedModel
 from daskinfer.preflight import ask, question_of
+from daskinfer.shipped_files import forget, shipped_path
+from tests.conftest import wait_until
 
 X = np.ones((64, 4), np.float32)
 
@@ -106,6 +110,20 @@ def test_on_clusters_of_others_a_file_goes_with_its_call(plain_client: Client) -
     assert not shipped_files()
 
 
+def test_a_client_that_goes_in_the_middle_leaves_no_file(plain_client: Client) -> None:
+    """What a client could not remove itself, its workers remove once it is gone; what others shipped stays."""
+    recipe = Model(big_net(5)).recipe()
+    folders, _ = folders_and_loaded(plain_client, recipe)
+    with contextlib.ExitStack() as going, shipping.shipped(plain_client, recipe, folders, set()):
+        with Client(plain_client.scheduler.address, set_as_default=False) as other:
+            plugin.register(other)
+            going.enter_context(shipping.shipped(other, recipe, folders, set()))
+            assert len(shipped_files()) == 2
+        wait_until(lambda: len(shipped_files()) == 1)
+        assert plain_client.id in shipped_files()[0]
+    assert not shipped_files()
+
+
 def test_without_our_scratch_folder_a_file_lies_per_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On clusters of others a shipped file lies in the temporary folder, for its user only, and goes with its folder."""
     monkeypatch.delenv("DASKINFER_SCRATCH", raising=False)
@@ -114,7 +132,7 @@ def test_without_our_scratch_folder_a_file_lies_per_user(monkeypatch: pytest.Mon
     path = Path(shipped_path("model-x"))
     assert path.read_bytes() == b"content"
     assert path.parent.stat().st_mode & 0o077 == 0
-    shipping._forget("model-x")
+    forget("model-x")
     assert not list(tmp_path.iterdir())
 
 
@@ -124,3 +142,30 @@ def test_models_go_with_the_client() -> None:
         di.predict(big_net(4), X, client=client)
         assert any(key[0] == Model(big_net(4)).recipe().key for key in models._models)
     assert not models._models
+
+
+def test_two_threads_ship_one_network(tmp_path: Path) -> None:
+    """Each writes a file of its own and renames it: no one gets half of one, and nothing else is left."""
+    content = os.urandom(1 << 20)
+
+    def receive() -> None:
+        for _ in range(20):
+            shipping._receive(str(tmp_path), "model-x", content)
+            assert (tmp_path / "model-x").read_bytes() == content
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(receive) for _ in range(4)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["model-x"]
+
+
+def test_a_full_disk_keeps_no_half_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a shipped file cannot be written, none of it stays."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        shipping._receive(str(tmp_path), "model-x", b"content")
+    assert list(tmp_path.iterdir()) == []

@@ -127,7 +127,7 @@ def test_a_signal_while_workers_start_is_enough(tmp_path: Path, n_nannies: int) 
     code, words, err = script.ended()
     assert time.monotonic() - began < 20
     assert (code, words) == (130, ["Interrupted", "2", "0", "True", "True"])
-    assert not err
+    assert err == "SIGINT: no chunk is on its way yet; what was started is ended\n"
 
 
 def sent(number: int) -> None:
@@ -153,8 +153,8 @@ def run(usual_handlers: None) -> SimpleNamespace:
     return SimpleNamespace(draining=False, began=1.0)
 
 
-def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace) -> None:
-    """Where nothing is in flight there is nothing to wait for."""
+def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    """Where nothing is in flight there is nothing to wait for; that workers take seconds to end is said meanwhile."""
     run.began = None
 
     def call() -> None:
@@ -165,6 +165,7 @@ def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace)
     with pytest.raises(Interrupted, match=r"^Ctrl-C ended the call before all rows had an answer") as caught:
         call()
     assert caught.value.__suppress_context__
+    assert caplog.messages == ["SIGINT: no chunk is on its way yet; what was started is ended"]
 
 
 def test_without_a_signal_nothing_is_raised(run: SimpleNamespace) -> None:

@@ -329,3 +329,32 @@ def test_tasks_are_looked_at_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> 
             blocks.parts(index, Way())
         costs.append(looked["nodes"] / n_chunks)
     assert costs[1] <= costs[0] <= 10
+
+
+def test_a_shared_array_that_is_lost_goes_to_the_cluster_again(cluster_client: Client, arena: Arena) -> None:
+    """What was sent once and is there no more is sent again, for the chunks that are still to come."""
+    large = np.ones((1, SHARED_NBYTES // 8 + 1))
+    blocks = Blocks([da.from_array(np.arange(6.0)[:, None], chunks=2) + da.from_array(large, chunks=-1)], cluster_client)
+    for index in range(3):
+        way = Way(slot=arena.free[0])
+        parts = blocks.parts(index, way)
+        (rows,) = fetched(parts, way.brought, arena)
+        assert rows[:, 0].tolist() == [2 * index + 1, 2 * index + 2]
+        if index == 0:
+            way.brought[0].cancel()
+
+
+def test_a_memmap_is_cut_here(cluster_client: Client, arena: Arena, tmp_path: Path) -> None:
+    """Of a memmap in a dask array each chunk takes its own rows, and nothing of it goes to the cluster as a whole."""
+    rows = np.random.default_rng(0).random((6, SHARED_NBYTES // 16))
+    np.save(tmp_path / "x.npy", rows)
+    x = da.from_array(np.load(tmp_path / "x.npy", mmap_mode="r"), chunks=(2, -1))
+    for array, expected in ((x, rows), (x[1:] * 2, rows[1:] * 2)):
+        blocks = Blocks([array], cluster_client)
+        assert not blocks._shared
+        assert blocks.leaves()[1] == rows[0].nbytes * 2 // array.chunks[0][0]
+        for index, stop in enumerate(np.cumsum(array.chunks[0])):
+            way = Way(reads=True)
+            (found,) = fetched(blocks.parts(index, way), way.brought)
+            np.testing.assert_array_equal(found, expected[stop - array.chunks[0][index] : stop])
+            assert not way.brought

@@ -27,13 +27,14 @@ from daskinfer.dealer import Planned
 from daskinfer.errors import ClusterError
 from daskinfer.fetching import InFlight
 from daskinfer.lane import Lane
-from daskinfer.model import Model, ShippedModel, shipped_path
+from daskinfer.model import Model, ShippedModel
 from daskinfer.parts import Piece, Task
 from daskinfer.placement import workers_of
 from daskinfer.planner import follow, lay_out
 from daskinfer.records import Receipt
 from daskinfer.replacing import Replacer
 from daskinfer.run_report import RunReport
+from daskinfer.shipped_files import shipped_path
 from daskinfer.task import Block
 from daskinfer.ways import UnsentError
 from tests.conftest import wait_until
@@ -264,6 +265,9 @@ class Late:
     def add_done_callback(self, call: Callable[[Late], None]) -> None:
         call(self)
 
+    def release(self) -> None:
+        self.client.released.append(self)
+
     def result(self, timeout: float) -> Any:
         self.n_asked += 1
         if self.n_asked == 1:
@@ -279,6 +283,7 @@ class OneWorker:
     def __init__(self) -> None:
         self.scheduler = SimpleNamespace(identity=None)
         self.submitted: list[Late] = []
+        self.released: list[Late] = []
 
     def sync(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {"workers": {"tcp://a": {}}}
@@ -314,3 +319,32 @@ def test_what_is_lost_on_the_way_comes_after_all(monkeypatch: pytest.MonkeyPatch
     assert all(future.n_asked == 2 for future in client.submitted)
     assert arena.clean
     arena.close()
+
+
+def test_a_task_whose_answer_is_being_used_is_let_go(cluster_client: Client) -> None:
+    """The scheduler forgets a task before its answer is used, or were its worker to end, it would compute it again."""
+    blocks = di.stream(np.negative, np.arange(400.0), client=cluster_client, batch_size=10, device_weights="even")
+    next(blocks)
+
+    def first() -> list[str]:
+        return [key for key in map(str, cluster_client.futures) if key.startswith("infer-") and key.endswith("-0")]
+
+    wait_until(lambda: not first())
+    blocks.close()
+
+
+class Fake:
+    """A future of some status."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+
+
+def test_no_task_hangs_while_an_answer_waits_to_be_used() -> None:
+    """How long a device has been quiet is known once what it answered has been looked at."""
+    lane = Lane(0, "cpu:0", "cpu", {}, 3, None)
+    task = InFlight((), None, (), alone=False, submitted=0.0)
+    lane.tasks = {Fake("finished"): task, Fake("pending"): task}  # type: ignore[dict-item]
+    assert lane.hangs(1.0, now=10.0) is None
+    lane.tasks = {Fake("pending"): task}  # type: ignore[dict-item]
+    assert lane.hangs(1.0, now=10.0) is task

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
@@ -122,7 +123,7 @@ class View:
             return
         going_on = (each for each in runs.values() if _state(each) == _GOES_ON)
         shown = runs.get(self._choice.value) or next(going_on, next(iter(runs.values())))
-        choice = [("", "the latest"), *((run, _title(each)) for run, each in runs.items())]
+        choice = [("", "the latest"), *_titles(runs)]
         n_others = sum(_state(other) == _GOES_ON for other in runs.values() if other is not shown)
         seen = (shown.snapshot.status.run, shown.n_heard, choice)
         if seen != self._seen:
@@ -287,6 +288,16 @@ def _title(shown: Shown) -> str:
     """A run among others; its words do not change each time, or the list could not be chosen from."""
     began = time.strftime("%H:%M:%S", time.localtime(shown.first_heard))
     return f"{began} {_short(shown.snapshot.status.model)} ({_state(shown)}), {shown.snapshot.who}"
+
+
+def _titles(runs: dict[str, Shown]) -> list[tuple[str, str]]:
+    """Each run and its title, the latest first; those of one title are numbered in the order they came."""
+    counts: Counter[str] = Counter()
+    titled = []
+    for run, shown in reversed(runs.items()):
+        counts[title := _title(shown)] += 1
+        titled.append((run, title if counts[title] == 1 else f"{title}, no. {counts[title]}"))
+    return titled[::-1]
 
 
 def _short(name: str) -> str:
