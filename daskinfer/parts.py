@@ -37,6 +37,10 @@ class Part(Protocol):
     def rows(self, within: Within) -> Array | Elsewhere: ...
 
 
+class UnsentError(Exception):
+    """Rows have no way to their worker: it has just ended."""
+
+
 class Taking(Protocol):
     """How rows of this process get to a worker (``ways``)."""
 

@@ -23,10 +23,10 @@ from daskinfer.errors import ChunkError
 from daskinfer.ladder import WORTH_SECONDS
 from daskinfer.lane import Feed, Lane
 from daskinfer.pace import Known, memory
+from daskinfer.parts import UnsentError
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
 from daskinfer.task import measure, measure_task, read
-from daskinfer.ways import UnsentError
 from daskinfer.worker import Seat
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from dask.core import get_dependencies
 from distributed import Client, Future
 
 from daskinfer.arrays import Array
-from daskinfer.parts import FromGraph, Part, Taking
+from daskinfer.parts import FromGraph, Part, Taking, UnsentError
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,10 @@ class Blocks:
     def _leaf(self, key: Hashable, way: Taking) -> Part | None:
         if key in self._shared:
             if self._shared[key].status != "finished":
-                self._shared[key] = self._sent(key)
+                try:
+                    self._shared[key] = self._sent(key)
+                except (KeyError, OSError, TimeoutError) as error:  # no worker is there, or the chosen one has just ended
+                    raise UnsentError from error
             return way.bring(self._shared[key])
         if isinstance(node := self._graph[key], Future):
             return way.bring(node)

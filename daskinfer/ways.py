@@ -10,14 +10,10 @@ from distributed import Client, Future
 
 from daskinfer.arrays import Array
 from daskinfer.borrowed import Borrowed, lendable
-from daskinfer.parts import Brought, FromClient, FromSlot, Part, Sent
+from daskinfer.parts import Brought, FromClient, FromSlot, Part, Sent, UnsentError
 from daskinfer.transport import Slot
 
 SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
-
-
-class UnsentError(Exception):
-    """Rows have no way to their worker: it has just ended."""
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from daskinfer.events import ChunkFailed, ChunkStarted, DeviceChanged, Listeners
 from daskinfer.faults import Book, ends_the_call, lost
 from daskinfer.fetching import Finished, InFlight, NeedsLostError, UnfetchedError, fetched
 from daskinfer.lane import Feed, Lane
+from daskinfer.parts import UnsentError
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
 from daskinfer.replacing import Replacer
 from daskinfer.stopping import StopNow
-from daskinfer.ways import UnsentError
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Window:
             yield from self._died(lane, task, _address(error.last_worker), dealer)
         except NeedsLostError:
             del lane.tasks[future]
-            yield from self._died(lane, replace(task, alone=False), lane.name, dealer)  # it ended no worker
+            yield from self._died(lane, task, lane.name, dealer)
         except Exception as error:
             del lane.tasks[future]
             if future.status == "error":  # its attempt has answered

@@ -17,7 +17,7 @@ from distributed import Client, wait
 from distributed.protocol import pickle
 
 from daskinfer import upstream
-from daskinfer.parts import Brought, FromClient, FromGraph, FromSlot, Part, Sent, Within
+from daskinfer.parts import Brought, FromClient, FromGraph, FromSlot, Part, Sent, UnsentError, Within
 from daskinfer.transport import Arena, slot_nbytes
 from daskinfer.upstream import MAX_REPEATS, SHARED_NBYTES, Blocks
 from daskinfer.ways import SENT_NBYTES, Way
@@ -358,3 +358,20 @@ def test_a_memmap_is_cut_here(cluster_client: Client, arena: Arena, tmp_path: Pa
             (found,) = fetched(blocks.parts(index, way), way.brought)
             np.testing.assert_array_equal(found, expected[stop - array.chunks[0][index] : stop])
             assert not way.brought
+
+
+def test_a_shared_array_that_reaches_no_worker_is_unsent(monkeypatch: pytest.MonkeyPatch, cluster_client: Client) -> None:
+    """Where no worker is there to send it to again, its chunks wait as others do."""
+    large = np.ones((1, SHARED_NBYTES // 8 + 1))
+    blocks = Blocks([da.from_array(np.arange(6.0)[:, None], chunks=2) + da.from_array(large, chunks=-1)], cluster_client)
+    (shared,) = blocks._shared.values()
+    shared.cancel()
+
+    def nobody(*_: Any, **__: Any) -> None:
+        raise TimeoutError("No valid workers found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster_client, "scatter", nobody)
+        with pytest.raises(UnsentError, match=r"^$"):
+            blocks.parts(0, Way())
+    assert blocks.parts(0, Way())

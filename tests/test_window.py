@@ -28,7 +28,7 @@ from daskinfer.errors import ClusterError
 from daskinfer.fetching import InFlight
 from daskinfer.lane import Lane
 from daskinfer.model import Model, ShippedModel
-from daskinfer.parts import Piece, Task
+from daskinfer.parts import Piece, Task, UnsentError
 from daskinfer.placement import workers_of
 from daskinfer.planner import follow, lay_out
 from daskinfer.records import Receipt
@@ -36,7 +36,6 @@ from daskinfer.replacing import Replacer
 from daskinfer.run_report import RunReport
 from daskinfer.shipped_files import shipped_path
 from daskinfer.task import Block
-from daskinfer.ways import UnsentError
 from tests.conftest import wait_until
 
 N_TINY = 2000  # chunks
