@@ -2,9 +2,10 @@
 
 ::
 
-    .npy, memmap   shape, dtype, bytes and time of change of the file
+    .npy, memmap   shape, dtype, bytes and time of change of the file; of a memmap that nobody can write to
     .zarr          shape, dtype, the metadata's bytes, how many files there are, and when last one came, went or was replaced
-    in memory      a SHA-256 of the bytes, also of a memmap whose changes never reach its file (mode "c")
+    in memory      a SHA-256 of the bytes, also of other memmaps: a change of mode "c" never reaches the file, and of one
+                   that does a tmpfs does not note the time
     dask array     its name, which Dask makes of what it computes, and its chunks
 
 Paths do not count: an input that was moved is the same. What is not noticed: bytes of a file that change while its time of
@@ -38,9 +39,7 @@ def _mark(array: Any) -> dict[str, Any]:
     if not isinstance(array, np.ndarray):
         return state(array.path)
     mapped = _mapped(array)
-    if mapped is not None and mapped.mode != "c":
-        if mapped.mode != "r":
-            mapped.flush()  # what was written through it has changed the file's time from here on
+    if mapped is not None and mapped.mode == "r":
         view = {"at": array.ctypes.data - mapped.ctypes.data, "strides": list(array.strides), "offset": mapped.offset}
         return npy.state(str(mapped.filename)) | view
     return {"sha256": _sha256(array)}
