@@ -43,9 +43,10 @@ class Scratch:
         os.rename(unlocked, self.path)
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
+        """Remove the folder with all that is in it, and what workers of a killed process have written into its own since."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        remove_ownerless(_FOLDER_PREFIX)
 
 
 def remove_ownerless(prefix: str) -> None:

@@ -23,7 +23,7 @@ from distributed.client import get_client
 
 import daskinfer as di
 from daskinfer import cluster as room
-from daskinfer import ending
+from daskinfer import ending, owned
 from daskinfer.device import Device
 from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware import machine
@@ -365,3 +365,14 @@ def test_a_killed_worker_comes_back_as_what_it_was() -> None:
         assert [after[key] for key in ("resources", "memory_limit")] == [{resource("cpu:0"): N_TASKS}, 1 << 30]
         assert after["nanny"] == before["nanny"]
         assert cluster.whole
+
+
+def test_what_a_killed_process_leaves_late_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a killed client may write into its folder once more after the next one has removed it: it goes again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    scratch = owned.Scratch()
+    (late := tmp_path / "daskinfer-scratch-late").mkdir()
+    (late / "a worker's").touch()
+    scratch.remove()
+    assert not late.exists()
+    assert list(tmp_path.iterdir()) == []
