@@ -272,7 +272,11 @@ def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
         ) from error
     if n_workers is not None:
         log_lines.progress_logger.info("waiting until %s has %s workers", scheduler, n_workers)
-        client.wait_for_workers(n_workers)
+        try:
+            client.wait_for_workers(n_workers)
+        except BaseException:
+            client.close()
+            raise
     return client
 
 

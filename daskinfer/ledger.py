@@ -113,10 +113,10 @@ class Ledger:
         """Remove the manifest where it is nothing but the locks, and all of it is this run's."""
         if self.shard or not self._is_ours():
             return
-        left = sorted(path.name for path in self.folder.iterdir())
-        if all(name.startswith((LOCK, CREATING)) for name in left):
-            for name in left:  # the one that is held comes last of those that a run takes
-                (self.folder / name).unlink(missing_ok=True)
+        left = sorted(self.folder.iterdir(), key=lambda path: path.name == LOCK)
+        if all(path.name.startswith((LOCK, CREATING)) for path in left):
+            for path in left:  # the one that is held last: without it another run begins, and takes the others
+                path.unlink(missing_ok=True)
             self.folder.rmdir()
 
     def _is_ours(self) -> bool:

@@ -231,6 +231,23 @@ def test_a_command_that_waits_for_workers(folder: Path) -> None:
         assert "100 rows" in process.stdout.read()
 
 
+def test_waiting_for_workers_can_be_interrupted(
+    cluster_client: Client, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Who does not want to wait any longer leaves no client behind."""
+    waited: list[Client] = []
+
+    def interrupted(client: Client, n_workers: int) -> None:
+        waited.append(client)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "wait_for_workers", interrupted)
+    address = cluster_client.scheduler.address
+    done = invoke("plan", "cli_nets:linear", "x.npy", "--scheduler", address, "--wait-for-workers", "99")
+    assert done.exit_code == 130
+    assert [client.status for client in waited] == ["closed"]
+
+
 def test_a_folder_with_an_equals_sign_is_no_port(folder: Path) -> None:
     """A path such as ``…/date=2026-11-27/x.npy`` is one, alone and as a port's."""
     (folder / "date=1").mkdir()

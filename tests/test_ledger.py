@@ -56,3 +56,22 @@ def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: p
         third.hold()
     second.__exit__()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_that_is_held_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that shards have left go too, and before the one that keeps others from taking them."""
+    gone: list[str] = []
+    unlink = Path.unlink
+
+    def noting(path: Path, *, missing_ok: bool = False) -> None:
+        gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noting)
+    with Ledger(str(tmp_path / "y.npy"), HEADER) as held:
+        held.hold()
+        for name in ("lock-1-of-2", "lock-2-of-2", "creating"):
+            (held.folder / name).touch()
+    assert gone[-1] == "lock"
+    assert len(gone) == 4
+    assert list(tmp_path.iterdir()) == []
