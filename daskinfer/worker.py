@@ -85,7 +85,7 @@ def seat() -> Seat:
     try:
         worker = get_worker()
     except ValueError:
-        return Seat("inline", cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
+        return Seat("inline", _cpu_here(), torch.device("cpu"), None, f"process {os.getpid()}")
     return seat_of(worker)
 
 
@@ -95,6 +95,12 @@ def seat_of(worker: Any) -> Seat:
     n_threads = int(os.environ.get(variables.THREADS) or worker.state.nthreads)
     device, device_name = _torch_device(os.environ.get(variables.DEVICE), os.environ.get(variables.UUID, ""))
     return Seat(name, device_name, device, n_threads, worker.address)
+
+
+@functools.cache
+def _cpu_here() -> str:
+    """Read once: each chunk that this process computes says it, and reading takes 0.5 ms."""
+    return cpu_label()
 
 
 @functools.cache

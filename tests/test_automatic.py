@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -302,3 +304,21 @@ def test_a_given_micro_batch_is_not_measured(two_cpus: list[str], monkeypatch: p
     """Who names the micro-batch gets it."""
     monkeypatch.setattr(tuning, "measured", None)  # measuring would fail
     assert computed(fixed_cost, LARGE, devices=two_cpus, batch_size=30_000)[1].batch_size == 30_000
+
+
+FIRST_CALL = """
+import gc, numpy as np, torch, daskinfer as di
+network, x = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()), np.ones((4096, 4), np.float32)
+di.predict
+gc.collect()
+gc.disable()  # the first of its counts goes up with each container that is made, and down with each that ends
+before = gc.get_count()[0]
+di.predict(network, x)
+print(gc.get_count()[0] - before)
+"""
+
+
+def test_a_first_short_call_leaves_few_objects() -> None:
+    """2,100 make Python look through all of torch's after its import: a quarter of a second."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=120, check=True)
+    assert 0 < int(done.stdout) < 1800
