@@ -5,7 +5,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
     0  errors  tables  records  options  structure             plain Python
        events  timeline  status  status_words  reported
        pictures  variables  own_code  allocator  owned  ranges
-                       shipped_files
+                       shipped_files  model_paths
     1  hardware  device  grid  planner  dealer  ladder         + NVML, numbers only
        pace  plan_record  manifest  stored  durable
        staging  ledger  verifying

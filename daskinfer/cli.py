@@ -86,7 +86,7 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
         _write(done, report, given["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
     if done.failed_rows:
-        say_rows_missing(len(done.failed_rows), ROWS_MISSING, paths(given["output"])[0])
+        say_rows_missing(len(done.failed_rows), ROWS_MISSING, paths(given["output"])[0], sharded=given["shard"] is not None)
         context.exit(ROWS_MISSING)
 
 

@@ -87,6 +87,11 @@ _HOW = (
         help="The model file may run code when it is loaded (.pt2, TorchScript, …).",
     ),
     click.option("--model-sha256", metavar="HEX", help="The SHA-256 that the model file has to have, on every worker."),
+    click.option(
+        "--model-version",
+        metavar="TEXT",
+        help="Which network this is, for those whose content cannot be read stably; change it when the network changes.",
+    ),
     click.option("--fresh/--no-fresh", help="Remove what lies at OUTPUT already, and start over."),
     click.option("--shard", type=Part(), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."),
     click.option(
@@ -173,6 +178,7 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         kwargs=given["kwargs"] or None,
         trust=given["trust_model"],
         sha256=given["model_sha256"],
+        version=given["model_version"],
     )
     keywords = {name: given[name] for name in _OPTIONS}
     with results_only(), ExitStack() as stack:
@@ -182,12 +188,15 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
 
 
 def _refuse_early(given: Mapping[str, Any]) -> None:
-    """Say what is most often mistyped, paths and devices, all of it, before torch is imported, which takes seconds."""
+    """Say what is most often mistyped, all of it, before torch is imported, which takes seconds."""
     from daskinfer.device import parse
     from daskinfer.hardware import machine
     from daskinfer.io import check_path, open_source
+    from daskinfer.model_paths import check_reference
 
     refusals = Refusals()
+    with refusals.collect():
+        check_reference(given["model"], has_factory=given["factory"] is not None)
     for path in paths(given["input"]):
         with refusals.collect():
             open_source(path)

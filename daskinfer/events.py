@@ -4,14 +4,15 @@ They are the one source of everything that is shown: the bar in a terminal, the 
 the report, and the function that a user passes as ``progress=``. All are told in the thread that waits for the answers;
 what a worker knows (seconds, memory, micro-batch) comes with the receipt in :class:`ChunkDone`.
 
-Their order: ``RunStarted``; then, in any order, ``MicroBatchesTried``, ``MicroBatchChosen``, ``ChunkStarted``,
-``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk that is tried again
-starts again.
+Their order: ``RunStarted``; then, in any order, ``Connected``, ``MicroBatchesTried``, ``MicroBatchChosen``,
+``ChunkStarted``, ``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk
+that is tried again starts again.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class RunStarted(Event):
     def n_rows_before(self) -> int:
         """Of these, the rows that earlier calls computed."""
         return sum(stop - start for start, stop in self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class Connected(Event):
+    """Workers of a cluster compute; ``dashboard`` is the URL of the page that shows the run there.
+
+    Empty where the cluster has none. Dask also names the port of a scheduler that was started without a dashboard to clients
+    that know its address only.
+    """
+
+    dashboard: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +167,11 @@ class Listeners:
         self._listeners.append(listener)
 
     def connected(self, client: Any) -> None:
-        """Tell those who want to know which client computes."""
+        """Tell those who want to know which client computes, and all of them where its dashboard is."""
         for listener in self._listeners[:]:
             if connected := getattr(listener, "connected", None):
                 self._try(listener, connected, client)
+        self(Connected(self.run, time.time(), _dashboard_of(client)))
 
     def _try(self, listener: Listener, call: Callable[[Any], Any], told: Any) -> None:
         try:
@@ -166,3 +179,11 @@ class Listeners:
         except Exception as error:
             self._listeners.remove(listener)
             logger.warning("progress is shown no more by %r: %s: %s", listener, type(error).__name__, error)
+
+
+def _dashboard_of(client: Any) -> str:
+    try:
+        return str(client.dashboard_link or "").replace("/status", "/daskinfer")
+    except Exception as error:  # a KeyError where the scheduler has none
+        logger.debug("no dashboard: %s: %s", type(error).__name__, error)
+        return ""

@@ -47,6 +47,7 @@ from daskinfer.stored import (
     LOCK,
     STAGING,
     Shard,
+    anew,
     begun,
     foreign,
     is_stored,
@@ -211,7 +212,7 @@ class Ledger:
         if record == {}:
             raise OutputExists(
                 f"the manifest {str(self.folder)!r} was changed: {COMPLETE} is not as it was written. Look with daskinfer "
-                "verify what else was, or pass fresh=True (--fresh) to start over."
+                f"verify what else was, or {anew(str(self.path), self.header)} to start over."
             )
         return record is not None
 

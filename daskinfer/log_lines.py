@@ -109,12 +109,15 @@ def say_error(error: BaseException, exit_code: int, *, said: str = "", with_trac
     )
 
 
-def say_rows_missing(n_rows: int, exit_code: int, output: str) -> None:
+def say_rows_missing(n_rows: int, exit_code: int, output: str, *, sharded: bool) -> None:
     """Say that the command is done, but for some rows of an output."""
+    listed = f"{output}.daskinfer/failed_rows.json lists{' when all shards are done' if sharded else ''}"
+    anew = f"removing {output} and {output}.daskinfer while no shard runs" if sharded else "--fresh"
     logger.warning(
-        "%s rows of %s have no answer, as %s.daskinfer/failed_rows.json lists; once they are mended, --fresh starts over",
+        "%s rows of %s have no answer, as %s; once they are mended, %s starts over",
         f"{n_rows:,}",
         output,
-        output,
+        listed,
+        anew,
         extra={"fields": {"n_failed": n_rows, "output": output, "exit_code": exit_code}},
     )

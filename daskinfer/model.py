@@ -30,7 +30,8 @@ import torch
 from daskinfer import packed
 from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
-from daskinfer.model_file import CODE_SUFFIXES, WEIGHTS_READERS, ModelFile, check_private
+from daskinfer.model_file import WEIGHTS_READERS, ModelFile, check_private
+from daskinfer.model_paths import CODE_SUFFIXES, check_reference, without_factory
 from daskinfer.recipe import PROGRAMS, Loading, digest, said_of
 from daskinfer.shipped_files import shipped_path
 from daskinfer.tables import html_table
@@ -143,22 +144,16 @@ class Model:
             return WeightsFile(file, FactoryCall.of(self, self.factory), version=self.version)
         if suffix in CODE_SUFFIXES:
             return self._from_code(source)
-        if suffix == ".safetensors":
-            raise _without_factory(source)
+        check_reference(source)
         self._takes_none("factory", "sha256")
-        if ":" in source:
-            return FactoryCall.of(self, source)
-        raise ModelError(
-            f"the model {source!r} is neither a file ending in .safetensors, {', '.join(CODE_SUFFIXES)} nor a factory as "
-            "'pkg.mod:make'. Pass one of these."
-        )
+        return FactoryCall.of(self, source)
 
     def _from_code(self, source: str) -> Recipe:
         self._takes_none("factory", "kwargs")
         file = ModelFile.find(source, self.sha256)
         form = file.form()
         if form not in PROGRAMS:
-            raise _without_factory(source)
+            raise without_factory(source)
         file.check_trust(form, trust=self.trust)
         return PROGRAMS[form](file, version=self.version)
 
@@ -280,13 +275,6 @@ def as_model(model: Any, *, trust: bool = False) -> Model:
     """``model`` itself where it is a Model, else one made of it; trusted where it is, or ``trust`` says so."""
     made = model if isinstance(model, Model) else Model(model)
     return replace(made, trust=True) if trust else made
-
-
-def _without_factory(source: str) -> ModelError:
-    return ModelError(
-        f"{source} holds weights only; a factory has to make the network that takes them. "
-        "Pass Model(…, factory='pkg.mod:make'), or --factory pkg.mod:make."
-    )
 
 
 def _with_tied(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -41,10 +41,10 @@ import safetensors.torch
 import torch
 
 from daskinfer.errors import ModelError
+from daskinfer.model_paths import check_is_file
 
 HASHED_NBYTES = 1 << 30
 PROGRAM, SCRIPT, PICKLE, WEIGHTS = "a program of torch.export", "a TorchScript program", "a pickled network", "weights"
-CODE_SUFFIXES = (".pt2", ".ts", ".pt", ".pth")
 
 _PART_NBYTES = 1 << 20
 
@@ -67,8 +67,7 @@ class ModelFile:
         ModelError
             Where there is no such file, ``sha256`` is none, or another file's.
         """
-        if not os.path.isfile(path):
-            raise ModelError(f"the model file {path!r} does not exist; a readable file is needed. Correct the path.")
+        check_is_file(path)
         if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256)):
             raise ModelError(f"sha256 is {sha256!r}; it has to be 64 hexadecimal digits, as sha256sum prints. Pass these.")
         path, found = os.path.abspath(path), os.stat(path)

@@ -21,7 +21,7 @@ from daskinfer.ledger import Ledger
 from daskinfer.manifest import Entry, shard_rows
 from daskinfer.ranges import in_all, left_over, merged
 from daskinfer.records import Failure, Receipt, Written
-from daskinfer.stored import COMPLETE, HEADER, begun, foreign, manifest_of
+from daskinfer.stored import COMPLETE, HEADER, anew, begun, foreign, manifest_of
 from daskinfer.wanted import Wanted
 
 _SHOWN = 3  # parts that a message lists before it counts the rest
@@ -145,7 +145,7 @@ def opened(wanted: Wanted, *, fresh: bool) -> Iterator[Outputs]:
             if fresh:
                 _check_removable(ledger.path)
         if not fresh:
-            _refuse_unlike(wanted.paths)
+            _refuse_unlike(wanted)
         taken: list[Ledger] = []
         with _withdrawn_on_failure(taken, wanted):
             for ledger in ledgers:
@@ -213,21 +213,21 @@ def _check_removable(path: str) -> None:
         raise foreign(path)
 
 
-def _refuse_unlike(paths: Sequence[str]) -> None:
+def _refuse_unlike(wanted: Wanted) -> None:
     """Refuse outputs that no one run has begun: written in other units, or one complete and another not there."""
-    headers = {path: begun(path) for path in paths}
-    complete = [path for path in paths if headers[path] is not None and (manifest_of(path) / COMPLETE).exists()]
-    if complete and (gone := [path for path in paths if headers[path] is None]):
+    headers = {path: begun(path) for path in wanted.paths}
+    complete = [path for path in wanted.paths if headers[path] is not None and (manifest_of(path) / COMPLETE).exists()]
+    if complete and (gone := [path for path in wanted.paths if headers[path] is None]):
         raise OutputExists(
             f"the output {gone[0]!r} is not there, and {complete[0]!r}, of the same run, is complete; what is complete is "
-            "not written to again. Put it back, or pass fresh=True (--fresh) to compute all of them anew."
+            f"not written to again. Put it back, or {anew(complete[0], wanted.headers[0])} to compute all of them anew."
         )
     units = {header.unit_rows: path for path, header in headers.items() if header is not None and path not in complete}
     if len(units) > 1:
         (one, here), (other, there), *_ = units.items()
         raise OutputExists(
             f"the outputs {here!r} and {there!r} were begun by different runs, in units of {one:,} and {other:,} rows; a "
-            "run continues only what is its own. Name those of one run, or pass fresh=True (--fresh) to start over."
+            f"run continues only what is its own. Name those of one run, or {anew(there, wanted.headers[0])} to start over."
         )
 
 

@@ -199,6 +199,8 @@ def _rendered(statuses: list[Status]) -> Any:
             Text(", ".join(words(status))),
         )
         parts += [table, total] if status.devices else [total]
+        if status.dashboard and not status.ended:
+            parts.append(Text(f"dashboard: {status.dashboard}", style="dim", no_wrap=True))
     return Group(*parts)
 
 
@@ -225,7 +227,14 @@ def _page(status: Status) -> str:
     said = ", ".join(words(status))
     bar = f'<progress max="1" value="{status.share:.4g}" style="width: 20em"></progress>'
     table = html_table(HEADERS, [cells(device, status) for device in status.devices]) if status.devices else ""
-    return f"<div><b>{html.escape(status.model)}</b> {bar} {html.escape(said)}</div>{table}"
+    return f"<div><b>{html.escape(status.model)}</b> {bar} {html.escape(said)}{_link(status)}</div>{table}"
+
+
+def _link(status: Status) -> str:
+    """The way to the dashboard while there is something to see; what is kept of a notebook would lead nowhere."""
+    if status.ended or not status.dashboard.startswith(("http://", "https://", "/", "proxy/")):
+        return ""
+    return f', <a href="{html.escape(status.dashboard)}" target="_blank">dashboard</a>'
 
 
 def _in_notebook() -> bool:

@@ -13,6 +13,7 @@ from daskinfer.events import (
     ChunkDone,
     ChunkFailed,
     ChunkStarted,
+    Connected,
     DeviceChanged,
     Event,
     MicroBatchChosen,
@@ -52,7 +53,8 @@ class Status:
 
     ``n_done`` are rows that need nothing more, those of earlier calls and those that failed included. ``seconds`` counts
     from the first chunk sent; None before. ``seconds_left`` is what is left by the speed of late; None where nobody knows.
-    ``measures``: devices try micro-batches of several sizes before the first chunk.
+    ``measures``: devices try micro-batches of several sizes before the first chunk. ``dashboard`` is the URL of the page
+    that shows the run; empty where there is none.
     """
 
     run: str
@@ -69,6 +71,7 @@ class Status:
     ended: bool
     error: str
     measures: bool = False
+    dashboard: str = ""
 
     @property
     def share(self) -> float:
@@ -89,6 +92,7 @@ class Standing:
         self._ended: RunEnded | None = None
         self._batch_size = 0
         self._measures = False
+        self._dashboard = ""
         self._devices: dict[str, _Device] = {}
         self._speed = _Speed()
         self._n_done = self._n_failed = self._n_retried = 0
@@ -119,6 +123,7 @@ class Standing:
                 ended=self._ended is not None,
                 error=self._ended.error if self._ended else "",
                 measures=self._measures,
+                dashboard=self._dashboard,
             )
 
     def _device(self, name: str) -> _Device:
@@ -129,6 +134,9 @@ class Standing:
     def _run_started(self, event: RunStarted) -> None:
         self._started, self._batch_size, self._n_done = event, event.batch_size, event.n_rows_before
         self._devices = {asked.device: _Device(asked) for asked in event.devices}
+
+    def _connected(self, event: Connected) -> None:
+        self._dashboard = event.dashboard
 
     def _micro_batches_tried(self, event: MicroBatchesTried) -> None:
         self._measures = True
@@ -167,6 +175,7 @@ class Standing:
 
 _SEE: dict[type[Event], Callable[[Standing, Any], None]] = {
     RunStarted: Standing._run_started,
+    Connected: Standing._connected,
     MicroBatchesTried: Standing._micro_batches_tried,
     MicroBatchChosen: Standing._micro_batch_chosen,
     ChunkStarted: Standing._chunk_started,

@@ -91,11 +91,11 @@ def refuse_differences(path: str, found: Header, wanted: Header, batch_size: int
     if differences := found.differences(wanted, batch_size):
         raise OutputExists(
             f"the output {path!r} was begun with something else: {'; '.join(differences)}. A run continues only what is its "
-            f"own. Repeat the call as it was to go on, choose another path, or {_anew(path, wanted)} to start over."
+            f"own. Repeat the call as it was to go on, choose another path, or {anew(path, wanted)} to start over."
         )
 
 
-def _anew(path: str, wanted: Header) -> str:
+def anew(path: str, wanted: Header) -> str:
     """How to start over; what shards share is no shard's to remove."""
     if not wanted.shards:
         return "pass fresh=True (--fresh)"
@@ -126,7 +126,7 @@ def refuse_gone(path: str, header: Header) -> None:
         named = ", ".join(gone[:_SHOWN]) + (", …" if len(gone) > _SHOWN else "")
         raise OutputExists(
             f"the output {path!r} was complete, and {len(gone):,} of its {len(parts):,} parts are gone or cut short since "
-            f"({named}); it is not written to again. Put them back, or pass fresh=True (--fresh) to compute all of it anew."
+            f"({named}); it is not written to again. Put them back, or {anew(path, header)} to compute all of it anew."
         )
 
 

@@ -277,15 +277,22 @@ def installed(*arguments: str, program: str = "daskinfer", **how: Any) -> subpro
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gone.npy", "y.npy"], "gone.npy' does not exist"),
-        (["x.npy", "a=gone/y.npy"], "the output's folder .* does not exist"),
-        (["x.npy", "y.npy", "--devices", "tpu"], "tpu"),
-        (["gone.npy", "gone/y.npy", "--devices", "tpu"], "gone.npy' does not exist.*output's folder .* does not exist.*tpu"),
+        (["cli_nets:linear", "gone.npy", "y.npy"], "gone.npy' does not exist"),
+        (["cli_nets:linear", "x.npy", "a=gone/y.npy"], "the output's folder .* does not exist"),
+        (["cli_nets:linear", "x.npy", "y.npy", "--devices", "tpu"], "tpu"),
+        (["gone.pt2", "x.npy", "y.npy", "--trust-model"], "the model file 'gone.pt2' does not exist"),
+        (["gone.safetensors", "x.npy", "y.npy", "--factory", "cli_nets:linear"], "'gone.safetensors' does not exist"),
+        (["net.safetensors", "x.npy", "y.npy"], "holds weights only; a factory"),
+        (["linear", "x.npy", "y.npy"], "neither a file ending in"),
+        (
+            ["gone.pt", "gone.npy", "gone/y.npy", "--devices", "tpu"],
+            "gone.pt' does not exist.*gone.npy' does not exist.*output's folder .* does not exist.*tpu",
+        ),
     ],
 )
 def test_what_is_mistyped_is_said_before_torch_is_imported(folder: Path, arguments: list[str], said: str) -> None:
-    """Importing torch takes seconds: paths and devices are looked at before."""
-    done = installed("run", "cli_nets:linear", *arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    """Importing torch takes seconds: the network's name, paths and devices are looked at before."""
+    done = installed("run", *arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 2
     assert re.search(f"daskinfer: error: .*{said}", done.stderr, re.DOTALL)
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
@@ -416,6 +423,10 @@ def test_rows_are_missing(folder: Path) -> None:
     said = f"1 rows of y.npy have no answer, as {listed} lists; once they are mended, --fresh starts over"
     assert done.stderr == f"daskinfer: {said}\n"
     assert "<html" in Path("r.html").read_text()
+    done = invoke("run", "cli_nets:fails", "bad.npy", "z.npy", *how, "--shard", "1/2")
+    assert done.exit_code == 3
+    listed = "z.npy.daskinfer/failed_rows.json lists when all shards are done"
+    assert f"as {listed}; once they are mended, removing z.npy and z.npy.daskinfer while no shard runs" in done.stderr
 
 
 def test_reports_of_shards_and_of_runs_with_nothing_to_do(folder: Path) -> None:

@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import dask.array as da
 import numpy as np
 import pytest
+from distributed import Client
 
 import daskinfer as di
 from daskinfer.events import (
     ChunkDone,
     ChunkFailed,
     ChunkStarted,
+    Connected,
     DeviceChanged,
     Event,
     Listeners,
@@ -222,7 +225,29 @@ def test_a_client_is_told_to_those_who_ask() -> None:
             seen.append(client)
 
     Listeners([Asks(), print]).connected("client")
-    assert seen == ["client"]
+    assert seen[0] == "client"
+    assert [type(event) for event in seen[1:]] == [Connected]
+
+
+def test_where_the_dashboard_is_is_told(two_cpus: list[str]) -> None:
+    """The address is that of the page on the dashboard of the cluster that computes."""
+    told: list[Event] = []
+    di.predict(double, X, devices=two_cpus, progress=told.append)
+    (found,) = [event for event in told if isinstance(event, Connected)]
+    assert found.dashboard.endswith("/daskinfer")
+    with urlopen(found.dashboard, timeout=60) as page:
+        assert page.status == 200
+
+
+def test_no_dashboard() -> None:
+    """A cluster without one has no address."""
+    told: list[Event] = []
+    with (
+        di.LocalDeviceCluster("cpu", dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        di.predict(double, X, client=client, progress=told.append)
+    assert [event.dashboard for event in told if isinstance(event, Connected)] == [""]
 
 
 @pytest.fixture

@@ -25,7 +25,17 @@ from rich.console import Console
 import daskinfer as di
 from daskinfer import progress
 from daskinfer.errors import OptionError
-from daskinfer.events import Asked, ChunkDone, ChunkFailed, ChunkStarted, DeviceChanged, Event, RunEnded, RunStarted
+from daskinfer.events import (
+    Asked,
+    ChunkDone,
+    ChunkFailed,
+    ChunkStarted,
+    Connected,
+    DeviceChanged,
+    Event,
+    RunEnded,
+    RunStarted,
+)
 from daskinfer.progress import Drawn, lines, listeners
 from daskinfer.records import Failure, Receipt
 from daskinfer.status import Standing, Status
@@ -107,6 +117,26 @@ def test_a_terminal_has_a_line_per_device_and_one_for_all() -> None:
     assert said[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
     assert said[2] == "cpu:0 EPYC 0 0 20% 0% 0 gone, 1 tried again"
     assert re.fullmatch(r"Net [━╸╺ ]+ 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 tried again", said[3])
+
+
+def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
+    """A terminal shows the page's address and a notebook a link, which only leads to pages; a run that is over neither."""
+
+    def shown(address: str, *others: Event) -> tuple[str, str]:
+        standing = Standing()
+        for event in [*events()[:3], Connected("a", 11.0, address), *others]:
+            standing(event)
+        console = Console(file=io.StringIO(), width=60, force_terminal=False)
+        console.print(progress._rendered([standing.status(13.0)]))
+        return console.file.getvalue(), progress._page(standing.status(13.0))  # type: ignore[attr-defined]
+
+    address = "http://127.0.0.1:8787/daskinfer?a&b"
+    terminal, notebook = shown(address)
+    assert f"dashboard: {address}" in terminal.splitlines()[-1]
+    assert '<a href="http://127.0.0.1:8787/daskinfer?a&amp;b" target="_blank">dashboard</a>' in notebook
+    for none in (shown(""), shown(address, events()[-1])):
+        assert "dashboard" not in "".join(none)
+    assert "<a" not in shown("javascript:alert(1)")[1]
 
 
 def test_a_notebook_has_the_same_escaped() -> None:

@@ -887,6 +887,16 @@ def test_one_of_two_complete_outputs_is_gone(tmp_path: Path) -> None:
     assert verify(where["a"]).wrong == ()
 
 
+def test_shards_are_told_how_to_start_over(tmp_path: Path) -> None:
+    """What they share is no shard's to remove: ``fresh`` is not named to them."""
+    where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
+    for k in (1, 2):
+        di.run(two, X, where, shard=(k, 2), **HOW)
+    where["a"].rename(tmp_path / "elsewhere.npy")
+    with pytest.raises(OutputExists, match=r"or remove .*b\.npy', .* while no shard runs, to compute all of them anew"):
+        di.run(two, X, where, shard=(1, 2), **HOW)
+
+
 def test_failed_rows_that_are_computed_again_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two outputs' receipts of one chunk, its failed rows do not count towards ``max_failed_rows`` twice."""
 
