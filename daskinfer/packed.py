@@ -166,7 +166,7 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle
 
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer, protocol=5)
-        self.by_value = False  # whether a class, a function or a module was
+        self.by_value = False  # whether a class or a function was, or a module may have been
         self._registered: dict[str, ModuleType] = {}
 
     def dump(self, thing: Any) -> None:
@@ -183,7 +183,7 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle
             return super().reducer_override(thing)
         self._register(thing if isinstance(thing, ModuleType) else _module_of(thing))
         reduced = super().reducer_override(thing)
-        self.by_value |= bool(self._registered) or reduced is not NotImplemented
+        self.by_value |= not isinstance(thing, FunctionType | type) or reduced is not NotImplemented
         return reduced
 
     def _register(self, module: ModuleType | None) -> None:
