@@ -31,7 +31,7 @@ from daskinfer import packed
 from daskinfer.errors import ModelError
 from daskinfer.loaded import LoadedModel
 from daskinfer.model_file import WEIGHTS_READERS, ModelFile, check_private
-from daskinfer.model_paths import CODE_SUFFIXES, check_reference, without_factory
+from daskinfer.model_paths import CODE_SUFFIXES, check_is_file, check_reference, without_factory
 from daskinfer.recipe import PROGRAMS, Loading, digest, said_of
 from daskinfer.shipped_files import shipped_path
 from daskinfer.tables import html_table
@@ -140,7 +140,7 @@ class Model:
     def _from_reference(self, source: str) -> Recipe:
         suffix = Path(source).suffix.lower()
         if self.factory is not None and suffix in WEIGHTS_READERS:
-            file = ModelFile.find(source, self.sha256)
+            file = self._file(source)
             return WeightsFile(file, FactoryCall.of(self, self.factory), version=self.version)
         if suffix in CODE_SUFFIXES:
             return self._from_code(source)
@@ -150,12 +150,16 @@ class Model:
 
     def _from_code(self, source: str) -> Recipe:
         self._takes_none("factory", "kwargs")
-        file = ModelFile.find(source, self.sha256)
+        file = self._file(source)
         form = file.form()
         if form not in PROGRAMS:
             raise without_factory(source)
         file.check_trust(form, trust=self.trust)
         return PROGRAMS[form](file, version=self.version)
+
+    def _file(self, source: str) -> ModelFile:
+        check_is_file(source)
+        return ModelFile.find(source, self.sha256)
 
     def _takes_none(self, *names: str) -> None:
         for name in names:

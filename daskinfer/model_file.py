@@ -41,7 +41,6 @@ import safetensors.torch
 import torch
 
 from daskinfer.errors import ModelError
-from daskinfer.model_paths import check_is_file
 
 HASHED_NBYTES = 1 << 30
 PROGRAM, SCRIPT, PICKLE, WEIGHTS = "a program of torch.export", "a TorchScript program", "a pickled network", "weights"
@@ -65,9 +64,10 @@ class ModelFile:
         Raises
         ------
         ModelError
-            Where there is no such file, ``sha256`` is none, or another file's.
+            Where ``sha256`` is none, or another file's.
+        OSError
+            Where there is no such file.
         """
-        check_is_file(path)
         if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{64}", sha256)):
             raise ModelError(f"sha256 is {sha256!r}; it has to be 64 hexadecimal digits, as sha256sum prints. Pass these.")
         path, found = os.path.abspath(path), os.stat(path)
