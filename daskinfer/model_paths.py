@@ -11,12 +11,12 @@ CODE_SUFFIXES = (".pt2", ".ts", ".pt", ".pth")
 
 
 def check_is_file(path: str) -> None:
-    """Refuse the path of no file.
+    """Refuse a path at which no file lies.
 
     Raises
     ------
     ModelError
-        Where it is one.
+        Where there is none.
     """
     if not os.path.isfile(path):
         raise ModelError(f"the model file {path!r} does not exist; a readable file is needed. Correct the path.")
