@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -257,6 +258,7 @@ def refused(folder: str) -> dict[str, Any]:
                 Client(address, security=security, timeout="1s", set_as_default=False).close()
             except (OSError, TypeError, RuntimeError, ValueError):
                 n_refused += 1
+            gc.collect()  # a refused client that ends in the thread which the next one starts waits for it, and it for that
         during = run.is_alive()
         run.join(120)
     if not answer:
