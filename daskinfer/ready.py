@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,11 +19,13 @@ from daskinfer.lane import Lane
 from daskinfer.model import Recipe
 from daskinfer.pace import memory
 from daskinfer.placement import Placement
-from daskinfer.preflight import Answer
+from daskinfer.preflight import Answer, Question
 from daskinfer.shipping import Shipment, shipped
 from daskinfer.task import Order
 from daskinfer.transport import Arena
 from daskinfer.window import AWAY_SECONDS
+
+ASK_SECONDS = 0.2  # between two questions to workers that are on their way back; arbitrary
 
 
 @contextlib.contextmanager
@@ -80,11 +83,24 @@ def ready(call: Call, client: Client) -> Iterator[tuple[list[Lane], Feeder, Ship
         nbytes = feeder.slot_nbytes(call.max_task_rows, MAX_CHUNKS_PER_TASK)
         arena = stack.enter_context(transport.lent(client, nbytes, n_slots))
         paths = [target.path for target in call.targets]
-        answers = preflight.ask(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref))
+        come_back = call.placement.client is None or any(call.placement.nannies)
+        patience = AWAY_SECONDS if come_back else 0.0
+        answers = _answers(client, preflight.question_of(call.recipe, call.inputs.paths, paths, arena.ref), patience)
         folders = {address: answer.scratch for address, answer in answers.items()}
         loaded = {address for address, answer in answers.items() if answer.loaded}
         shipment = stack.enter_context(shipped(client, call.recipe, folders, loaded))
         yield _lanes(call, answers, arena, n_tasks), feeder, shipment, {a.device: a.scratch for a in answers.values()}
+
+
+def _answers(client: Client, question: Question, patience: float) -> dict[str, Answer]:
+    """What the workers say; where all of them ended meanwhile, what those say that come in their place within ``patience``.
+
+    Without an answer nobody knows where the network's file has to lie.
+    """
+    deadline = time.monotonic() + patience
+    while not (answers := preflight.ask(client, question)) and time.monotonic() < deadline:
+        time.sleep(ASK_SECONDS)
+    return answers
 
 
 def order_of(call: Call, recipe: Recipe) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer import driver, faults, transport, tuning, upstream, window
+from daskinfer import driver, faults, preflight, transport, tuning, upstream, window
 from daskinfer.call import Call
 from daskinfer.errors import ChunkError, ChunkTimeout, ClusterError, ModelError, StorageError, WorkerLost
 from daskinfer.faults import MAX_DEATHS, Book, ends_the_call, lost
@@ -232,6 +234,27 @@ def test_a_network_that_is_sent_once_survives_its_worker(tmp_path: Path, monkeyp
     y = di.predict(net, chunked(), devices="cpu", device_weights="even", batch_size=CHUNK_ROWS)
     di.close()
     np.testing.assert_array_equal(y, 2 * X)
+
+
+def test_all_workers_end_while_they_are_asked(cpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of a new network goes on with the workers that come in their place, which find its file."""
+    di.predict(np.negative, X, **cpus)  # the cluster is there
+    asked, ask = [], preflight.ask
+
+    def killed_and_asked(client: Client, question: preflight.Question) -> dict[str, preflight.Answer]:
+        if not asked:
+            for pid in client.run(os.getpid).values():
+                os.kill(pid, signal.SIGKILL)
+            asked.append({})  # as where each ended before its answer was sent
+        else:
+            asked.append(ask(client, question))
+        return asked[-1]
+
+    monkeypatch.setattr(preflight, "ask", killed_and_asked)
+    y, _ = di.predict(faulty.network(tmp_path, faulty.killed, [], times=0), X, **cpus)
+    np.testing.assert_array_equal(y, 2 * X)
+    assert asked[-1]
+    assert asked.count({}) == len(asked) - 1
 
 
 def test_a_broken_device_gets_another_process(cpus: dict[str, Any], tmp_path: Path) -> None:
