@@ -429,6 +429,16 @@ def test_rows_are_missing(folder: Path) -> None:
     assert f"as {listed}; once they are mended, removing z.npy and z.npy.daskinfer while no shard runs" in done.stderr
 
 
+def test_another_version_of_the_network_is_another(folder: Path) -> None:
+    """What ``--model-version`` says is what a run that continues goes by."""
+    how = ("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--no-progress", "--model-version")
+    assert invoke(*how, "1").exit_code == 0
+    assert invoke(*how, "1").exit_code == 0
+    done = invoke(*how, "2")
+    assert done.exit_code == 2
+    assert "was begun with something else: model was" in done.stderr
+
+
 def test_reports_of_shards_and_of_runs_with_nothing_to_do(folder: Path) -> None:
     """Each shard has a page of its own, and a run that finds everything done leaves the page of the one that did it."""
     how = ("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--no-progress", "--batch-size", "10")
