@@ -61,5 +61,5 @@ def notes(wanted: Wanted, plan: Plan, *, fresh: bool) -> Iterator[str]:
     elif not n_left:
         yield f"nothing to do: all {stop - start:,} rows are at {where} already"
     else:
-        time = f", {format_seconds(plan.seconds * n_left / plan.n_rows)} to expect" if plan.seconds is not None else ""
+        time = f", about {format_seconds(plan.seconds * n_left / plan.n_rows)}" if plan.seconds is not None else ""
         yield f"what lies at {where} is continued: {n_left:,} of {stop - start:,} rows are left{time}"

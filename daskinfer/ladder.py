@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 WORTH_SECONDS = 2.0  # less gains less than measuring costs; arbitrary
 PAYS = 1.05  # times as many rows/s; arbitrary, below it is noise
+PROBE_SECONDS = 0.5  # of micro-batches that tell what to expect; arbitrary, some turns of a busy scheduler
 STEP_SECONDS = 0.02  # that a size is measured for at least; arbitrary, well above the clock and a context switch
 TIMER_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, keeps speeds finite
 
@@ -66,6 +67,26 @@ def best_size(run: RunOne, tried: Sequence[int], n_rows: int) -> tuple[int, floa
         best, speed = size, faster
     logger.debug("rule 4: it is %d rows, the largest to try", best)
     return best, speed
+
+
+def usual_speed(run: RunOne, size: int) -> float:
+    """Rows/s over ``PROBE_SECONDS`` of micro-batches: what to expect, where ``best_size`` compares.
+
+    All of the time counts but the first micro-batch's: what a busy machine takes away, it takes from the run as well.
+
+    Examples
+    --------
+    >>> def run(size: int) -> tuple[int, float]:
+    ...     time.sleep(0.1)
+    ...     return size, 0.1
+    >>> 30 < usual_speed(run, 10) <= 100
+    True
+    """
+    run(size)
+    n_done, began = 0, time.perf_counter()
+    while n_done == 0 or time.perf_counter() - began < PROBE_SECONDS:
+        n_done += run(size)[0]
+    return n_done / max(TIMER_SECONDS, time.perf_counter() - began)
 
 
 def _speed(run: RunOne, size: int) -> float | None:

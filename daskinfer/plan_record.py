@@ -221,7 +221,7 @@ class Plan:
             f"{self.model} on {self.n_rows:,} rows in {self.n_chunks:,} chunks",
             *(f"input   {port}" for port in self.inputs),
             *(f"output  {port}" for port in self.outputs),
-            *([] if self.seconds is None else [f"time    {self.seconds:,.3g} s to expect {_FROM_WHEN}"]),
+            *([] if self.seconds is None else [f"time    about {self.seconds:,.3g} s {_FROM_WHEN}"]),
         ]
 
     @property
@@ -257,7 +257,7 @@ class Plan:
         return ["total", "", "", *speed, "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
 
 
-_FROM_WHEN = "by the speeds measured, once workers run"
+_FROM_WHEN = "by the speeds measured, once workers run; more where storage, or other work, holds them up"
 
 
 def memory_refusals(
@@ -288,8 +288,9 @@ def memory_refusals(
     >>> plan = describe(
     ...     layout, names=["cuda:0"], labels=[""], weights=[1.0], row_in_nbytes=1000, row_out_nbytes=24, model_nbytes=0
     ... )
-    >>> memory_refusals(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
-    'chunk 0 (rows 0:250) needs 250.0 KiB on cuda:0 at batch_size=250; 200.0 KiB is free. Use batch_size=200 or less.'
+    >>> sentence = memory_refusals(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
+    >>> sentence.removesuffix(" Use batch_size=200 or less (--batch-size).")
+    'chunk 0 (rows 0:250) needs 250.0 KiB on cuda:0 at batch_size=250; 200.0 KiB is free.'
     """
     found = []
     for device, limit, chunk in zip(devices, limits, layout.largest_chunks(len(devices)), strict=True):
@@ -311,4 +312,4 @@ def _cure(layout: Layout, device: str, nbytes: int, row_nbytes: int) -> str:
         return f"Cut the input into chunks of {rows} rows or less."
     if layout.cell_rows > layout.batch_size:
         return f"Use an output whose write-units (its chunks or shards) hold {rows} rows or less."
-    return f"Use batch_size={rows} or less."
+    return f"Use batch_size={rows} or less (--batch-size)."

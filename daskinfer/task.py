@@ -22,7 +22,7 @@ from daskinfer.arrays import Array, Elsewhere
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError, StorageError
 from daskinfer.io import Target
-from daskinfer.ladder import best_size
+from daskinfer.ladder import best_size, usual_speed
 from daskinfer.loaded import LoadedModel
 from daskinfer.model import Recipe
 from daskinfer.packed import ByValue
@@ -109,7 +109,10 @@ def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Seque
 def measure(
     rows: Sequence[Array | Elsewhere], recipe: Recipe, job: Job, here: Seat, tried: Sequence[int], n_rows: int
 ) -> tuple[int, float]:
-    """Which micro-batch pays, in this thread, of those that there are rows for; ``rows`` begin with the input's first."""
+    """Which micro-batch pays, in this thread, of those that there are rows for, and its rows/s.
+
+    ``rows`` begin with the input's first. Of one size there is nothing to compare: its usual speed.
+    """
     model = _model(recipe, here)
 
     def run_one(size: int) -> tuple[int, float]:
@@ -117,6 +120,8 @@ def measure(
         return answer.batch_size, answer.seconds
 
     with here.threads():
+        if len(tried) == 1:
+            return tried[0], usual_speed(run_one, tried[0])
         return best_size(run_one, [size for size in tried if size <= len(rows[0])] or tried[:1], n_rows)
 
 

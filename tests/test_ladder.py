@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from daskinfer import ladder
-from daskinfer.ladder import PAYS, TIMER_SECONDS, WORTH_SECONDS, best_size
+from daskinfer.ladder import PAYS, TIMER_SECONDS, WORTH_SECONDS, best_size, usual_speed
 
 MUCH = 10**9  # rows
 SIZES = [100, 200, 400, 800]
@@ -119,3 +119,18 @@ def test_the_fastest_of_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_took_no_time() -> None:
     """A clock that is too coarse makes a device very fast, not infinitely."""
     assert best_size(Device(lambda size: 0.0), [100], MUCH) == (100, 100 / TIMER_SECONDS)
+
+
+def test_the_usual_speed_counts_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to expect is no best case: micro-batches that were held up count like the others, the first one does not."""
+    took = iter([5.0, 1.0, 3.0, 1.0, 3.0])  # by the clock; the device itself says 1.0 of each
+    now = 0.0
+
+    def held_up(size: int) -> tuple[int, float]:
+        nonlocal now
+        now += next(took)
+        return size, 1.0
+
+    monkeypatch.setattr(ladder, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(ladder, "PROBE_SECONDS", 8.0)
+    assert usual_speed(held_up, 100) == 50.0

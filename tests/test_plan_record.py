@@ -106,7 +106,7 @@ def test_a_plan_knows_its_sums():
 @pytest.mark.parametrize(
     ("cell_rows", "limit", "cure"),
     [
-        (64, 49 << 10, "Use batch_size=48 or less."),
+        (64, 49 << 10, "Use batch_size=48 or less (--batch-size)."),
         (128, 101 << 10, "Use an output whose write-units (its chunks or shards) hold 100 rows or less."),
         (64, 1 << 10, "Not even one row fits beside the network: leave cuda:0 out, or use one with more memory."),
         (64, 100 << 10, "Cut the input into chunks of 99 rows or less."),
@@ -155,7 +155,7 @@ def test_measured_speeds_give_the_time_to_expect(balanced, seconds):
     )
     plan = example_plan(layout=layout, devices=devices, balanced=balanced)
     assert plan.seconds == seconds
-    assert f"time    {seconds:.3g} s to expect by the speeds measured, once workers run" in str(plan)
+    assert f"time    about {seconds:.3g} s by the speeds measured, once workers run; more where" in str(plan)
     assert "rows/s" in str(plan)
 
 

@@ -222,6 +222,12 @@ def test_measuring_tries_what_there_are_rows_for(monkeypatch: pytest.MonkeyPatch
     assert tried == [s for s in (8, 16) if s <= size]
 
 
+def test_of_one_size_the_usual_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is compared, the speed is not that of the fastest micro-batch."""
+    monkeypatch.setattr(task, "usual_speed", lambda run, size: float(run(size)[0]))
+    assert task.measure([X], order().recipe, order().job, seat(), (8,), 1000) == (8, 8.0)
+
+
 def test_measuring_is_a_task_like_any_other(arena: Arena) -> None:
     """On a worker the first chunk's rows are measured in the device thread, from wherever they are."""
     slot = arena.free.pop()
