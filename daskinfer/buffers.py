@@ -94,11 +94,13 @@ def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[An
     # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
     by_numpy = _numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
     if for_torch and not isinstance(by_torch, torch.dtype):
-        raise OptionError(f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32'.")
+        raise OptionError(
+            f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32' (--dtype)."
+        )
     if not for_torch and by_numpy is None:
         raise OptionError(
             f"dtype of {port} is {cast!r}; a model that is no nn.Module gets ndarrays, which hold NumPy's numbers only. "
-            "Pass the name of one of NumPy's dtypes, such as 'float32'."
+            "Pass the name of one of NumPy's dtypes, such as 'float32' (--dtype)."
         )
     return by_numpy, by_torch
 

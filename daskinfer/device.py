@@ -22,6 +22,7 @@ __all__ = ["MAX_CPU_WORKERS", "Device", "DeviceTable", "Machine", "check_drivabl
 MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000", and no machine gains from more processes than this
 
 _OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version, from its release notes
+_CPUS = 'devices="cpu" (--devices)'
 _ALLOWED = (
     '"auto", "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", '
     f'"cpu*4" (1 to {MAX_CPU_WORKERS}), several of these, or "inline" alone'
@@ -149,7 +150,7 @@ def _cpu_build(gpus: str, machine: Machine) -> str:
     return (
         f"{gpus}: this torch is built for CPUs only and cannot drive a GPU. Install torch's CUDA {major} build "
         f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", '
-        'or pass devices="cpu" (--devices) to use the CPUs on purpose.'
+        f"or pass {_CPUS} to use the CPUs on purpose."
     )
 
 
@@ -160,7 +161,7 @@ def _old_driver(gpus: str, torch_cuda: str, driver: str, driver_cuda: tuple[int,
     return (
         f"{gpus}: driver {driver} speaks CUDA {speaks}; this torch is built for CUDA {torch_cuda}, which needs "
         f"{needs}. Update the driver, or install a torch built for CUDA {driver_cuda[0]}, "
-        'or pass devices="cpu" (--devices) to use the CPUs on purpose.'
+        f"or pass {_CPUS} to use the CPUs on purpose."
     )
 
 
@@ -181,7 +182,7 @@ def _entries(spec: object) -> list[str]:
     if not entries or not all(entries):
         raise DeviceError(
             f"devices={short_repr(spec)} has an empty place; allowed are {_ALLOWED}. "
-            'Name a device there, or use devices="auto".'
+            'Name a device there, or use devices="auto" (--devices).'
         )
     return entries
 
@@ -190,7 +191,7 @@ def _inline(entries: Sequence[str]) -> tuple[Device, ...]:
     if len(entries) > 1:
         raise DeviceError(
             f'"inline" stands among {len(entries)} devices; it runs everything in this process and is allowed only '
-            'alone. Use devices="inline", or leave it out.'
+            'alone. Use devices="inline" (--devices), or leave it out.'
         )
     return (Device("inline", "inline", 0),)
 
@@ -257,7 +258,8 @@ def _refuse_doubles(asked: Sequence[tuple[str, Device]]) -> None:
 
 
 def _refuse_absent(entry: str, machine: Machine) -> Sequence[Device]:
-    raise DeviceError(f"device {entry!r} is not there. {_found(machine)}. {_cure(machine)}")
+    means = ' (which means "cuda")' if re.match("gpu(?!-)", entry, re.IGNORECASE) else ""
+    raise DeviceError(f"device {entry!r}{means} is not there. {_found(machine)}. {_cure(machine)}")
 
 
 def _found(machine: Machine) -> str:
@@ -268,12 +270,12 @@ def _found(machine: Machine) -> str:
 def _cure(machine: Machine) -> str:
     """First match wins: the likeliest reason why a GPU is missing, and what to do."""
     if machine.hidden_gpus:
-        return f'CUDA_VISIBLE_DEVICES hides {machine.hidden_gpus} more: unset it or name them there, or use devices="cpu".'
+        return f"CUDA_VISIBLE_DEVICES hides {machine.hidden_gpus} more: unset it or name them there, or use {_CPUS}."
     if machine.gpus:
         return "Ask for one of these."
     if not machine.driver:
         return (
             "NVML finds no NVIDIA driver: install it, or give the container its GPUs (docker run --gpus all), "
-            'or use devices="cpu".'
+            f"or use {_CPUS}."
         )
-    return f'The driver ({machine.driver}) finds no GPU: see what nvidia-smi says, or use devices="cpu".'
+    return f"The driver ({machine.driver}) finds no GPU: see what nvidia-smi says, or use {_CPUS}."

@@ -123,7 +123,7 @@ class Run:
             last = f" The last: {new[-1].exception}." if new else ""
             raise TooManyFailures(
                 f"{self._n_failed:,} rows failed; max_failed_rows={options.max_failed_rows!r} allows {allowed:,}.{last} "
-                "Mend the rows, or allow more."
+                "Mend the rows, or allow more (--max-failed-rows)."
             )
 
     def _tell_done(self, done: Finished) -> None:

@@ -135,5 +135,5 @@ def lost(chunk: Chunk, worker: str, *, hung: bool, seconds: float | None) -> Chu
         return error
     return WorkerLost(
         f"{which} ended its worker {worker}, {MAX_DEATHS} times with nothing beside it; a worker has to outlive its chunks. "
-        f"Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size. {advice}"
+        f"Look for an out-of-memory kill or a crash of the network, and use a smaller batch_size (--batch-size). {advice}"
     )

@@ -322,6 +322,6 @@ def _looked_up(scope: dict[str, Any], names: set[str], attributes: set[str], pre
 def _unstable(thing: Any, path: str) -> ModelError:
     return ModelError(
         f"{path} is a {type(thing).__name__}, which cannot be hashed the same way in another process; tensors, numbers, "
-        "text, containers, functions, classes and objects that pickle as these can. Pass Model(…, version='…') and "
-        "change the version when it changes."
+        "text, containers, functions, classes and objects that pickle as these can. Pass Model(…, version='…') "
+        "(--model-version) and change the version when it changes."
     )

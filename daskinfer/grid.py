@@ -103,6 +103,7 @@ def check_batch_size(batch_size: object) -> int | None:
         rows = 0
     if rows < 1:
         raise OptionError(
-            f"batch_size is {batch_size!r}; allowed are 'auto' and whole numbers from 1. Use batch_size='auto'."
+            f"batch_size is {batch_size!r}; allowed are 'auto' and whole numbers from 1. "
+            "Use batch_size='auto' (--batch-size)."
         )
     return rows

@@ -164,8 +164,9 @@ class Model:
     def _takes_none(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) is not None:
+                flag = "--model-sha256" if name == "sha256" else f"--{name}"
                 allowed = "factory= goes with a file of weights, kwargs= with a factory, sha256= with a file"
-                raise ModelError(f"the model {self.name} was given {name}=; {allowed}. Leave {name}= out.")
+                raise ModelError(f"the model {self.name} was given {name}=; {allowed}. Leave {name}= ({flag}) out.")
 
 
 @dataclass(frozen=True)

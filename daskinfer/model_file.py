@@ -164,7 +164,7 @@ class ModelFile:
 
 _ADVICE = (
     "is what this call asks for, and nothing is run with another. Restore the file; or, if it is meant to be this one, "
-    "correct sha256= where it was given, and start again."
+    "correct sha256= (--model-sha256) where it was given, and start again."
 )
 
 

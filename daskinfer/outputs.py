@@ -170,7 +170,7 @@ def _cure(error: BaseException) -> str:
     """What else than the same call may be needed to go on after an error."""
     if isinstance(error, TooManyFailures):
         return ", with a larger max_failed_rows (--max-failed-rows),"
-    return ", with on_error='skip' where rows fail again," if isinstance(error, ChunkError) else ""
+    return ", with on_error='skip' (--on-error) where rows fail again," if isinstance(error, ChunkError) else ""
 
 
 @contextlib.contextmanager

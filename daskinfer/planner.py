@@ -292,7 +292,7 @@ def _check_cell_rows(cell_rows: int, batch_size: int) -> int:
         divisor = next(rows for rows in range(min(batch_size, cell_rows), 0, -1) if cell_rows % rows == 0)
         raise OptionError(
             f"the output's write-units (its chunks or shards) hold {cell_rows} rows at batch_size={batch_size}; "
-            f"they must hold whole micro-batches. Use batch_size={divisor}."
+            f"they must hold whole micro-batches. Use batch_size={divisor} (--batch-size)."
         )
     return cell_rows
 

@@ -107,7 +107,7 @@ class PickledFile(CodeFile):
         if not isinstance(network, torch.nn.Module):
             raise ModelError(
                 f"the file {self.file.path!r} holds a {type(network).__name__}; it has to hold an nn.Module, or a state "
-                "dict (with factory=). Save one of these."
+                "dict (with factory=, --factory). Save one of these."
             )
         return network
 

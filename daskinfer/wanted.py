@@ -69,7 +69,8 @@ def check_shard(shard: object, *, fresh: bool) -> Shard | None:
     numbers = tuple(shard) if isinstance(shard, tuple | list) else ()
     if len(numbers) != 2 or any(type(n) is not int for n in numbers) or not 1 <= numbers[0] <= numbers[1]:
         raise OptionError(
-            f"shard is {shard!r}; it may be (i, n), part i of n, counted from 1, or None. Pass (1, 64) to (64, 64)."
+            f"shard is {shard!r}; it may be (i, n), part i of n, counted from 1, or None. "
+            "Pass (1, 64) to (64, 64), on the command line --shard 1/64 to 64/64."
         )
     if fresh:
         raise OptionError(

@@ -126,6 +126,7 @@ REFUSED = {
     "cuda,cuda:0": r"cuda:0 \(Fast One\) is asked for 2 times, as 'cuda' and as 'cuda:0'.*Leave all but one",
     "gpu:1,GPU-0001": r"cuda:1 .* is asked for 2 times, as 'gpu:1' and as 'GPU-0001'",
     "cuda:7": r"device 'cuda:7' is not there\. This process sees cuda:0.*cuda:1.*Ask for one of these",
+    "gpu:7": r"device 'gpu:7' \(which means \"cuda\"\) is not there\. This process sees cuda:0",
     "GPU-9999": r"device 'GPU-9999' is not there",
 }
 

@@ -219,7 +219,7 @@ def test_a_program_in_memory() -> None:
         (linear(), {"kwargs": LINEAR}, "the model Linear was given kwargs=; factory= goes with a file of weights"),
         (linear(), {"factory": "torch.nn:Linear"}, "the model Linear was given factory=;"),
         ("torch.nn:Linear", {"factory": "torch.nn:Linear"}, "the model torch.nn:Linear was given factory=;"),
-        ("net.pt2", {"kwargs": LINEAR}, "the model net.pt2 was given kwargs=;.* Leave kwargs= out"),
+        ("net.pt2", {"kwargs": LINEAR}, "the model net.pt2 was given kwargs=;.* Leave kwargs= .--kwargs. out"),
         ("net.ts", {"factory": "torch.nn:Linear"}, "the model net.ts was given factory=;"),
         ("torch.nn:Linear", {"sha256": "0" * 64}, "torch.nn:Linear was given sha256=;.*, sha256= with a file"),
         (linear(), {"sha256": "0" * 64}, "the model Linear was given sha256=;"),

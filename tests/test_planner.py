@@ -204,9 +204,9 @@ def test_a_million_chunks_are_laid_out():
 
 def test_write_units_hold_whole_micro_batches():
     """Write-units that cut through a micro-batch are refused with the largest batch size that divides them."""
-    with pytest.raises(OptionError, match=r"hold 100 rows at batch_size=64; they must .* Use batch_size=50\."):
+    with pytest.raises(OptionError, match=r"hold 100 rows at batch_size=64; .* Use batch_size=50 \(--batch-size\)\."):
         lay_out(1000, [1.0], batch_size=64, cell_rows=100)
-    with pytest.raises(OptionError, match=r"hold 10 rows at batch_size=64; they must .* Use batch_size=10\."):
+    with pytest.raises(OptionError, match=r"hold 10 rows at batch_size=64; .* Use batch_size=10 \(--batch-size\)\."):
         lay_out(1000, [1.0], batch_size=64, cell_rows=10)
 
 
