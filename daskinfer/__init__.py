@@ -11,7 +11,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
        staging  ledger  verifying
     2  arrays  borrowed  packed  fingerprint  loaded           + torch
        model_file  recipe  model  cache  bad_rows
-       chunk_errors  buffers  runner  probe
+       chunk_errors  buffers  returned  runner  probe  trial
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
        input_mark  wanted  outputs

@@ -207,7 +207,9 @@ def _lay_out(given: dict[str, Any], *, balanced: bool, into: Into | None) -> Wor
         layout = follow(inputs.row_chunks, weights, batch_size=batch_size)
     else:
         layout = _cut(inputs, wanted, weights, batch_size, chunk_nbytes, into and replace(into, begun=begun))
-    job = Job(inputs.ports, batch_size, given["options"], wanted.outputs, dict(begun.by_kind) if begun else {})
+    job = Job(inputs.ports, batch_size, given["options"], wanted.outputs)
+    if begun is not None:
+        job = replace(job, by_kind=dict(begun.by_kind), channels_last=begun.channels_last)
     work = Work(
         given["model"].name,
         inputs,
@@ -338,6 +340,7 @@ def _headers(work: Work, shard: tuple[int, int] | None) -> tuple[Header, ...]:
         "unit_rows": work.layout.cell_rows,
         "batch_size": work.job.batch_size,
         "by_kind": dict(work.job.by_kind),
+        "channels_last": work.job.channels_last,
         "shards": shard[1] if shard else 0,
     }
     outputs = zip(work.promise.structure.names, work.promise.outputs, strict=True)

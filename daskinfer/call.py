@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 
+from daskinfer.buffers import CHANNELS_LAST
 from daskinfer.grid import MIN_BATCHES, tried_sizes
 from daskinfer.inputs import Inputs
 from daskinfer.io import Target
@@ -18,7 +19,7 @@ from daskinfer.runner import Job
 def key_of(recipe: Recipe, inputs: Inputs, options: Options) -> Hashable:
     """Under which speeds are remembered: the network, the rows' shapes and dtypes, and how it is run."""
     looks = tuple((tuple(a.shape[1:]), str(a.dtype)) for a in inputs.arrays)
-    how = (str(options.dtype), options.autocast, id(options.preprocess), id(options.postprocess))
+    how = (str(options.dtype), options.autocast, options.memory_format, id(options.preprocess), id(options.postprocess))
     return (recipe.key, looks, how)
 
 
@@ -49,10 +50,14 @@ class Call:
     done: tuple[tuple[int, int], ...] = ()
     n_failed: int = 0
 
-    def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
-        """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""
+    def with_batch_sizes(self, sizes: Mapping[str, int], channels_last: Collection[str] = ()) -> Call:
+        """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide.
+
+        On kinds that ``channels_last`` holds, images lie in that memory format.
+        """
         largest = max(sizes.values())
-        job = replace(self.job, batch_size=largest, by_kind=dict(sizes))
+        kinds = tuple(kind for kind in sizes if kind in channels_last)
+        job = replace(self.job, batch_size=largest, by_kind=dict(sizes), channels_last=kinds)
         return replace(self, job=job, layout=self._cut(largest), tunable=False)
 
     def _cut(self, batch_size: int) -> Layout:
@@ -62,6 +67,11 @@ class Call:
             return follow(self.layout.row_chunks, self.weights, batch_size=batch_size)
         limits = {"row_nbytes": self.row_nbytes, "chunk_nbytes": self.chunk_nbytes}
         return lay_out(self.layout.n_rows, self.weights, batch_size=batch_size, **limits)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether there is anything to measure: several micro-batches, or images, for which there are two memory formats."""
+        return self.tunable and (len(self.tried_sizes) > 1 or any(a.ndim in CHANNELS_LAST for a in self.inputs.arrays))
 
     @property
     def tried_sizes(self) -> tuple[int, ...]:

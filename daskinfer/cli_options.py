@@ -81,6 +81,13 @@ _HOW = (
     click.option("--chunk-timeout", type=float, metavar="SECONDS", help="Replace a worker whose chunk takes longer."),
     click.option("--restart-workers/--no-restart-workers", help="Workers of --scheduler may be restarted where they hang."),
     click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Run under automatic mixed precision."),
+    click.option(
+        "--memory-format",
+        type=click.Choice(["auto", "contiguous", "channels_last"]),
+        default="auto",
+        show_default=True,
+        help="How images lie in memory; auto: as is measured to be faster, where the micro-batch is auto.",
+    ),
     click.option("--pad/--no-pad", default=True, help="Fill micro-batches up to one shape, or not."),
     click.option(
         "--trust-model/--no-trust-model",
@@ -137,7 +144,7 @@ _PRINTED = (
 
 _OPTIONS = (
     *("device_weights", "batch_size", "dtype", "autocast", "readers", "on_error", "fill_value", "max_failed_rows"),
-    *("nan_is_failure", "retries", "chunk_timeout", "restart_workers", "pad"),
+    *("nan_is_failure", "retries", "chunk_timeout", "restart_workers", "pad", "memory_format"),
 )
 
 Decorated = Callable[..., Any]

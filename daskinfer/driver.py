@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,14 +92,10 @@ class Run:
         return list(left_over((0, self._call.layout.n_rows), self._call.done))
 
     @property
-    def batch_size(self) -> int:
-        """Rows of the micro-batch that was chosen, the largest of all kinds of device."""
-        return self._call.job.batch_size
-
-    @property
-    def by_kind(self) -> Mapping[str, int]:
-        """Rows of the micro-batches that were chosen, by kind of device, where they differ from kind to kind."""
-        return self._call.job.by_kind
+    def micro_batches(self) -> Mapping[str, Any]:
+        """The micro-batches that were chosen, as a manifest's header and the event have them."""
+        job = self._call.job
+        return {"batch_size": job.batch_size, "by_kind": dict(job.by_kind), "channels_last": job.channels_last}
 
     def __iter__(self) -> Generator[Finished, None, None]:
         call = self._call
@@ -168,7 +165,8 @@ class Run:
     def _choose(self, call: Call) -> None:
         """Go on with the micro-batches of this call."""
         if call.job != self._call.job:
-            self.tell(MicroBatchChosen(self.tell.run, time.time(), call.job.batch_size, dict(call.job.by_kind)))
+            self._call = call
+            self.tell(MicroBatchChosen(self.tell.run, time.time(), **self.micro_batches))
         self._call = call
 
     def _computed_here(self, chunk: Chunk, feeder: Feeder, here: Seat) -> Finished:
@@ -330,14 +328,15 @@ def speeds(call: Call) -> dict[str, float]:
 
     Remembered, so that the next call begins with them.
     """
+    sizes, n_rows = call.tried_sizes, call.layout.n_rows if call.has_choice else 0  # rows that are worth a choice
     if call.placement.inline:
-        _, speed = measure_here(call, feeder_of(call, None).rows, seat(), call.tried_sizes[:1], call.layout.n_rows)
+        speed = measure_here(call, feeder_of(call, None).rows, seat(), sizes, n_rows, usual=True).speed
         found = {call.placement.devices[0].name: speed}
     else:
         with opened(call.placement) as client, ready(call, client) as (lanes, feeder, shipment, _):
-            sizes, n_rows = call.tried_sizes[:1], call.layout.n_rows // len(lanes)
-            by_lane = measured(call, client, order_of(call, shipment.recipe), lanes, feeder.task, sizes, n_rows)
-            found = {call.placement.devices[i].name: speed for i, (_, speed) in by_lane.items()}
+            order = order_of(call, shipment.recipe)
+            by_lane = measured(call, client, order, lanes, feeder.task, sizes, n_rows // len(lanes), usual=True)
+            found = {call.placement.devices[i].name: best.speed for i, best in by_lane.items()}
     memory.of(call.key).speeds.update(found)
     return found
 

@@ -87,10 +87,11 @@ class MicroBatchesTried(Event):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchChosen(Event):
-    """Rows of a micro-batch, as measured; by kind of device where the kinds differ."""
+    """Rows of a micro-batch, as measured, by kind of device too; and on which kinds images lie in channels_last."""
 
     batch_size: int
     by_kind: Mapping[str, int]
+    channels_last: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

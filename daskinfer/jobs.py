@@ -100,7 +100,7 @@ def run(
         call = driver.Run(work.call(outputs.targets, *done), listeners(progress))
 
         def keep(finished: Finished) -> None:
-            outputs.keep(finished, call.batch_size, call.by_kind)
+            outputs.keep(finished, call.micro_batches)
 
         report = compute(work, keep, call, outputs.rows) if outputs.missing else nothing_to_do(work)
         outputs.finish()

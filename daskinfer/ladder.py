@@ -1,4 +1,4 @@
-"""Which micro-batch pays on a device: measured on real rows, from small to large.
+"""Which micro-batch pays on a device: measured on real rows, from small to large, and in which memory format.
 
 The ladder, first match wins, at each step; the exit is one DEBUG line:
 
@@ -7,6 +7,9 @@ The ladder, first match wins, at each step; the exit is one DEBUG line:
 2. Memory would not hold the next size: the last size.
 3. The next size is not faster by ``PAYS``: the last size.
 4. There is no larger one to try: the last size.
+
+After the first step the other memory format is tried at the same size, where there is one; it is climbed in where it is
+faster by ``PAYS``.
 
 The rows are computed again in the run, so that all of its rows have one size: a few micro-batches, once per network and
 kind of device (``pace`` remembers).
@@ -17,6 +20,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -30,47 +34,63 @@ TIMER_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, 
 RunOne = Callable[[int], tuple[int, float]]
 
 
-def best_size(run: RunOne, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
+class Best(NamedTuple):
+    """What pays: rows of a micro-batch, rows/s with it, and whether images lie in channels_last."""
+
+    size: int
+    speed: float
+    channels_last: bool = False
+
+
+def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne | None = None) -> Best:
     """Climb the ladder.
 
     Parameters
     ----------
     run
         Runs one micro-batch of so many rows; where memory does not hold it, a smaller one.
+    channels_last
+        The same in this memory format; no rows where it does not do. None: it is not to be tried.
     tried
         Micro-batches in rows, ascending; the first is what is used where nothing else pays.
     n_rows
         Rows that the device is going to get, and those that it had of the same network before.
 
-    Returns
-    -------
-    size, speed
-        Rows of the micro-batch that pays, and rows/s with it.
-
     Examples
     --------
-    >>> best_size(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
-    (400, 1.0)
+    >>> best(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
+    Best(size=400, speed=1.0, channels_last=False)
     """
-    best, speed = tried[0], _speed(run, tried[0]) or 1.0
-    if n_rows / speed < WORTH_SECONDS:
-        logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, speed)
-        return best, speed
+    last = Best(tried[0], _speed(run, tried[0]) or 1.0)
+    if n_rows / last.speed < WORTH_SECONDS:
+        logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, last.speed)
+        return last
+    if channels_last is not None:
+        run, last = _format(run, channels_last, last)
     for size in tried[1:]:
         faster = _speed(run, size)
         if faster is None:
-            logger.debug("rule 2: memory does not hold %d rows, it is %d", size, best)
-            return best, speed
-        if faster < PAYS * speed:
-            logger.debug("rule 3: %d rows do not pay, it is %d", size, best)
-            return best, speed
-        best, speed = size, faster
-    logger.debug("rule 4: it is %d rows, the largest to try", best)
-    return best, speed
+            logger.debug("rule 2: memory does not hold %d rows, it is %d", size, last.size)
+            return last
+        if faster < PAYS * last.speed:
+            logger.debug("rule 3: %d rows do not pay, it is %d", size, last.size)
+            return last
+        last = last._replace(size=size, speed=faster)
+    logger.debug("rule 4: it is %d rows, the largest to try", last.size)
+    return last
+
+
+def _format(run: RunOne, channels_last: RunOne, last: Best) -> tuple[RunOne, Best]:
+    """The memory format to go on in, and how fast it is."""
+    speed = _speed(channels_last, last.size)
+    logger.debug("channels_last: %s rows/s, contiguous: %.0f", f"{speed:.0f}" if speed else "no", last.speed)
+    if speed is None or speed < PAYS * last.speed:
+        return run, last
+    return channels_last, Best(last.size, speed, channels_last=True)
 
 
 def usual_speed(run: RunOne, size: int) -> float:
-    """Rows/s over ``PROBE_SECONDS`` of micro-batches: what to expect, where ``best_size`` compares.
+    """Rows/s over ``PROBE_SECONDS`` of micro-batches: what to expect, where :func:`best` compares.
 
     All of the time counts but the first micro-batch's: what a busy machine takes away, it takes from the run as well.
 

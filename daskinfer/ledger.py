@@ -216,9 +216,9 @@ class Ledger:
             )
         return record is not None
 
-    def chose(self, batch_size: int, by_kind: Mapping[str, int]) -> None:
+    def chose(self, micro_batches: Mapping[str, Any]) -> None:
         """Keep the micro-batches that were chosen, before the first receipt: whoever goes on computes the same bytes."""
-        header = replace(self.header, batch_size=batch_size, by_kind=dict(by_kind))
+        header = replace(self.header, **micro_batches)
         if header != self.header:
             self.header = header
             write_whole(self.folder / HEADER, to_line(header.record()))

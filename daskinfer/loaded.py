@@ -25,6 +25,7 @@ class LoadedModel:
     on_close: Callable[[], None] | None = None
     compiled: bool = False
     max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what memory held, by the shape of a row
+    contiguous_only: set[Any] = field(default_factory=set)  # shapes of rows with which it failed in channels_last
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod

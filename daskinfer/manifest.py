@@ -26,7 +26,7 @@ from daskinfer.ranges import left_over, merged
 from daskinfer.records import Failure, Written
 
 FORMAT = 1
-ANSWER_OPTIONS = ("dtype", "autocast", "preprocess", "postprocess", "pad", "fill_value", "nan_is_failure")
+ANSWER_OPTIONS = ("dtype", "autocast", "preprocess", "postprocess", "pad", "memory_format", "fill_value", "nan_is_failure")
 _SHOWN = 12  # characters of a hash that a message shows; arbitrary
 
 
@@ -84,8 +84,8 @@ def _crc(text: bytes) -> bytes:
 class Header:
     """What an output is made of.
 
-    ``output`` is its name among the network's; ``batch_size`` and ``by_kind`` are the micro-batches that were chosen, and
-    ``unit_rows`` the rows that are written in one go; ``shards`` is 0 where one run computes all of it.
+    ``output`` is its name among the network's; ``batch_size``, ``by_kind`` and ``channels_last`` are the micro-batches that
+    were chosen, and ``unit_rows`` the rows that are written in one go; ``shards`` is 0 where one run computes all of it.
     """
 
     output: str
@@ -97,14 +97,17 @@ class Header:
     unit_rows: int
     batch_size: int
     by_kind: Mapping[str, int] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
     shards: int = 0
     format: int = FORMAT
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Header:
         """From a record as it is read; what is not known is left out, and what is missing is as in format 1."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in record.items() if name in known} | {"shape": tuple(record["shape"])})
+        known = {name: record[name] for name in (f.name for f in fields(cls)) if name in record}
+        options = {"memory_format": "auto", **record["options"]}
+        kinds = tuple(record.get("channels_last", ()))
+        return cls(**known | {"shape": tuple(record["shape"]), "options": options, "channels_last": kinds})
 
     def record(self) -> dict[str, Any]:
         """As it is written."""
@@ -120,7 +123,7 @@ class Header:
     @property
     def sizes(self) -> tuple[object, ...]:
         """What a run that goes on takes over: micro-batches and write-units."""
-        return self.batch_size, dict(self.by_kind), self.unit_rows
+        return self.batch_size, dict(self.by_kind), self.channels_last, self.unit_rows
 
     @property
     def n_rows(self) -> int:
@@ -152,6 +155,7 @@ class Entry:
     attempts: int
     parts: tuple[Written, ...]
     failures: tuple[Failure, ...] = ()
+    channels_last: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Entry:

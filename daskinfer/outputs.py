@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -78,12 +78,12 @@ class Outputs:
         """Whether there is anything to compute."""
         return any(left_over(self.rows, self.done))
 
-    def keep(self, finished: Finished, batch_size: int, by_kind: Mapping[str, int]) -> None:
-        """Commit a chunk that workers have written, computed with these micro-batches."""
+    def keep(self, finished: Finished, micro_batches: Mapping[str, Any]) -> None:
+        """Commit a chunk that workers have written, computed with these micro-batches, as a header has them."""
         receipt = finished.receipt
         written = finished.written or ((),) * len(self.targets)
         for ledger, into, parts in zip(self._ledgers, self.targets, written, strict=True):
-            ledger.chose(batch_size, by_kind)
+            ledger.chose(micro_batches)
             published = into.publish(parts)  # before the receipt
             entry = Entry(
                 receipt.start,
@@ -94,6 +94,7 @@ class Outputs:
                 finished.attempts,
                 published,
                 finished.failures,
+                receipt.channels_last,
             )
             ledger.commit(entry, into.files(published))
 

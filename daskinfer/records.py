@@ -25,6 +25,7 @@ class Receipt:
     """What a worker says of a chunk that it finished.
 
     ``batch_size`` is the smallest micro-batch that was used (rows); it is below the plan's where memory ran out.
+    ``channels_last`` says whether images lay in that memory format.
     ``seconds`` is the time spent in the network, transfers included, reading and writing not; ``waited_seconds`` is how
     long the device then stood still until this chunk was read. ``read_began``, ``began`` and ``ended`` are when reading and
     the network began, and when all was written, in seconds since 1970 by the worker's clock. ``peak_nbytes`` is the most
@@ -45,6 +46,7 @@ class Receipt:
     began: float = 0.0
     ended: float = 0.0
     peak_nbytes: int = 0
+    channels_last: bool = False
 
     @property
     def given_up(self) -> bool:

@@ -42,6 +42,8 @@ class RunReport:
         Rows of a stored output that an earlier call had done, beside ``rows``.
     by_kind
         Rows of a micro-batch by kind of device, where they were measured.
+    channels_last
+        Kinds of device on which images lay in that memory format, since it was measured to be faster.
     timeline
         When each device read, computed and wrote, in spans of at least one chunk; boundedly many.
     facts
@@ -65,6 +67,7 @@ class RunReport:
     rows_before: int = 0
     failures: tuple[Failure, ...] = ()
     by_kind: Mapping[str, int] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
     timeline: tuple[Span, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = 0.0
@@ -219,6 +222,7 @@ class RunReport:
         """
         said = [f"before that the start took {self.start_seconds:.1f} s"] if self.start_seconds >= LONG_START else []
         said += [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
+        said += [f"images in channels_last on {', '.join(self.channels_last)}"] if self.channels_last else []
         said += [f"attempts that came to nothing: {self.n_retried:,}"] if self.n_retried else []
         if self.tail_seconds > LONG_TAIL * self.seconds:
             said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
@@ -273,6 +277,7 @@ class Tally:
         self._devices: dict[str, _Sums] = {}
         self._timeline = Timeline()
         self._batch_size, self._by_kind = 0, dict[str, int]()
+        self._channels_last: tuple[str, ...] = ()
         self._facts: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
@@ -288,6 +293,7 @@ class Tally:
             self._facts = {"network": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
         elif isinstance(event, MicroBatchChosen):
             self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
+            self._channels_last = event.channels_last
 
     def report(self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None) -> RunReport:
         """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""
@@ -302,6 +308,7 @@ class Tally:
             failed_rows=tuple(failed),
             failures=tuple(self._failures),
             by_kind=self._by_kind,
+            channels_last=self._channels_last,
             timeline=self._timeline.spans,
             facts={**self._facts, **(facts or {})},
             start_seconds=start_seconds,

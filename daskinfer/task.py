@@ -22,7 +22,7 @@ from daskinfer.arrays import Array, Elsewhere
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError, StorageError
 from daskinfer.io import Target
-from daskinfer.ladder import best_size, usual_speed
+from daskinfer.ladder import Best, best, usual_speed
 from daskinfer.loaded import LoadedModel
 from daskinfer.model import Recipe
 from daskinfer.packed import ByValue
@@ -30,6 +30,7 @@ from daskinfer.parts import Piece, Task, Within
 from daskinfer.records import Chunk, Failure, Receipt, Written
 from daskinfer.runner import Answer, Job, run_chunk
 from daskinfer.transport import mapped, write_note
+from daskinfer.trial import Trial
 from daskinfer.worker import Seat, seat
 
 T = TypeVar("T")
@@ -95,34 +96,40 @@ def run_task(sealed: bytes, task: Task | bytes, brought: Sequence[Any] = ()) -> 
     return None if fits and not any(block.arrays for block in blocks) else blocks
 
 
-def measure_task(sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int) -> tuple[int, float]:
-    """Which micro-batch pays on this worker, as ``ladder.best_size`` finds it on the first chunk of a task."""
+def measure_task(
+    sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int, *, usual: bool = False
+) -> Best:
+    """Which micro-batch pays on this worker, as ``ladder.best`` finds it on the first chunk of a task."""
     order, (piece, *_), here = _opened(sealed), task.pieces, seat()
     within = Within(mapped(task.arena) if task.arena else None, brought)
     rows = read(lambda: [part.rows(within) for part in piece.parts], piece.chunk)
     measured, _ = device_thread.of_worker(here.worker).run(
-        lambda: measure(rows, order.recipe, order.job, here, tried, n_rows), time.perf_counter()
+        lambda: measure(rows, order.recipe, order.job, here, tried, n_rows, usual=usual), time.perf_counter()
     )
     return measured
 
 
 def measure(
-    rows: Sequence[Array | Elsewhere], recipe: Recipe, job: Job, here: Seat, tried: Sequence[int], n_rows: int
-) -> tuple[int, float]:
+    rows: Sequence[Array | Elsewhere],
+    recipe: Recipe,
+    job: Job,
+    here: Seat,
+    tried: Sequence[int],
+    n_rows: int,
+    *,
+    usual: bool = False,
+) -> Best:
     """Which micro-batch pays, in this thread, of those that there are rows for, and its rows/s.
 
-    ``rows`` begin with the input's first. Of one size there is nothing to compare: its usual speed.
+    ``rows`` begin with the input's first. ``usual``: its speed is the usual one, for whoever wants to know what to expect.
     """
-    model = _model(recipe, here)
-
-    def run_one(size: int) -> tuple[int, float]:
-        answer = run_chunk(model, [port[:size] for port in rows], 0, replace(job, batch_size=size, by_kind={}))
-        return answer.batch_size, answer.seconds
-
+    trial = Trial(_model(recipe, here), rows, job)
     with here.threads():
-        if len(tried) == 1:
-            return tried[0], usual_speed(run_one, tried[0])
-        return best_size(run_one, [size for size in tried if size <= len(rows[0])] or tried[:1], n_rows)
+        there = [size for size in tried if size <= len(rows[0])] or tried[:1]
+        found = best(trial.run, there, n_rows, trial.run_channels_last if trial.may_be_channels_last else None)
+        if not usual:
+            return found
+        return found._replace(speed=usual_speed(trial.run_channels_last if found.channels_last else trial.run, found.size))
 
 
 @functools.lru_cache(maxsize=4)
@@ -235,6 +242,7 @@ def _receipt(start: int, stop: int, here: Seat, answer: Answer, began: float) ->
         here.worker,
         began=began,
         peak_nbytes=here.peak_nbytes(),
+        channels_last=answer.channels_last,
     )
 
 

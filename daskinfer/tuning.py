@@ -20,7 +20,7 @@ from distributed.scheduler import KilledWorker
 from daskinfer.arrays import Array, Elsewhere
 from daskinfer.call import Call
 from daskinfer.errors import ChunkError
-from daskinfer.ladder import WORTH_SECONDS
+from daskinfer.ladder import WORTH_SECONDS, Best
 from daskinfer.lane import Feed, Lane
 from daskinfer.pace import Known, memory
 from daskinfer.parts import UnsentError
@@ -45,7 +45,7 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
     tried, known = call.tried_sizes, memory.of(call.key)
     by_kind = {lane.kind: lane for lane in reversed(lanes)}
     asked = [lane for kind, lane in by_kind.items() if kind not in known.batch_sizes]
-    if not call.tunable or len(tried) < 2 or (asked and _is_short(call, known)):
+    if not call.has_choice or (asked and _is_short(call, known)):
         return call
     n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
     if asked:
@@ -56,11 +56,12 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
         logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
         return call
     for lane in asked:
-        size, speed = found[lane.device]
-        if size == tried[0] and n_rows / speed < WORTH_SECONDS:
+        best = found[lane.device]
+        if best.size == tried[0] and not best.channels_last and n_rows / best.speed < WORTH_SECONDS:
             return call  # measured again where there is more to do
-        known.batch_sizes[lane.kind] = size
-    return call.with_batch_sizes({kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind})
+        known.pays(lane.kind, best.size, channels_last=best.channels_last)
+    sizes = {kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind}
+    return call.with_batch_sizes(sizes, known.channels_last)
 
 
 def _is_short(call: Call, known: Known) -> bool:
@@ -78,17 +79,31 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
         if n_rows < WORTH_SECONDS * speed:
             return call
         try:
-            known.batch_sizes["inline"], _ = measure_here(call, rows, here, tried, n_rows)
+            best = measure_here(call, rows, here, tried, n_rows)
         except ChunkError as error:  # what to do about it is said where the rows are computed
             logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
             return replace(call, tunable=False)
-    return replace(call, job=replace(call.job, batch_size=_at_most(known.batch_sizes["inline"], tried)), tunable=False)
+        known.pays("inline", best.size, channels_last=best.channels_last)
+    formatted = (here.torch_device.type,) if "inline" in known.channels_last else ()
+    job = replace(call.job, batch_size=_at_most(known.batch_sizes["inline"], tried), channels_last=formatted)
+    return replace(call, job=job, tunable=False)
 
 
 def measured(
-    call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, tried: Sequence[int], n_rows: int
-) -> dict[int, tuple[int, float]]:
-    """By device, which of these micro-batches pays there for so many rows, and its rows/s; on all lanes at once."""
+    call: Call,
+    client: Client,
+    order: Any,
+    lanes: Sequence[Lane],
+    feed: Feed,
+    tried: Sequence[int],
+    n_rows: int,
+    *,
+    usual: bool = False,
+) -> dict[int, Best]:
+    """By device, which of these micro-batches pays there for so many rows, and its rows/s; on all lanes at once.
+
+    ``usual``: with its usual speed, not that of the fastest.
+    """
     chunk, slots, futures = _first(call, tried[-1]), [], {}
     until = time.monotonic() + (call.job.options.chunk_timeout or inf) * len(tried)
     for lane in lanes:
@@ -96,7 +111,7 @@ def measured(
         task, brought = feed([chunk], slot, lane.workers, reads=lane.reads)
         key = f"measure-{lane.kind}-{uuid.uuid4().hex}"
         futures[lane.device] = client.submit(
-            measure_task, order, task, brought, tried, n_rows, key=key, pure=False, **lane.restriction
+            measure_task, order, task, brought, tried, n_rows, usual=usual, key=key, pure=False, **lane.restriction
         )
         slots.append(slot)
     try:
@@ -110,10 +125,10 @@ def measured(
     return found
 
 
-def _result(future: Future, lane: Lane, client: Client, until: float) -> tuple[int, float]:
+def _result(future: Future, lane: Lane, client: Client, until: float) -> Best:
     while True:
         try:
-            found: tuple[int, float] = future.result(timeout=LOOK_SECONDS)
+            found: Best = future.result(timeout=LOOK_SECONDS)
             return found
         except TimeoutError:
             if future.status == "error":  # the network's own
@@ -126,10 +141,10 @@ class _UnmeasuredError(Exception):
     """A device did not say how fast it is."""
 
 
-def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int) -> tuple[int, float]:
+def measure_here(call: Call, rows: Rows, here: Seat, tried: Sequence[int], n_rows: int, *, usual: bool = False) -> Best:
     """The same in this process."""
     first = _first(call, tried[-1])
-    return measure(read(lambda: rows(first), first), call.recipe, call.job, here, tried, n_rows)
+    return measure(read(lambda: rows(first), first), call.recipe, call.job, here, tried, n_rows, usual=usual)
 
 
 def _at_most(known: int, tried: Sequence[int]) -> int:
