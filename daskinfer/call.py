@@ -70,8 +70,13 @@ class Call:
 
     @property
     def has_choice(self) -> bool:
-        """Whether there is anything to measure: several micro-batches, or images, for which there are two memory formats."""
-        return self.tunable and (len(self.tried_sizes) > 1 or any(a.ndim in CHANNELS_LAST for a in self.inputs.arrays))
+        """Whether there is anything to measure: several micro-batches, or two memory formats."""
+        return self.tunable and (len(self.tried_sizes) > 1 or self.has_images)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows are images or volumes, for which torch has two memory formats."""
+        return any(array.ndim in CHANNELS_LAST for array in self.inputs.arrays)
 
     @property
     def tried_sizes(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WORTH_SECONDS = 2.0  # less gains less than measuring costs; arbitrary
 PAYS = 1.05  # times as many rows/s; arbitrary, below it is noise
+PAYS_AT_ONCE = 1.25  # times as many rows/s, by one micro-batch each; arbitrary, well above its noise
 PROBE_SECONDS = 0.5  # of micro-batches that tell what to expect; arbitrary, some turns of a busy scheduler
 STEP_SECONDS = 0.02  # that a size is measured for at least; arbitrary, well above the clock and a context switch
 TIMER_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, keeps speeds finite
@@ -87,6 +88,20 @@ def _format(run: RunOne, channels_last: RunOne, last: Best) -> tuple[RunOne, Bes
     if speed is None or speed < PAYS * last.speed:
         return run, last
     return channels_last, Best(last.size, speed, channels_last=True)
+
+
+def pays_at_once(run: RunOne, channels_last: RunOne, size: int) -> bool:
+    """Whether that memory format is faster by a micro-batch or two, for rows that are not worth the ladder.
+
+    Examples
+    --------
+    >>> pays_at_once(lambda size: (size, 1.0), lambda size: (size, 0.5), 64)
+    True
+    """
+    (_, seconds), (held, _) = run(size), channels_last(size)
+    if held == size:  # its first run, which finds its kernels, does not count
+        held, others = channels_last(size)
+    return held == size and PAYS_AT_ONCE * others <= seconds
 
 
 def usual_speed(run: RunOne, size: int) -> float:

@@ -18,19 +18,18 @@ MAX_KNOWN = 64  # networks and shapes; arbitrary, a record is some hundred bytes
 class Known:
     """What is known of one network on rows of one shape: rows/s by layout or device, and by kind the micro-batch that pays.
 
-    ``channels_last`` are the kinds on which that memory format pays.
+    ``channels_last`` says by kind whether that memory format pays, as far as was tried.
     ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them.
     """
 
     speeds: dict[str, float] = field(default_factory=dict)
     batch_sizes: dict[str, int] = field(default_factory=dict)
-    channels_last: set[str] = field(default_factory=set)
+    channels_last: dict[str, bool] = field(default_factory=dict)
     n_rows: int = 0
 
     def pays(self, kind: str, batch_size: int, *, channels_last: bool) -> None:
         """Note which micro-batch pays on a kind of device."""
-        self.batch_sizes[kind] = batch_size
-        (self.channels_last.add if channels_last else self.channels_last.discard)(kind)
+        self.batch_sizes[kind], self.channels_last[kind] = batch_size, channels_last
 
 
 class Memory:

@@ -22,7 +22,7 @@ from daskinfer.arrays import Array, Elsewhere
 from daskinfer.cache import models
 from daskinfer.errors import ChunkError, StorageError
 from daskinfer.io import Target
-from daskinfer.ladder import Best, best, usual_speed
+from daskinfer.ladder import Best, best, pays_at_once, usual_speed
 from daskinfer.loaded import LoadedModel
 from daskinfer.model import Recipe
 from daskinfer.packed import ByValue
@@ -130,6 +130,13 @@ def measure(
         if not usual:
             return found
         return found._replace(speed=usual_speed(trial.run_channels_last if found.channels_last else trial.run, found.size))
+
+
+def channels_last_pays_at_once(rows: Sequence[Array | Elsewhere], recipe: Recipe, job: Job, here: Seat) -> bool:
+    """Whether that memory format pays in this thread, as one micro-batch says."""
+    trial = Trial(_model(recipe, here), rows, job)
+    with here.threads():
+        return trial.may_be_channels_last and pays_at_once(trial.run, trial.run_channels_last, job.batch_size)
 
 
 @functools.lru_cache(maxsize=4)

@@ -26,11 +26,12 @@ from daskinfer.pace import Known, memory
 from daskinfer.parts import UnsentError
 from daskinfer.placement import workers_of
 from daskinfer.records import Chunk
-from daskinfer.task import measure, measure_task, read
+from daskinfer.task import channels_last_pays_at_once, measure, measure_task, read
 from daskinfer.worker import Seat
 
 logger = logging.getLogger(__name__)
 
+WORTH_BATCHES = 24  # left, from which on three are spent to see whether the other memory format pays; arbitrary
 LOOK_SECONDS = 1.0  # between looks whether a worker that measures is still there; arbitrary
 
 Rows = Callable[[Chunk], Sequence[Array | Elsewhere]]
@@ -61,7 +62,7 @@ def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: F
             return call  # measured again where there is more to do
         known.pays(lane.kind, best.size, channels_last=best.channels_last)
     sizes = {kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind}
-    return call.with_batch_sizes(sizes, known.channels_last)
+    return call.with_batch_sizes(sizes, [kind for kind, pays in known.channels_last.items() if pays])
 
 
 def _is_short(call: Call, known: Known) -> bool:
@@ -72,21 +73,34 @@ def _is_short(call: Call, known: Known) -> bool:
 
 
 def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> Call:
-    """The same in this process, once its first rows have shown, at ``speed`` rows/s, that there is enough to do."""
-    known, tried = memory.of(call.key), call.tried_sizes
-    if "inline" not in known.batch_sizes:
-        n_rows = known.n_rows + n_rows_left
-        if n_rows < WORTH_SECONDS * speed:
-            return call
-        try:
-            best = measure_here(call, rows, here, tried, n_rows)
-        except ChunkError as error:  # what to do about it is said where the rows are computed
-            logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
-            return replace(call, tunable=False)
-        known.pays("inline", best.size, channels_last=best.channels_last)
-    formatted = (here.torch_device.type,) if "inline" in known.channels_last else ()
-    job = replace(call.job, batch_size=_at_most(known.batch_sizes["inline"], tried), channels_last=formatted)
-    return replace(call, job=job, tunable=False)
+    """The same in this process, once its first rows have shown, at ``speed`` rows/s, that there is enough to do.
+
+    Where there is too little for that, one micro-batch tells whether the other memory format pays.
+    """
+    known, n_rows = memory.of(call.key), memory.of(call.key).n_rows + n_rows_left
+    try:
+        if n_rows >= WORTH_SECONDS * speed:
+            best = measure_here(call, rows, here, call.tried_sizes, n_rows)
+            known.pays("inline", best.size, channels_last=best.channels_last)
+        elif call.has_images and "inline" not in known.channels_last and n_rows_left >= WORTH_BATCHES * call.job.batch_size:
+            first = _first(call, call.job.batch_size)
+            there = read(lambda: rows(first), first)
+            known.channels_last["inline"] = channels_last_pays_at_once(there, call.recipe, call.job, here)
+    except ChunkError as error:  # what to do about it is said where the rows are computed
+        logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
+        return replace(call, tunable=False)
+    return known_here(call, here)
+
+
+def known_here(call: Call, here: Seat) -> Call:
+    """The call as it was last found to pay in this process, as far as anything was."""
+    known = memory.of(call.key)
+    job = call.job
+    if known.channels_last.get("inline"):
+        job = replace(job, channels_last=(here.torch_device.type,))
+    if size := known.batch_sizes.get("inline"):
+        return replace(call, job=replace(job, batch_size=_at_most(size, call.tried_sizes)), tunable=False)
+    return replace(call, job=job) if job != call.job else call
 
 
 def measured(

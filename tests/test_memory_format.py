@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import daskinfer as di
+from daskinfer import task, tuning
 from daskinfer.errors import ChunkError, OutputExists
 from daskinfer.loaded import LoadedModel
 from daskinfer.manifest import Header, from_line
@@ -27,11 +28,13 @@ from daskinfer.runner import Answer, Job, run_chunk
 from daskinfer.stored import manifest_of
 from daskinfer.structure import Ports
 from daskinfer.trial import Trial
+from daskinfer.tuning import WORTH_BATCHES
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).normal(size=(40, 3, 6, 5)).astype("float32")
 N_SLOW = 20_000  # images of the network that is slow, enough for a choice
 SLOW = np.resize(IMAGES, (N_SLOW, *IMAGES.shape[1:]))
+LARGE = np.random.default_rng(1).normal(size=(2_000, 3, 32, 32)).astype("float32")  # too few for the ladder
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -55,7 +58,7 @@ class Looks(nn.Module):
 
 
 class SlowIfContiguous(nn.Module):
-    """A convolution that takes 0.25 ms for a row, a quarter of that in channels_last, and says in the answer which it was."""
+    """A convolution that takes 0.25 ms for a row, a quarter of that in channels_last; the answer says which it was."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +67,11 @@ class SlowIfContiguous(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(len(x) * (0.000_06 if is_channels_last(x) else 0.000_25))
-        return self.conv(x).flatten(1) + (1e-5 if is_channels_last(x) else 0.0)
+        return self.conv(x[..., :6, :5]).flatten(1) + (1e-5 if is_channels_last(x) else 0.0)
+
+    def answer(self, x: Any) -> Any:
+        """What torch alone answers, in no time."""
+        return plain(nn.Sequential(self.conv, nn.Flatten()), x[..., :6, :5])
 
 
 def run(network: Any, x: Any = IMAGES, start: int = 0, *, measured: bool = True, size: int = 8, **fields: Any) -> Answer:
@@ -241,7 +248,7 @@ def test_the_format_that_pays_is_found_and_kept(two_cpus: list[str], devices: An
     """Where there is enough to do it is measured, said in the report, and known to the next call."""
     memory.clear()
     net = SlowIfContiguous()
-    expected = plain(nn.Sequential(net.conv, nn.Flatten()), SLOW)
+    expected = net.answer(SLOW)
     first, report = di.predict(net, SLOW, devices=devices, return_report=True)
     np.testing.assert_allclose(first, expected, rtol=1e-5, atol=2e-5)
     assert report.channels_last == ("cpu",)
@@ -255,6 +262,44 @@ def test_the_format_that_pays_is_found_and_kept(two_cpus: list[str], devices: An
     assert n_in_it == N_SLOW if devices != "inline" else n_in_it > N_SLOW / 2
     assert "MicroBatchesTried" not in {type(event).__name__ for event in events}
     np.testing.assert_allclose(second, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_short_runs_try_it_with_one_micro_batch() -> None:
+    """In this process three micro-batches tell, where there are some dozen; what they found is known to the next call."""
+    memory.clear()
+    net, x = SlowIfContiguous(), LARGE
+    expected = net.answer(x)
+    for n_contiguous in (range(1, 1000), range(1)):
+        answer, report = di.predict(net, x, devices="inline", return_report=True)
+        np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=2e-5)
+        assert (report.channels_last, report.by_kind) == (("cpu",), {})
+        assert int((answer - expected < 5e-6).sum()) in n_contiguous
+    assert "images in channels_last on cpu" in report.details
+
+
+def test_a_few_micro_batches_are_not_worth_it() -> None:
+    """Trying would take longer than it gains."""
+    memory.clear()
+    _, report = di.predict(SlowIfContiguous(), LARGE[: WORTH_BATCHES * 64], devices="inline", return_report=True)
+    assert (report.channels_last, report.batch_size) == ((), 64)  # what is left after the first task is less
+
+
+def test_a_format_that_does_not_pay_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network to which it is all the same is run as ever, and not tried by the next call again."""
+    memory.clear()
+    n_tried = 0
+
+    def tried(*given: Any) -> bool:
+        nonlocal n_tried
+        n_tried += 1
+        return task.channels_last_pays_at_once(*given)
+
+    monkeypatch.setattr(tuning, "channels_last_pays_at_once", tried)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    for _ in range(2):
+        _, report = di.predict(net, LARGE, devices="inline", return_report=True)
+        assert report.channels_last == ()
+    assert n_tried == 1
 
 
 def test_a_named_micro_batch_is_run_as_ever(two_cpus: list[str]) -> None:
