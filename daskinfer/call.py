@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from daskinfer.buffers import CHANNELS_LAST
@@ -50,14 +50,14 @@ class Call:
     done: tuple[tuple[int, int], ...] = ()
     n_failed: int = 0
 
-    def with_batch_sizes(self, sizes: Mapping[str, int], channels_last: Collection[str] = ()) -> Call:
-        """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide.
+    def in_channels_last(self, kinds: Sequence[str]) -> Call:
+        """The same with images in that memory format on these kinds of device."""
+        return replace(self, job=replace(self.job, channels_last=tuple(kinds)))
 
-        On kinds that ``channels_last`` holds, images lie in that memory format.
-        """
+    def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
+        """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""
         largest = max(sizes.values())
-        kinds = tuple(kind for kind in sizes if kind in channels_last)
-        job = replace(self.job, batch_size=largest, by_kind=dict(sizes), channels_last=kinds)
+        job = replace(self.job, batch_size=largest, by_kind=dict(sizes))
         return replace(self, job=job, layout=self._cut(largest), tunable=False)
 
     def _cut(self, batch_size: int) -> Layout:

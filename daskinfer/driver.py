@@ -214,10 +214,9 @@ class Run:
         """On the workers; without a dealer, the micro-batch may still be chosen, and then the chunks."""
         self.tell.connected(client)
         with ready(self._call, client) as (lanes, feeder, shipment, folders):
-            if dealer is None:
-                order = order_of(self._call, shipment.recipe)
-                self._choose(tuned(self._call, client, order, lanes, feeder.task, self._tell_tried))
-                dealer = dealer_of(self._call, self._call.weights)
+            order, settled = order_of(self._call, shipment.recipe), dealer is not None
+            self._choose(tuned(self._call, client, order, lanes, feeder.task, self._tell_tried, settled=settled))
+            dealer = dealer or dealer_of(self._call, self._call.weights)
             self.began = self.began or time.perf_counter()
             errand = Errand(client, order_of(self._call, shipment.recipe))
             settles = bool(self._call.targets)

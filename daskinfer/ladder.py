@@ -3,7 +3,8 @@
 The ladder, first match wins, at each step; the exit is one DEBUG line:
 
 1. Everything that there is to do, and that was done before, takes less than ``WORTH_SECONDS`` at the speed of the first
-   step: the first size. So of many short runs one measures, for all that come.
+   step: the first size. So of many short runs one measures, for all that come. From ``WORTH_A_LOOK`` seconds on, two
+   micro-batches more tell about the other memory format.
 2. Memory would not hold the next size: the last size.
 3. The next size is not faster by ``PAYS``: the last size.
 4. There is no larger one to try: the last size.
@@ -25,6 +26,7 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 WORTH_SECONDS = 2.0  # less gains less than measuring costs; arbitrary
+WORTH_A_LOOK = 0.3  # seconds, of which a look at the other memory format takes some hundredths; arbitrary
 PAYS = 1.05  # times as many rows/s; arbitrary, below it is noise
 PAYS_AT_ONCE = 1.25  # times as many rows/s, by one micro-batch each; arbitrary, well above its noise
 PROBE_SECONDS = 0.5  # of micro-batches that tell what to expect; arbitrary, some turns of a busy scheduler
@@ -36,11 +38,15 @@ RunOne = Callable[[int], tuple[int, float]]
 
 
 class Best(NamedTuple):
-    """What pays: rows of a micro-batch, rows/s with it, and whether images lie in channels_last."""
+    """What pays: rows of a micro-batch, rows/s with it, and whether images lie in channels_last.
+
+    ``channels_last`` is None where that was not tried; ``short``: there is too little to do for more than the first step.
+    """
 
     size: int
     speed: float
-    channels_last: bool = False
+    channels_last: bool | None = False
+    short: bool = False
 
 
 def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne | None = None) -> Best:
@@ -60,12 +66,13 @@ def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne |
     Examples
     --------
     >>> best(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
-    Best(size=400, speed=1.0, channels_last=False)
+    Best(size=400, speed=1.0, channels_last=False, short=False)
     """
     last = Best(tried[0], _speed(run, tried[0]) or 1.0)
-    if n_rows / last.speed < WORTH_SECONDS:
+    seconds = n_rows / last.speed
+    if seconds < WORTH_SECONDS:
         logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, last.speed)
-        return last
+        return last._replace(short=True, channels_last=_looks(run, channels_last, last.size, seconds))
     if channels_last is not None:
         run, last = _format(run, channels_last, last)
     for size in tried[1:]:
@@ -79,6 +86,12 @@ def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne |
         last = last._replace(size=size, speed=faster)
     logger.debug("rule 4: it is %d rows, the largest to try", last.size)
     return last
+
+
+def _looks(run: RunOne, channels_last: RunOne | None, size: int, seconds: float) -> bool | None:
+    if channels_last is None:
+        return False
+    return pays_at_once(run, channels_last, size) if seconds >= WORTH_A_LOOK else None
 
 
 def _format(run: RunOne, channels_last: RunOne, last: Best) -> tuple[RunOne, Best]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+
+from daskinfer.ladder import Best
 
 MAX_KNOWN = 64  # networks and shapes; arbitrary, a record is some hundred bytes
 
@@ -27,9 +29,16 @@ class Known:
     channels_last: dict[str, bool] = field(default_factory=dict)
     n_rows: int = 0
 
-    def pays(self, kind: str, batch_size: int, *, channels_last: bool) -> None:
-        """Note which micro-batch pays on a kind of device."""
-        self.batch_sizes[kind], self.channels_last[kind] = batch_size, channels_last
+    def pays(self, kind: str, best: Best) -> None:
+        """Note what pays on a kind of device; of a short run only the memory format is known."""
+        if best.channels_last is not None:
+            self.channels_last[kind] = best.channels_last
+        if not best.short:
+            self.batch_sizes[kind] = best.size
+
+    def in_channels_last(self, kinds: Iterable[str]) -> list[str]:
+        """Of these kinds, those on which that memory format pays."""
+        return [kind for kind in kinds if self.channels_last.get(kind)]
 
 
 class Memory:

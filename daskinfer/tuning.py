@@ -37,32 +37,44 @@ LOOK_SECONDS = 1.0  # between looks whether a worker that measures is still ther
 Rows = Callable[[Chunk], Sequence[Array | Elsewhere]]
 
 
-def tuned(call: Call, client: Client, order: Any, lanes: Sequence[Lane], feed: Feed, begin: Callable[[], None]) -> Call:
+def tuned(
+    call: Call,
+    client: Client,
+    order: Any,
+    lanes: Sequence[Lane],
+    feed: Feed,
+    begin: Callable[[], None],
+    *,
+    settled: bool = False,
+) -> Call:
     """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
 
     As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
-    worker that ends or rows that fail is the window's to say. ``begin()`` is called where measuring begins.
+    worker that ends or rows that fail is the window's to say. ``begin()`` is called where measuring begins. ``settled``:
+    some rows are done, and only the memory format may still be another.
     """
-    tried, known = call.tried_sizes, memory.of(call.key)
-    by_kind = {lane.kind: lane for lane in reversed(lanes)}
-    asked = [lane for kind, lane in by_kind.items() if kind not in known.batch_sizes]
-    if not call.has_choice or (asked and _is_short(call, known)):
+    known, by_kind = memory.of(call.key), {lane.kind: lane for lane in reversed(lanes)}
+    if not call.has_choice or (settled and not call.has_images):
         return call
-    n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
-    if asked:
+    if settled and "inline" in known.channels_last:
+        known.channels_last.setdefault("cpu", known.channels_last["inline"])
+    tried = call.tried_sizes[:1] if settled else call.tried_sizes
+    asked = [lane for kind, lane in by_kind.items() if kind not in (known.channels_last if settled else known.batch_sizes)]
+    if asked and not _is_short(call, known):
         begin()
-    try:
-        found = measured(call, client, order, asked, feed, tried, n_rows)
-    except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:
-        logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
-        return call
-    for lane in asked:
-        best = found[lane.device]
-        if best.size == tried[0] and not best.channels_last and n_rows / best.speed < WORTH_SECONDS:
-            return call  # measured again where there is more to do
-        known.pays(lane.kind, best.size, channels_last=best.channels_last)
-    sizes = {kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind}
-    return call.with_batch_sizes(sizes, [kind for kind, pays in known.channels_last.items() if pays])
+        n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
+        try:
+            found = measured(call, client, order, asked, feed, tried, n_rows)
+        except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:
+            logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
+            return call
+        for lane in asked:
+            best = found[lane.device]
+            known.pays(lane.kind, best._replace(short=best.short or settled))
+    call = call.in_channels_last(known.in_channels_last(by_kind))
+    if settled or not by_kind.keys() <= known.batch_sizes.keys():
+        return call  # measured again where there is more to do
+    return call.with_batch_sizes({kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind})
 
 
 def _is_short(call: Call, known: Known) -> bool:
@@ -80,8 +92,7 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
     known, n_rows = memory.of(call.key), memory.of(call.key).n_rows + n_rows_left
     try:
         if n_rows >= WORTH_SECONDS * speed:
-            best = measure_here(call, rows, here, call.tried_sizes, n_rows)
-            known.pays("inline", best.size, channels_last=best.channels_last)
+            known.pays("inline", measure_here(call, rows, here, call.tried_sizes, n_rows))
         elif call.has_images and "inline" not in known.channels_last and n_rows_left >= WORTH_BATCHES * call.job.batch_size:
             first = _first(call, call.job.batch_size)
             there = read(lambda: rows(first), first)
@@ -95,12 +106,11 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
 def known_here(call: Call, here: Seat) -> Call:
     """The call as it was last found to pay in this process, as far as anything was."""
     known = memory.of(call.key)
-    job = call.job
-    if known.channels_last.get("inline"):
-        job = replace(job, channels_last=(here.torch_device.type,))
+    if known.in_channels_last(["inline"]):
+        call = call.in_channels_last([here.torch_device.type])
     if size := known.batch_sizes.get("inline"):
-        return replace(call, job=replace(job, batch_size=_at_most(size, call.tried_sizes)), tunable=False)
-    return replace(call, job=job) if job != call.job else call
+        return replace(call, job=replace(call.job, batch_size=_at_most(size, call.tried_sizes)), tunable=False)
+    return call
 
 
 def measured(

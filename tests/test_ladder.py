@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from daskinfer import ladder
-from daskinfer.ladder import PAYS, TIMER_SECONDS, WORTH_SECONDS, best, usual_speed
+from daskinfer.ladder import PAYS, PAYS_AT_ONCE, TIMER_SECONDS, WORTH_SECONDS, best, pays_at_once, usual_speed
 
 MUCH = 10**9  # rows
 SIZES = [100, 200, 400, 800]
@@ -44,7 +44,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 def test_a_short_run_takes_the_first(said: Callable[[], list[str]]) -> None:
     """Rule 1: rows that are done in no time at the first size are not worth another one."""
     device = Device(lambda size: 1.0)
-    assert best(device, SIZES, 199) == (100, 100.0, False)
+    assert best(device, SIZES, 199) == (100, 100.0, False, True)
     assert said() == ["rule 1: 199 rows at 100 rows/s are not worth more"]
     assert device.asked == [100, 100]
 
@@ -58,7 +58,7 @@ def test_a_run_that_is_just_worth_it(said: Callable[[], list[str]]) -> None:
 def test_memory_that_is_short(said: Callable[[], list[str]]) -> None:
     """Rule 2: where memory made a smaller micro-batch of it, the last size that it held is taken."""
     device = Device(lambda size: 1.0, max_rows=200)
-    assert best(device, SIZES, MUCH) == (200, 200.0, False)
+    assert best(device, SIZES, MUCH) == (200, 200.0, False, False)
     assert said() == ["rule 2: memory does not hold 400 rows, it is 200"]
     assert device.asked == [100, 100, 200, 200, 400]
 
@@ -72,7 +72,7 @@ def test_memory_that_does_not_hold_the_first(said: Callable[[], list[str]]) -> N
 def test_a_size_that_does_not_pay(said: Callable[[], list[str]]) -> None:
     """Rule 3: the first size that is not faster by ``PAYS`` ends it, and the last one is taken."""
     device = Device(lambda size: max(1.0, size / 200))
-    assert best(device, SIZES, MUCH) == (200, 200.0, False)
+    assert best(device, SIZES, MUCH) == (200, 200.0, False, False)
     assert said() == ["rule 3: 400 rows do not pay, it is 200"]
     assert device.asked[-1] == 400
 
@@ -85,13 +85,13 @@ def test_what_pays(gain: float, size: int) -> None:
 
 def test_the_largest_that_there_is(said: Callable[[], list[str]]) -> None:
     """Rule 4: where every size pays, it is the largest."""
-    assert best(Device(lambda size: 1.0), SIZES, MUCH) == (800, 800.0, False)
+    assert best(Device(lambda size: 1.0), SIZES, MUCH) == (800, 800.0, False, False)
     assert said() == ["rule 4: it is 800 rows, the largest to try"]
 
 
 def test_one_size(said: Callable[[], list[str]]) -> None:
     """A single size is taken, and measured all the same."""
-    assert best(Device(lambda size: 1.0), [100], MUCH) == (100, 100.0, False)
+    assert best(Device(lambda size: 1.0), [100], MUCH) == (100, 100.0, False, False)
     assert said() == ["rule 4: it is 100 rows, the largest to try"]
 
 
@@ -104,7 +104,7 @@ def test_the_first_run_does_not_count() -> None:
         seen.add(size)
         return size, seconds
 
-    assert best(slow_at_first, SIZES, MUCH) == (800, 800.0, False)
+    assert best(slow_at_first, SIZES, MUCH) == (800, 800.0, False, False)
 
 
 def test_the_fastest_of_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,19 +112,19 @@ def test_the_fastest_of_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks, seconds = iter(range(100)), iter([9.0, 5.0, 1.0, 7.0] * 2)
     monkeypatch.setattr(ladder, "STEP_SECONDS", 3.0)
     monkeypatch.setattr(ladder, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    assert best(lambda size: (size, next(seconds)), [100, 200], MUCH) == (200, 200.0, False)
+    assert best(lambda size: (size, next(seconds)), [100, 200], MUCH) == (200, 200.0, False, False)
     assert next(seconds, None) is None
 
 
 def test_a_run_that_took_no_time() -> None:
     """A clock that is too coarse makes a device very fast, not infinitely."""
-    assert best(Device(lambda size: 0.0), [100], MUCH) == (100, 100 / TIMER_SECONDS, False)
+    assert best(Device(lambda size: 0.0), [100], MUCH) == (100, 100 / TIMER_SECONDS, False, False)
 
 
 def test_the_faster_memory_format_is_climbed_in(said: Callable[[], list[str]]) -> None:
     """Tried once, at the first size; the larger sizes are run in the one that won."""
     contiguous, channels_last = Device(lambda size: 1.0), Device(lambda size: 0.5)
-    assert best(contiguous, SIZES[:2], MUCH, channels_last) == (200, 400.0, True)
+    assert best(contiguous, SIZES[:2], MUCH, channels_last) == (200, 400.0, True, False)
     assert (contiguous.asked, channels_last.asked) == ([100, 100], [100, 100, 200, 200])
     assert said()[0] == "channels_last: 200 rows/s, contiguous: 100"
 
@@ -133,20 +133,30 @@ def test_the_faster_memory_format_is_climbed_in(said: Callable[[], list[str]]) -
 def test_a_memory_format_that_does_not_pay(slower: float) -> None:
     """As fast, or slower, it is left alone."""
     contiguous, channels_last = Device(lambda size: 1.0), Device(lambda size: slower)
-    assert best(contiguous, SIZES[:2], MUCH, channels_last) == (200, 200.0, False)
+    assert best(contiguous, SIZES[:2], MUCH, channels_last) == (200, 200.0, False, False)
     assert channels_last.asked == [100, 100]
 
 
 def test_a_memory_format_that_does_not_do() -> None:
     """Where no row comes of it, the network is run in torch's own, however fast that was."""
-    assert best(Device(lambda size: 1.0), [100], MUCH, Device(lambda size: 0.1, max_rows=0)) == (100, 100.0, False)
+    assert best(Device(lambda size: 1.0), [100], MUCH, Device(lambda size: 0.1, max_rows=0)) == (100, 100.0, False, False)
 
 
 def test_few_rows_are_not_worth_another_memory_format() -> None:
-    """Rule 1 comes first."""
+    """Rule 1 comes first: no look at all, or a short one."""
     channels_last = Device(lambda size: 0.1)
-    assert best(Device(lambda size: 1.0), SIZES, 199, channels_last) == (100, 100.0, False)
+    assert best(Device(lambda size: 1.0), SIZES, 29, channels_last) == (100, 100.0, None, True)
     assert not channels_last.asked
+    assert best(Device(lambda size: 1.0), SIZES, 199, channels_last) == (100, 100.0, True, True)
+    assert channels_last.asked == [100, 100]
+
+
+@pytest.mark.parametrize(("faster", "pays"), [(PAYS_AT_ONCE * 1.001, True), (PAYS_AT_ONCE * 0.999, False)])
+def test_what_pays_at_once(faster: float, pays: bool) -> None:
+    """One micro-batch each has to show more than its noise; one that does not do is run once."""
+    assert pays_at_once(Device(lambda size: 1.0), Device(lambda size: 1.0 / faster), 100) is pays
+    assert not pays_at_once(Device(lambda size: 1.0), fails := Device(lambda size: 0.1, max_rows=0), 100)
+    assert fails.asked == [100]
 
 
 def test_the_usual_speed_counts_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,14 +218,14 @@ def test_measuring_tries_what_there_are_rows_for(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(task, "best", climbs)
     job = order().job
-    assert task.measure([X[:n_there]], order().recipe, job, seat(), (8, 16, 32), 1000) == (size, 1.0, False)
+    assert task.measure([X[:n_there]], order().recipe, job, seat(), (8, 16, 32), 1000) == (size, 1.0, False, False)
     assert tried == [s for s in (8, 16) if s <= size]
 
 
 def test_the_usual_speed_is_that_of_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks what to expect is not told the speed of the fastest micro-batch."""
     monkeypatch.setattr(task, "usual_speed", lambda run, size: float(run(size)[0]))
-    assert task.measure([X], order().recipe, order().job, seat(), (8,), 1000, usual=True) == (8, 8.0, False)
+    assert task.measure([X], order().recipe, order().job, seat(), (8,), 1000, usual=True) == (8, 8.0, False, True)
 
 
 def test_measuring_is_a_task_like_any_other(arena: Arena) -> None:
@@ -237,7 +237,7 @@ def test_measuring_is_a_task_like_any_other(arena: Arena) -> None:
     sent, stays = Task((piece(Sent(X)),)), Task((piece(FromClient(Borrowed.of(X))),))
     shared = Task((piece(FromSlot(given)),), arena.ref, slot.note_offset)
     for work in (sent, stays, shared):
-        size, speed, _ = task.measure_task(order().sealed(), work, (), (8, 16), int(ladder.WORTH_SECONDS))
+        size, speed, *_ = task.measure_task(order().sealed(), work, (), (8, 16), int(ladder.WORTH_SECONDS))
         assert (size, speed > 0) == (8, True)  # so few rows are not worth more
 
 
