@@ -47,7 +47,10 @@ def tuned(
     *,
     settled: bool = False,
 ) -> Call:
-    """The call with the micro-batch of each kind of device: known, or measured on the first device of its kind.
+    """The call with the micro-batch of each kind of device: known, or what the first device of its kind measures.
+
+    The others of this host measure beside it, as they will compute beside it: cores share their caches (on one core a
+    CNN was faster with 256 images than with 64, on both at once slower).
 
     As it is where the micro-batch was given, where there is not enough to do, or where measuring fails: what to do about a
     worker that ends or rows that fail is the window's to say. ``begin()`` is called where measuring begins. ``settled``:
@@ -64,7 +67,7 @@ def tuned(
         begin()
         n_rows = (known.n_rows + call.layout.n_rows) // len(lanes)
         try:
-            found = measured(call, client, order, asked, feed, tried, n_rows)
+            found = measured(call, client, order, _busy(asked, lanes), feed, tried, n_rows)
         except (ChunkError, KilledWorker, UnsentError, _UnmeasuredError) as error:
             logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
             return call
@@ -75,6 +78,12 @@ def tuned(
     if settled or not by_kind.keys() <= known.batch_sizes.keys():
         return call  # measured again where there is more to do
     return call.with_batch_sizes({kind: _at_most(known.batch_sizes[kind], tried) for kind in by_kind})
+
+
+def _busy(asked: Sequence[Lane], lanes: Sequence[Lane]) -> list[Lane]:
+    """These, and those of their kinds that share this host."""
+    kinds = {lane.kind: lane.device for lane in asked}
+    return [*asked, *(n for n in lanes if n.arena is not None and kinds.get(n.kind, n.device) != n.device)]
 
 
 def _is_short(call: Call, known: Known) -> bool:
