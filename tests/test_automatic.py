@@ -263,8 +263,8 @@ def test_the_micro_batch_is_measured_once(
     for name in ("measured", "measure"):
         original = getattr(tuning, name)
 
-        def counted(*args: Any, original: Any = original, name: str = name) -> Any:
-            found = original(*args)
+        def counted(*args: Any, original: Any = original, name: str = name, **keywords: Any) -> Any:
+            found = original(*args, **keywords)
             n_measured.append(name) if found else None  # nothing is asked where all is known
             return found
 

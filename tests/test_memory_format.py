@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import daskinfer as di
-from daskinfer import task, tuning
+from daskinfer import ladder, task, tuning
 from daskinfer.errors import ChunkError, OutputExists
 from daskinfer.loaded import LoadedModel
 from daskinfer.manifest import Header, from_line
@@ -264,8 +264,9 @@ def test_the_format_that_pays_is_found_and_kept(two_cpus: list[str], devices: An
     np.testing.assert_allclose(second, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_short_runs_try_it_with_one_micro_batch() -> None:
+def test_short_runs_try_it_with_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process three micro-batches tell, where there are some dozen; what they found is known to the next call."""
+    monkeypatch.setattr(ladder, "PAYS_AT_ONCE", 0.0)  # whatever the clock says of one micro-batch
     memory.clear()
     net, x = SlowIfContiguous(), LARGE
     expected = net.answer(x)
