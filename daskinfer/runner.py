@@ -136,7 +136,7 @@ def run_chunk(
             else:
                 tentative, has_failed = False, True
         if has_failed and not attempt.failed:  # the format was at fault, not a row
-            logger.warning("%s: the network fails in channels_last; going on in torch's own memory format", model.device)
+            logger.info("%s: the network fails in channels_last; going on in torch's own memory format", model.device)
             model.contiguous_only.add(shapes)
         seconds = time.perf_counter() - began
         return Answer(arrays, structure, batch_size, seconds, attempt.channels_last, attempt.failed)

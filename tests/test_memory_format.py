@@ -133,6 +133,7 @@ def views(x: torch.Tensor) -> None:
 
 def test_a_network_that_fails_in_that_format(caplog: pytest.LogCaptureFixture) -> None:
     """It is run in torch's own, once found out, and no row is lost; a line says so."""
+    caplog.set_level(logging.INFO, "daskinfer.runner")
     model = LoadedModel.of(network := Looks(views), CPU)
     for _ in range(2):
         answer = run(model)
@@ -155,6 +156,7 @@ def test_a_row_at_fault_is_at_fault_in_either_format(on_error: str, caplog: pyte
 
     bad = IMAGES.copy()
     bad[13] = 9
+    caplog.set_level(logging.INFO, "daskinfer.runner")
     model = LoadedModel.of(network := Looks(picky), CPU)
     if on_error == "raise":
         with pytest.raises(ChunkError, match="rows 13:14 on cpu failed: ArithmeticError: a nine"):
@@ -234,6 +236,15 @@ def test_answers_have_to_agree() -> None:
     for like in (torch.Tensor.sin, lambda y: y.argmax(1), lambda y: y > 0):
         wrong = trial(ReadsTheMemory(like))
         assert (wrong.run(8)[0], wrong.run_channels_last(8)[0]) == (8, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_answers_in_half_precision_agree_less_closely(dtype: str) -> None:
+    """What is rounded to three digits may differ in the third."""
+    half = Looks()
+    half.to(getattr(torch, dtype))
+    for same in (trial(half, dtype=dtype), trial(Looks(), autocast="bf16")):
+        assert (same.run(8)[0], same.run_channels_last(8)[0]) == (8, 8)
 
 
 def test_answers_agree_where_there_is_none() -> None:
