@@ -50,7 +50,7 @@ from daskinfer.ready import asked, dealer_of, feeder_of, opened, order_of, ready
 from daskinfer.records import Chunk, Failure, Receipt
 from daskinfer.replacing import Replacer
 from daskinfer.task import Block, compute, read, run_task, store
-from daskinfer.tuning import known_here, measure_here, measured, tuned, tuned_here
+from daskinfer.tuning import formatted_here, measure_here, measured, tuned, tuned_here
 from daskinfer.window import Policy, Window
 from daskinfer.worker import Seat, seat
 
@@ -146,8 +146,7 @@ class Run:
     def _inline(self, dealer: Dealer, device: int, feeder: Feeder) -> Iterator[Finished]:
         """In this process, task by task, until the dealer deals no more."""
         self.began = self.began or time.perf_counter()
-        if self._call.tunable:
-            self._choose(known_here(self._call, seat()))
+        self._choose(formatted_here(self._call, seat()))
         while not self.draining and (chunks := dealer.deal(device)):
             call, here = self._call, replace(seat(), n_threads=self._n_threads)
             seconds = 0.0  # without what the caller does with the answers

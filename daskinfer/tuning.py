@@ -98,28 +98,35 @@ def tuned_here(call: Call, rows: Rows, here: Seat, n_rows_left: int, speed: floa
 
     Where there is too little for that, one micro-batch tells whether the other memory format pays.
     """
-    known, n_rows = memory.of(call.key), memory.of(call.key).n_rows + n_rows_left
+    known = memory.of(call.key)
     try:
-        if n_rows >= WORTH_SECONDS * speed:
-            known.pays("inline", measure_here(call, rows, here, call.tried_sizes, n_rows))
-        elif call.has_images and "inline" not in known.channels_last and n_rows_left >= WORTH_BATCHES * call.job.batch_size:
-            first = _first(call, call.job.batch_size)
-            there = read(lambda: rows(first), first)
-            known.channels_last["inline"] = channels_last_pays_at_once(there, call.recipe, call.job, here)
+        if "inline" not in known.batch_sizes:
+            _look_here(call, known, rows, here, n_rows_left, speed)
     except ChunkError as error:  # what to do about it is said where the rows are computed
         logger.warning("the micro-batch stays as it is, since measuring failed: %s", error)
         return replace(call, tunable=False)
-    return known_here(call, here)
-
-
-def known_here(call: Call, here: Seat) -> Call:
-    """The call as it was last found to pay in this process, as far as anything was."""
-    known = memory.of(call.key)
-    if known.in_channels_last(["inline"]):
-        call = call.in_channels_last([here.torch_device.type])
+    call = formatted_here(call, here)
     if size := known.batch_sizes.get("inline"):
         return replace(call, job=replace(call.job, batch_size=_at_most(size, call.tried_sizes)), tunable=False)
     return call
+
+
+def _look_here(call: Call, known: Known, rows: Rows, here: Seat, n_rows_left: int, speed: float) -> None:
+    n_rows = known.n_rows + n_rows_left
+    if n_rows >= WORTH_SECONDS * speed:
+        known.pays("inline", measure_here(call, rows, here, call.tried_sizes, n_rows))
+    elif call.has_images and "inline" not in known.channels_last and n_rows_left >= WORTH_BATCHES * call.job.batch_size:
+        first = _first(call, call.job.batch_size)
+        there = read(lambda: rows(first), first)
+        known.channels_last["inline"] = channels_last_pays_at_once(there, call.recipe, call.job, here)
+
+
+def formatted_here(call: Call, here: Seat) -> Call:
+    """The call with images in channels_last, or not, as was found to pay in this process so far."""
+    if not call.tunable:
+        return call
+    pays = memory.of(call.key).channels_last.get("inline")
+    return call.in_channels_last([here.torch_device.type] if pays else [])
 
 
 def measured(
