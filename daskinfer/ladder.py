@@ -56,12 +56,12 @@ def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne |
     ----------
     run
         Runs one micro-batch of so many rows; where memory does not hold it, a smaller one.
-    channels_last
-        The same in this memory format; no rows where it does not do. None: it is not to be tried.
     tried
         Micro-batches in rows, ascending; the first is what is used where nothing else pays.
     n_rows
         Rows that the device is going to get, and those that it had of the same network before.
+    channels_last
+        As ``run``, in this memory format; no rows where it does not do. None: it is not to be tried.
 
     Examples
     --------
@@ -131,10 +131,11 @@ def usual_speed(run: RunOne, size: int) -> float:
     True
     """
     run(size)
-    n_done, began = 0, time.perf_counter()
-    while n_done == 0 or time.perf_counter() - began < PROBE_SECONDS:
+    n_done, began, seconds = 0, time.perf_counter(), 0.0
+    while seconds < PROBE_SECONDS:
         n_done += run(size)[0]
-    return n_done / max(TIMER_SECONDS, time.perf_counter() - began)
+        seconds = max(TIMER_SECONDS, time.perf_counter() - began)
+    return n_done / seconds
 
 
 def _speed(run: RunOne, size: int) -> float | None:
