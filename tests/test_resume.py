@@ -246,7 +246,7 @@ def test_what_holds_nothing_yet_may_become_anothers(tmp_path: Path) -> None:
         raise ValueError("no")
 
     x, y = stored(tmp_path), tmp_path / "y.npy"
-    without = ", with on_error='skip' where rows fail again,"
+    without = ", with on_error='skip' (--on-error) where rows fail again,"
     for shard, said in (
         (None, []),
         ((1, 2), [f"What is done is kept ({y}.partial); repeat the call{without} to go on with what is missing."]),
