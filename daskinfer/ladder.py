@@ -114,6 +114,7 @@ def pays_at_once(run: RunOne, channels_last: RunOne, size: int) -> bool:
     (_, seconds), (held, _) = run(size), channels_last(size)
     if held == size:  # its first run, which finds its kernels, does not count
         held, others = channels_last(size)
+        logger.debug("channels_last: %.2g s for %d rows, contiguous: %.2g s", others, size, seconds)
     return held == size and PAYS_AT_ONCE * others <= seconds
 
 

@@ -314,6 +314,15 @@ def test_a_format_that_does_not_pay_is_tried_once(monkeypatch: pytest.MonkeyPatc
     assert n_tried == 1
 
 
+def test_workers_that_are_there_look_at_it_too(two_cpus: list[str]) -> None:
+    """Where nobody says who computes, and workers do, rows may be done already: only the format is still chosen."""
+    memory.clear()
+    net = SlowIfContiguous()
+    answer, report = di.predict(net, SLOW, return_report=True)
+    np.testing.assert_allclose(answer, net.answer(SLOW), rtol=1e-5, atol=2e-5)
+    assert report.channels_last == ("cpu",)
+
+
 def test_a_named_micro_batch_is_run_as_ever(two_cpus: list[str]) -> None:
     """Whoever names it gets the same bytes each time: nothing is measured."""
     memory.clear()

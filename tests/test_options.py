@@ -49,6 +49,8 @@ from daskinfer.options import OptionFields, Options
         ({"chunk_timeout": "3"}, "chunk_timeout is '3'; it may be seconds, above 0, or None"),
         ({"chunk_timeout": True}, "chunk_timeout is True; it may be seconds, above 0, or None"),
         ({"fill_value": "NaN"}, "fill_value is 'NaN'; it may be a number or None"),
+        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'; it may be 'auto', 'contiguous' or 'channels_last'"),
+        ({"memory_format": None}, "memory_format is None; it may be 'auto', 'contiguous' or 'channels_last'"),
         ({"max_failed_rows": -1}, "max_failed_rows is -1; it may be a number from 0, a share such as '1%', or None"),
         ({"max_failed_rows": True}, "max_failed_rows is True; it may be a number from 0"),
         ({"max_failed_rows": 0.5}, r"max_failed_rows is 0\.5; it may be a number from 0"),
