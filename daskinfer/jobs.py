@@ -16,6 +16,7 @@ from daskinfer.fetching import Finished
 from daskinfer.foreseen import n_missing, notes
 from daskinfer.options import OptionFields, Options
 from daskinfer.outputs import opened
+from daskinfer.owned import remove_ownerless_scratch
 from daskinfer.plan_record import Plan
 from daskinfer.progress import Progress, listeners
 from daskinfer.run_report import RunReport
@@ -93,6 +94,7 @@ def run(
     )
     work = assembled()
     assert work.wanted is not None  # a run's
+    remove_ownerless_scratch()  # perhaps of the run that is repeated; workers may not be needed any more
     with opened(work.wanted, fresh=fresh) as outputs:
         if outputs.header.sizes != work.wanted.headers[0].sizes:
             work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units

@@ -34,7 +34,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        remove_ownerless(_FOLDER_PREFIX)
+        remove_ownerless_scratch()
         # Under another name until it is locked: a process that starts now would find it without an owner.
         unlocked = tempfile.mkdtemp(prefix=f".{_FOLDER_PREFIX}")
         self.path = os.path.join(os.path.dirname(unlocked), os.path.basename(unlocked)[1:])
@@ -46,7 +46,12 @@ class Scratch:
         """Remove the folder with all that is in it, and what workers of a killed process have written into its own since."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-        remove_ownerless(_FOLDER_PREFIX)
+        remove_ownerless_scratch()
+
+
+def remove_ownerless_scratch() -> None:
+    """Remove the folders of killed processes: for those who make none, as they find nothing left to compute."""
+    remove_ownerless(_FOLDER_PREFIX)
 
 
 def remove_ownerless(prefix: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import zarr
 from click.testing import CliRunner
 
 import daskinfer as di
-from daskinfer import durable, ledger, outputs, staging
+from daskinfer import durable, ledger, outputs, owned, staging
 from daskinfer.cli import main
 from daskinfer.errors import ChunkError, Interrupted, OutputExists, OutputLocked, StorageError, TooManyFailures
 from daskinfer.verifying import verify
@@ -125,7 +126,7 @@ def command(folder: Path, output: str, *arguments: str) -> list[str]:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
     """A command that is killed with all its processes, again and again, gives the bytes of one that nobody disturbed."""
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((4000, 6), np.float32))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((8000, 6), np.float32))
     draw = random.Random(suffix)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command(tmp_path, f"once{suffix}"), cwd=tmp_path, env=env, check=True, capture_output=True)
@@ -163,6 +164,18 @@ def test_goes_on_where_it_was_left(tmp_path: Path, suffix: str, interrupted: Cal
     np.testing.assert_array_equal(read(y), X * 2)
     assert verify(y).wrong == ()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", y.name, f"{y.name}.daskinfer"]
+
+
+def test_what_a_killed_run_left_goes_without_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed after its last chunk leaves a folder of its workers' behind; the next one needs no workers."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    di.run(double, x, y, **HOW)
+    anothers = owned.Scratch()
+    (tmp_path / "daskinfer-scratch-killed" / "dask-scratch-space").mkdir(parents=True)
+    di.run(double, x, y, **HOW)
+    assert [Path(anothers.path)] == list(tmp_path.glob("daskinfer-scratch-*"))
+    anothers.remove()
 
 
 @pytest.mark.parametrize("source", ["npy", "zarr", "array", "memmap", "dask", "ports"])
