@@ -68,20 +68,23 @@ class Buffers:
         """Rows at their places among ``size``, as the model takes them."""
         buffer = self._buffer(name, (size, rows.shape[1:], rows.dtype))
         buffer.fill(rows, places)
-        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array.view()
+        return self._given(buffer)
 
     def whole(self, names: Sequence[str], ports: Sequence[Array | Elsewhere], size: int) -> Callable[[int], list[Any]]:
-        """What gives ``size`` rows of every port from a row on as tensors, with as little to do each time as can be."""
+        """What gives ``size`` rows of every port from a row on as the model takes them, with as little to do as can be."""
         buffers = [self._buffer(name, (size, rows.shape[1:], rows.dtype)) for name, rows in zip(names, ports, strict=True)]
         copies = [copier(rows, buffer.array) for rows, buffer in zip(ports, buffers, strict=True)]
-        device = self.model.device
 
-        def batch(begin: int) -> list[torch.Tensor]:
+        def batch(begin: int) -> list[Any]:
             for copy in copies:
                 copy(begin)
-            return [buffer.on(device) for buffer in buffers]
+            return [self._given(buffer) for buffer in buffers]
 
         return batch
+
+    def _given(self, buffer: Buffer) -> Any:
+        """The rows in a buffer as the model takes them: an array or a tensor of its own, whose shape it may change."""
+        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array.view()
 
     def _buffer(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
         buffer = self._of.get(name)

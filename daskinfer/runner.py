@@ -5,8 +5,8 @@ inside its micro-batch, and what the chunk does not hold of it is zeros, so the 
 a tensor of the same shape however the input is cut. The last bits of an answer depend on both.
 
 What is done per micro-batch beside the network is kept short: its code is not in the processor's caches any more, after the
-tensors that went through them, and takes four times as long as alone (measured). So whole micro-batches of a network that
-gives one tensor go through a loop of their own, :meth:`_Pass._go_on`.
+arrays that went through them, and takes four to ten times as long as alone (measured). So whole micro-batches of a model
+that gives one array go through a loop of their own, :meth:`_Pass._go_on`.
 
 Out of memory, the micro-batch is halved, the tensors of the failed attempt are let go, and the same rows are run again; a
 model remembers what it could hold of rows of this shape. Answers then agree within rounding, and the receipt says which
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from daskinfer import bad_rows
-from daskinfer.arrays import Array, Elsewhere, UnreadableError, numpy_of, to_numpy
+from daskinfer.arrays import Array, Elsewhere, UnreadableError, to_numpy
 from daskinfer.buffers import Buffers
 from daskinfer.chunk_errors import AtFaultError, is_out_of_memory, is_sticky, said_of_rows
 from daskinfer.errors import ModelError, OptionError
@@ -45,6 +45,7 @@ from daskinfer.structure import ONE_ARRAY, Ports, Structure, call
 logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PLAIN = (torch.Tensor, np.ndarray)  # and no class derived from them, which may do more when it is looked at
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,10 @@ class _Pass:
         return [to_numpy(array) for array in answer], structure
 
     def _is_steady(self) -> bool:
-        """Whether the next rows are a whole micro-batch of a network that gives one tensor, with nothing done beside it."""
+        """Whether the next rows are a whole micro-batch of a model that gives one array, with nothing done beside it."""
         options = self.job.options
         return (
-            self.model.takes_tensors
-            and self.structure == ONE_ARRAY
+            self.structure == ONE_ARRAY
             and options.preprocess is options.postprocess is None
             and not options.nan_is_failure
             and self._cell_end() - self._begin == self.batch_size
@@ -286,21 +286,23 @@ class _Pass:
     def _keep_whole(self, answer: Any) -> None:
         """Keep the answer to a whole micro-batch; in a method of its own, so that none lives while the next is computed."""
         begin, size, (result,) = self._begin, self.batch_size, self.results
-        looks_alike = type(answer) is torch.Tensor and answer.shape == (size, *result.shape[1:])
-        if looks_alike and (array := numpy_of(answer)).dtype == result.dtype:
+        looks_alike = type(answer) in _PLAIN and answer.shape == (size, *result.shape[1:])
+        if looks_alike and (array := to_numpy(answer)).dtype == result.dtype:
             result[begin : begin + size] = array
         else:  # as autocast gives it on this device, or not as before, which is said there
             arrays, structure = self._checked(flat(answer, "the model"), size)
             self._place(self._as_promised(arrays), structure, begin, begin + size, None)
 
     def _call(self, batch: Any) -> tuple[list[Any], Structure]:
-        if not self.model.takes_tensors:
-            return flat(call(self.model.run, batch), "the model")
         with self._inference():
             return flat(call(self.model.run, batch), "the model")
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
+        """What networks run in; functions on ndarrays run as they are."""
+        if not self.model.takes_tensors:
+            yield
+            return
         with torch.inference_mode(), precision(self.job.options, self.model.device.type):
             yield
 

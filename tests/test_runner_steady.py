@@ -37,6 +37,21 @@ def test_what_stays_the_same_is_done_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(entered) == 3
 
 
+@pytest.mark.parametrize("model", [nn.Identity(), np.abs], ids=["network", "function"])
+def test_the_plain_way_is_taken_by_what_is_no_whole_micro_batch(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """The first, which shows what answers look like, and the end: whatever the model is, the others go through the loop."""
+    plain, attempt = [], runner._Pass._attempt
+
+    def counting(self: Any, begin: int, end: int, *args: Any) -> None:
+        plain.append((begin, end))
+        attempt(self, begin, end, *args)
+
+    monkeypatch.setattr(runner._Pass, "_attempt", counting)
+    x = np.abs(X)
+    np.testing.assert_array_equal(result(model, x, batch_size=4, start=2), x)
+    assert plain == [(0, 2), (38, 40)]
+
+
 def test_rows_elsewhere_cost_a_call_of_the_system_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch of rows in another process's memory is one copy, straight into where the network gets it from."""
     copied, reader = [], borrowed._reader()
@@ -162,6 +177,29 @@ def test_the_answer_of_autocast_is_as_planned() -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = torch.cat([net(torch.from_numpy(X[i : i + 4])) for i in range(0, 40, 4)]).float().numpy()
     np.testing.assert_array_equal(answer, expected, strict=True)
+
+
+@pytest.mark.parametrize(
+    "then", [lambda x: (x, x), lambda x: x.astype("float64"), lambda x: x[:, :2], lambda x: x[:3], lambda _: "no answer"]
+)
+def test_answers_of_a_function_that_change_late(then: Any) -> None:
+    """A function's answers are looked at in the loop as a network's are."""
+    n_calls = 0
+
+    def function(x: np.ndarray[Any, Any]) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        return x if n_calls < 6 else then(x)
+
+    with pytest.raises(ModelError, match=r"rows 20:24 gave|for 4 rows|returned a"):
+        run(function, X)
+    assert n_calls == 6
+
+
+def test_answers_of_a_function_that_are_no_plain_arrays() -> None:
+    """A masked array, a tensor, another order of memory: whatever can be an array is kept as it is in the plain way."""
+    for kind in (np.ma.asarray, torch.from_numpy, np.asfortranarray):
+        np.testing.assert_array_equal(result(lambda x, kind=kind: kind(x * 2), X), X * 2)
 
 
 @pytest.mark.parametrize(
