@@ -1,4 +1,10 @@
-"""Devices of unlike speed by real quotas of CPU time, on the workers' cgroups."""
+"""Devices of unlike speed by real quotas of CPU time, on the workers' cgroups.
+
+The speed of a device under a quota is the core-seconds that a plain loop gets there per second, times the rows that the
+network does per core-second. The first is measured before the run; the second in the run itself, for a machine that is
+shared with others changes its speed from one half minute to the next by more than the target allows. So whatever a worker
+spends core-seconds on in the run beside the network, and those that it leaves unused, count against daskinfer.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +26,12 @@ from tests.benchmarks.unlike import BATCH_SIZE, IDEAL_SECONDS, SPEEDS
 _CGROUPS = Path("/sys/fs/cgroup")
 _PERIOD_US = 40_000  # short, so that a device runs evenly; 1 ms, the least quota, is 1/40 of a core
 _ALL_CORES = 0.8  # of the cores go to the workers, the rest is the client's
-_CALIBRATED_PART = 0.25  # of the run's time is spent on measuring the true speeds first
+_CALIBRATED_PART = 0.25  # of the run's time is spent on finding what a plain loop gets
 _ROUNDS = 400  # of work on each batch: about 10 ms of a core, as by sleeping
 
 
 class Burner:
-    """Doubles its rows after real work on them."""
+    """Doubles its rows after real work on them, and says beside each which worker did it, and in how many core-seconds."""
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex  # a model of its own, with nothing measured yet
@@ -33,11 +39,16 @@ class Burner:
     def load(self, device: str) -> None:
         """Make what the work needs."""
         self.square = np.full((96, 96), 0.01, np.float32)
+        self.number = int(os.environ.get("DASKINFER_DEVICE", "cpu:0").removeprefix("cpu:"))  # the client loads it, too
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
+        began = time.thread_time()
         for _ in range(_ROUNDS):
             self.square @ self.square
-        return 2 * batch
+        answer = np.empty((len(batch), 3))
+        answer[:, :1] = 2 * batch
+        answer[:, 1:] = self.number, (time.thread_time() - began) / len(batch)
+        return answer
 
 
 def quotas(session: Session) -> Verdicts:
@@ -69,15 +80,18 @@ def run(ratios: list[float], seconds: float) -> dict[str, Any]:
         with contextlib.ExitStack() as limits:
             for worker, cores in zip(in_order, _cores(ratios), strict=True):
                 limits.enter_context(_limited(worker["pid"], cores))
-            speeds = _speeds(client, [w["address"] for w in in_order], max(1.0, seconds * _CALIBRATED_PART))
+            addresses = [w["address"] for w in in_order]
+            speeds, cores = _calibrated(client, addresses, max(1.0, seconds * _CALIBRATED_PART))
             x = np.arange(round(seconds * sum(speeds)), dtype=np.float32)[:, None]
             y, report = di.predict(
                 Burner(), x, client=client, device_weights="auto", batch_size=BATCH_SIZE, return_report=True
             )
-    if not np.array_equal(y, 2 * x):
+    if not np.array_equal(y[:, :1], 2 * x):
         raise ValueError("the answer is wrong")
+    found = {"seconds": report.seconds, "rows": len(x), "calibrated": speeds, "cores": cores}
+    speeds = [cores[i] / y[y[:, 1] == i, 2].mean() for i in range(len(ratios))]
     done = {d.device: d.n_rows for d in report.devices}
-    return {"seconds": report.seconds, "ideal": len(x) / sum(speeds), "rows": len(x), "speeds": speeds, "done": done}
+    return found | {"ideal": len(x) / sum(speeds), "speeds": speeds, "done": done}
 
 
 def _cores(ratios: list[float]) -> list[float]:
@@ -90,22 +104,22 @@ def _who() -> dict[str, Any]:
     return {"pid": os.getpid(), "device": os.environ["DASKINFER_DEVICE"]}
 
 
-def _speeds(client: Any, addresses: list[str], seconds: float) -> list[float]:
-    """Rows per second of each worker under its quota, all at work at once, in a thread as chunks are."""
+def _calibrated(client: Any, addresses: list[str], seconds: float) -> list[tuple[float, ...]]:
+    """Rows per second of each worker under its quota, and the cores it gets: all at once, in a thread as chunks are."""
     futures = [client.submit(calibrate, seconds, workers=[address], pure=False) for address in addresses]
-    return list(client.gather(futures))
+    return list(zip(*client.gather(futures), strict=True))
 
 
-def calibrate(seconds: float) -> float:
-    """Rows per second of this process."""
+def calibrate(seconds: float) -> tuple[float, float]:
+    """Rows per second of a plain loop in this process, and the cores it gets."""
     burner = Burner()
     burner.load("cpu")
     batch = np.ones((BATCH_SIZE, 1), np.float32)
-    began, n_rows = time.perf_counter(), 0
+    began, used, n_rows = time.perf_counter(), time.thread_time(), 0
     while (spent := time.perf_counter() - began) < seconds or not n_rows:
         burner(batch)
         n_rows += len(batch)
-    return n_rows / spent
+    return n_rows / spent, (time.thread_time() - used) / spent
 
 
 @contextlib.contextmanager
