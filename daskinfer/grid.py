@@ -17,6 +17,7 @@ AUTO_BATCH_NBYTES = 1 << 20  # input of an automatic micro-batch; arbitrary prio
 AUTO_BATCH_MIN = 8  # rows, where one row is large; arbitrary prior, to be replaced by measurement
 AUTO_BATCH_MAX = 1024  # rows, where one row is small; arbitrary prior, to be replaced by measurement
 BATCH_DOUBLINGS = 6  # of an automatic micro-batch, where a larger one pays; arbitrary
+BATCH_HALVINGS = 2  # of it, where a smaller one pays, whose tensors stay in the processor's caches; arbitrary
 MIN_CELLS = 64  # of the grid that a store is read by, so that there is something to balance; arbitrary
 MIN_BATCHES = 8  # micro-batches in the smallest share, so that whole cells meet it to within 1/8; arbitrary
 NEGLIGIBLE_WEIGHT = 1e-3  # of the largest; lighter devices would cut everybody's micro-batch to a row; arbitrary
@@ -78,13 +79,17 @@ def read_grid(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: int, 
 def tried_sizes(first: int, max_rows: int, divides: int | None = None) -> tuple[int, ...]:
     """Micro-batches to try: doubled from the first up to ``max_rows``; those that divide a write-unit, where there is one.
 
+    And the first halved, where there are rows enough for twice as many.
+
     Examples
     --------
-    >>> tried_sizes(64, 1000), tried_sizes(64, 10_000, divides=384)
-    ((64, 128, 256, 512), (64, 128))
+    >>> tried_sizes(64, 1000), tried_sizes(64, 10_000, divides=384), tried_sizes(64, 100)
+    ((16, 32, 64, 128, 256, 512), (16, 32, 64, 128), (64,))
     """
-    doubled = (first << step for step in range(BATCH_DOUBLINGS + 1))
-    return tuple(size for size in doubled if size == first or (size <= max_rows and (divides or size) % size == 0))
+    doubled = (first << step for step in range(1, BATCH_DOUBLINGS + 1))
+    halved = (first >> step for step in range(BATCH_HALVINGS, 0, -1) if first % (1 << step) == 0)
+    smaller = (size for size in halved if size >= AUTO_BATCH_MIN and max_rows >= 2 * first)
+    return (*smaller, first, *(size for size in doubled if size <= max_rows and (divides or size) % size == 0))
 
 
 def check_batch_size(batch_size: object) -> int | None:

@@ -1,16 +1,18 @@
-"""Which micro-batch pays on a device: measured on real rows, from small to large, and in which memory format.
+"""Which micro-batch pays on a device, and in which memory format: measured on real rows.
 
 The ladder, first match wins, at each step; the exit is one DEBUG line:
 
 1. Everything that there is to do, and that was done before, takes less than ``WORTH_SECONDS`` at the speed of the first
    step: the first size. So of many short runs one measures, for all that come. From ``WORTH_A_LOOK`` seconds on, two
    micro-batches more tell about the other memory format.
-2. Memory would not hold the next size: the last size.
-3. The next size is not faster by ``PAYS``: the last size.
-4. There is no larger one to try: the last size.
+2. Smaller sizes are faster, each by ``PAYS`` than the one before: the last of them.
+3. Memory would not hold the next larger size: the last size.
+4. The next size is not faster by ``PAYS``: the last size.
+5. There is no larger one to try: the last size.
 
-After the first step the other memory format is tried at the same size, where there is one; it is climbed in where it is
-faster by ``PAYS``.
+After the first step the other memory format is tried at the same size, where there is one; it is gone on in where it is
+faster by ``PAYS``. Smaller sizes come before larger ones: on CPUs tensors that stay in the caches gain more (a CNN on both of
+two cores: 0.84 s with 32 images, 1.0 s with 64 to 256), and on devices for which they are too small one step says so.
 
 The rows are computed again in the run, so that all of its rows have one size: a few micro-batches, once per network and
 kind of device (``pace`` remembers).
@@ -49,7 +51,9 @@ class Best(NamedTuple):
     short: bool = False
 
 
-def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne | None = None) -> Best:
+def best(
+    run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne | None = None, *, first: int | None = None
+) -> Best:
     """Climb the ladder.
 
     Parameters
@@ -57,34 +61,56 @@ def best(run: RunOne, tried: Sequence[int], n_rows: int, channels_last: RunOne |
     run
         Runs one micro-batch of so many rows; where memory does not hold it, a smaller one.
     tried
-        Micro-batches in rows, ascending; the first is what is used where nothing else pays.
+        Micro-batches in rows, ascending.
     n_rows
         Rows that the device is going to get, and those that it had of the same network before.
     channels_last
         As ``run``, in this memory format; no rows where it does not do. None: it is not to be tried.
+    first
+        The one of ``tried`` that is used where nothing else pays. None: the smallest.
 
     Examples
     --------
     >>> best(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
     Best(size=400, speed=1.0, channels_last=False, short=False)
     """
-    last = Best(tried[0], _speed(run, tried[0]) or 1.0)
+    first = tried[0] if first is None else first
+    last = Best(first, _speed(run, first) or 1.0)
     seconds = n_rows / last.speed
     if seconds < WORTH_SECONDS:
         logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, last.speed)
         return last._replace(short=True, channels_last=_looks(run, channels_last, last.size, seconds))
     if channels_last is not None:
         run, last = _format(run, channels_last, last)
-    for size in tried[1:]:
+    smaller = _smaller(run, [size for size in reversed(tried) if size < first], last)
+    return smaller or _larger(run, [size for size in tried if size > first], last)
+
+
+def _smaller(run: RunOne, sizes: Sequence[int], first: Best) -> Best | None:
+    """The last of these sizes that pays, if any does."""
+    last = first
+    for size in sizes:
+        faster = _speed(run, size)
+        if faster is None or faster < PAYS * last.speed:
+            break
+        last = last._replace(size=size, speed=faster)
+    if last is first:
+        return None
+    logger.debug("rule 2: smaller ones pay, it is %d rows", last.size)
+    return last
+
+
+def _larger(run: RunOne, sizes: Sequence[int], last: Best) -> Best:
+    for size in sizes:
         faster = _speed(run, size)
         if faster is None:
-            logger.debug("rule 2: memory does not hold %d rows, it is %d", size, last.size)
+            logger.debug("rule 3: memory does not hold %d rows, it is %d", size, last.size)
             return last
         if faster < PAYS * last.speed:
-            logger.debug("rule 3: %d rows do not pay, it is %d", size, last.size)
+            logger.debug("rule 4: %d rows do not pay, it is %d", size, last.size)
             return last
         last = last._replace(size=size, speed=faster)
-    logger.debug("rule 4: it is %d rows, the largest to try", last.size)
+    logger.debug("rule 5: it is %d rows, the largest to try", last.size)
     return last
 
 

@@ -125,8 +125,10 @@ def measure(
     """
     trial = Trial(_model(recipe, here), rows, job)
     with here.threads():
-        there = [size for size in tried if size <= len(rows[0])] or tried[:1]
-        found = best(trial.run, there, n_rows, trial.run_channels_last if trial.may_be_channels_last else None)
+        first = job.batch_size
+        there = [size for size in tried if size <= max(first, len(rows[0]))]
+        channels_last = trial.run_channels_last if trial.may_be_channels_last else None
+        found = best(trial.run, there, n_rows, channels_last, first=first)
         if not usual:
             return found
         return found._replace(speed=usual_speed(trial.run_channels_last if found.channels_last else trial.run, found.size))

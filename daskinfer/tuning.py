@@ -61,7 +61,7 @@ def tuned(
         return call
     if settled and "inline" in known.channels_last:
         known.channels_last.setdefault("cpu", known.channels_last["inline"])
-    tried = call.tried_sizes[:1] if settled else call.tried_sizes
+    tried = (call.job.batch_size,) if settled else call.tried_sizes
     asked = [lane for kind, lane in by_kind.items() if kind not in (known.channels_last if settled else known.batch_sizes)]
     if asked and not _is_short(call, known):
         begin()

@@ -95,10 +95,10 @@ def test_a_call_does_not_change() -> None:
 
 def test_sizes_that_may_pay() -> None:
     """Micro-batches double from the planned one, as long as the smallest share holds ``MIN_BATCHES`` of them."""
-    assert call_of().tried_sizes == (16, 32, 64, 128, 256, 512)
+    assert call_of().tried_sizes == (8, 16, 32, 64, 128, 256, 512)
     assert N_ROWS // 2 // MIN_BATCHES == 625
-    assert call_of(weights=(9.0, 1.0)).tried_sizes == (16, 32, 64)
-    assert call_of(weights=(1.0, 0.0)).tried_sizes == (16, 32, 64, 128, 256, 512, 1024)
+    assert call_of(weights=(9.0, 1.0)).tried_sizes == (8, 16, 32, 64)
+    assert call_of(weights=(1.0, 0.0)).tried_sizes == (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def test_sizes_of_balanced_devices() -> None:
@@ -108,21 +108,21 @@ def test_sizes_of_balanced_devices() -> None:
 
 def test_sizes_by_bytes() -> None:
     """A micro-batch is in a chunk at least twice."""
-    assert call_of(chunk_nbytes=200 * ROW_NBYTES).tried_sizes == (16, 32, 64)
+    assert call_of(chunk_nbytes=200 * ROW_NBYTES).tried_sizes == (8, 16, 32, 64)
     assert call_of(chunk_nbytes=1).tried_sizes == (16,)
 
 
 def test_sizes_end() -> None:
     """However many rows there are, a micro-batch doubles so many times at most; rows of no bytes are survived."""
     call = call_of(np.zeros((10**8, 0)), row_nbytes=0)
-    assert call.tried_sizes == tuple(16 << step for step in range(BATCH_DOUBLINGS + 1))
+    assert call.tried_sizes == (8, *(16 << step for step in range(BATCH_DOUBLINGS + 1)))
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ()])
 def test_sizes_divide_the_units_of_a_store(targets: tuple[Target, ...]) -> None:
     """Where a store's units stay, only micro-batches that they are whole multiples of are tried."""
     layout = lay_out(N_ROWS, [1.0, 1.0], batch_size=16, cell_rows=192)
-    assert call_of(layout=layout, targets=targets).tried_sizes == (16, 32, 64)
+    assert call_of(layout=layout, targets=targets).tried_sizes == (8, 16, 32, 64)
 
 
 def test_the_key_is_the_networks_and_the_rows() -> None:

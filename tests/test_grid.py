@@ -90,5 +90,9 @@ def test_cells_are_whole_micro_batches_and_whole_units_where_they_can_be(size, u
 def test_sizes_to_try_double():
     """From the first up to the limit, at most six times; only divisors of a unit that is given; the first always."""
     assert tried_sizes(8, 10**9) == (8, 16, 32, 64, 128, 256, 512)
+    assert tried_sizes(16, 32) == (8, 16, 32)
+    assert tried_sizes(16, 31) == (16,)  # too few rows for a choice
+    assert tried_sizes(64, 10**9)[:3] == (16, 32, 64)
+    assert tried_sizes(50, 100) == (25, 50, 100)
     assert tried_sizes(8, 3) == (8,)
     assert tried_sizes(6, 100, divides=48) == (6, 12, 24, 48)

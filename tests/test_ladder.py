@@ -55,25 +55,47 @@ def test_a_run_that_is_just_worth_it(said: Callable[[], list[str]]) -> None:
     assert device.asked[:4] == [100, 100, 200, 200]
 
 
+@pytest.mark.parametrize(("of_100", "size"), [(0.5, 200), (0.4, 100)])
+def test_smaller_sizes_that_pay(said: Callable[[], list[str]], of_100: float, size: int) -> None:
+    """Rule 2: where the next smaller one is faster, it is the last that is faster than the one before; no larger is tried."""
+    device = Device({400: 4.0, 200: 1.0, 100: of_100}.__getitem__)
+    assert best(device, SIZES, MUCH, first=400).size == size
+    assert said() == [f"rule 2: smaller ones pay, it is {size} rows"]
+
+
+def test_smaller_sizes_that_do_not_pay(said: Callable[[], list[str]]) -> None:
+    """One look at the next smaller size, then the larger ones."""
+    device = Device(lambda size: max(1.0, size / 400))
+    assert best(device, SIZES, MUCH, first=200) == (400, 400.0, False, False)
+    assert device.asked == [200, 200, 100, 100, 400, 400, 800, 800]
+    assert said() == ["rule 4: 800 rows do not pay, it is 400"]
+
+
+def test_memory_that_holds_a_smaller_one_only(said: Callable[[], list[str]]) -> None:
+    """Where memory does not hold the first size, the smaller one that it does hold is taken."""
+    assert best(Device(lambda size: 0.1, max_rows=100), SIZES, MUCH, first=200).size == 100
+    assert said() == ["rule 2: smaller ones pay, it is 100 rows"]
+
+
 def test_memory_that_is_short(said: Callable[[], list[str]]) -> None:
-    """Rule 2: where memory made a smaller micro-batch of it, the last size that it held is taken."""
+    """Rule 3: where memory made a smaller micro-batch of it, the last size that it held is taken."""
     device = Device(lambda size: 1.0, max_rows=200)
     assert best(device, SIZES, MUCH) == (200, 200.0, False, False)
-    assert said() == ["rule 2: memory does not hold 400 rows, it is 200"]
+    assert said() == ["rule 3: memory does not hold 400 rows, it is 200"]
     assert device.asked == [100, 100, 200, 200, 400]
 
 
 def test_memory_that_does_not_hold_the_first(said: Callable[[], list[str]]) -> None:
     """Where memory does not even hold the first size, it stays, and the runner goes on making it smaller."""
     assert best(Device(lambda size: 1.0, max_rows=50), SIZES, MUCH)[0] == 100
-    assert said() == ["rule 2: memory does not hold 200 rows, it is 100"]
+    assert said() == ["rule 3: memory does not hold 200 rows, it is 100"]
 
 
 def test_a_size_that_does_not_pay(said: Callable[[], list[str]]) -> None:
-    """Rule 3: the first size that is not faster by ``PAYS`` ends it, and the last one is taken."""
+    """Rule 4: the first size that is not faster by ``PAYS`` ends it, and the last one is taken."""
     device = Device(lambda size: max(1.0, size / 200))
     assert best(device, SIZES, MUCH) == (200, 200.0, False, False)
-    assert said() == ["rule 3: 400 rows do not pay, it is 200"]
+    assert said() == ["rule 4: 400 rows do not pay, it is 200"]
     assert device.asked[-1] == 400
 
 
@@ -84,15 +106,15 @@ def test_what_pays(gain: float, size: int) -> None:
 
 
 def test_the_largest_that_there_is(said: Callable[[], list[str]]) -> None:
-    """Rule 4: where every size pays, it is the largest."""
+    """Rule 5: where every size pays, it is the largest."""
     assert best(Device(lambda size: 1.0), SIZES, MUCH) == (800, 800.0, False, False)
-    assert said() == ["rule 4: it is 800 rows, the largest to try"]
+    assert said() == ["rule 5: it is 800 rows, the largest to try"]
 
 
 def test_one_size(said: Callable[[], list[str]]) -> None:
     """A single size is taken, and measured all the same."""
     assert best(Device(lambda size: 1.0), [100], MUCH) == (100, 100.0, False, False)
-    assert said() == ["rule 4: it is 100 rows, the largest to try"]
+    assert said() == ["rule 5: it is 100 rows, the largest to try"]
 
 
 def test_the_first_run_does_not_count() -> None:
