@@ -130,7 +130,19 @@ def _told(work: Work, run: Runs, rows: Range | None) -> Iterator[None]:
 def _started(work: Work, run: str, rows: Range, done: Ranges) -> RunStarted:
     plan, kinds = work.plan(), [device.kind for device in work.placement.devices]
     devices = tuple(Asked(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
-    return RunStarted(run, time.time(), plan.model, plan.inputs, plan.outputs, rows, tuple(done), plan.batch_size, devices)
+    return RunStarted(
+        run,
+        time.time(),
+        plan.model,
+        plan.inputs,
+        plan.outputs,
+        rows,
+        tuple(done),
+        plan.batch_size,
+        devices,
+        dict(work.job.by_kind),
+        work.job.channels_last,
+    )
 
 
 def _facts(work: Work) -> dict[str, str]:

@@ -15,7 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from daskinfer.ranges import Range
@@ -47,7 +47,8 @@ class RunStarted(Event):
     """A run begins: workers may still have to start.
 
     ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of these that
-    earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` say in words what is computed.
+    earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` say in words what is computed. ``by_kind`` and
+    ``channels_last`` are what an earlier call chose, as in :class:`MicroBatchChosen`.
     """
 
     model: str
@@ -57,6 +58,8 @@ class RunStarted(Event):
     done: tuple[Range, ...]
     batch_size: int
     devices: tuple[Asked, ...]
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
 
     @property
     def n_rows(self) -> int:

@@ -11,8 +11,8 @@ The ladder, first match wins, at each step; the exit is one DEBUG line:
 5. There is no larger one to try: the last size.
 
 After the first step the other memory format is tried at the same size, where there is one; it is gone on in where it is
-faster by ``PAYS``. Smaller sizes come before larger ones: on CPUs tensors that stay in the caches gain more (a CNN on both of
-two cores: 0.84 s with 32 images, 1.0 s with 64 to 256), and on devices for which they are too small one step says so.
+faster by ``PAYS``. Smaller sizes come before larger ones: on CPUs, tensors that stay in the caches gain more (a CNN on both
+of two cores: 0.84 s with 32 images, 1.0 s with 64 to 256); where they gain nothing, one step says so.
 
 The rows are computed again in the run, so that all of its rows have one size: a few micro-batches, once per network and
 kind of device (``pace`` remembers).

@@ -289,11 +289,14 @@ class Tally:
             self._sums(event.device).n_retried += 1
         elif isinstance(event, RunStarted):
             self._devices = {asked.device: _Sums(asked) for asked in event.devices}
-            self._batch_size = event.batch_size
+            self._chosen(event)
             self._facts = {"network": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
         elif isinstance(event, MicroBatchChosen):
-            self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
-            self._channels_last = event.channels_last
+            self._chosen(event)
+
+    def _chosen(self, event: RunStarted | MicroBatchChosen) -> None:
+        self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
+        self._channels_last = event.channels_last
 
     def report(self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None) -> RunReport:
         """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""

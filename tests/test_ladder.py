@@ -57,7 +57,7 @@ def test_a_run_that_is_just_worth_it(said: Callable[[], list[str]]) -> None:
 
 @pytest.mark.parametrize(("of_100", "size"), [(0.5, 200), (0.4, 100)])
 def test_smaller_sizes_that_pay(said: Callable[[], list[str]], of_100: float, size: int) -> None:
-    """Rule 2: where the next smaller one is faster, it is the last that is faster than the one before; no larger is tried."""
+    """Rule 2: where the next smaller one is faster, it is the last faster one in a row; no larger one is tried."""
     device = Device({400: 4.0, 200: 1.0, 100: of_100}.__getitem__)
     assert best(device, SIZES, MUCH, first=400).size == size
     assert said() == [f"rule 2: smaller ones pay, it is {size} rows"]

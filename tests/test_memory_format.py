@@ -356,6 +356,7 @@ def test_a_run_goes_on_in_the_format_that_was_chosen(two_cpus: list[str], tmp_pa
     memory.clear()  # as in another process
     report = di.run(net, source, tmp_path / "parts.npy", **how)
     assert 0 < report.rows < N_SLOW
+    assert report.channels_last == ("cpu",)
     assert np.load(tmp_path / "parts.npy").tobytes() == np.load(tmp_path / "whole.npy").tobytes()
     with pytest.raises(OutputExists, match="options memory_format was 'auto' and is 'contiguous'"):
         di.run(net, source, tmp_path / "parts.npy", memory_format="contiguous", **how)

@@ -825,7 +825,7 @@ def test_micro_batches_that_were_chosen_are_kept(tmp_path: Path) -> None:
         opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
         opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
     report = di.run(double, X, y, devices="inline", shard=(2, 2))
-    assert report.batch_size == 4
+    assert (report.batch_size, report.by_kind) == (4, {"cpu": 4, "cuda": 2})
     assert '"by_kind":{"cpu":4,"cuda":2}' in (manifest_of(y) / "header.json").read_text()
 
 
