@@ -15,6 +15,8 @@ from tests.benchmarks.by_hand import Call
 from tests.benchmarks.processes import versions
 from tests.benchmarks.works import WORKS, Work, difference
 
+_ENOUGH_SECONDS = 60.0  # of calls, after which a single one that was repeated will do
+
 Open = Callable[[Work, np.ndarray], contextlib.AbstractContextManager[Call]]
 
 PEERS: dict[str, Open] = {
@@ -67,9 +69,9 @@ def _import_what_counts_as_there(peer: str) -> None:
 
 
 def _timed(call: Call, repeats: int) -> tuple[list[float], np.ndarray]:
-    """Call 1 + repeats times; an answer is let go before the next, as all of them would fill the memory."""
-    seconds, answer = [], np.empty(0)
-    for _ in range(1 + repeats):
+    """Call 1 + repeats times, less often where that takes long; each answer is let go first: all would fill the memory."""
+    seconds, answer = list[float](), np.empty(0)
+    while len(seconds) <= (repeats if sum(seconds) < _ENOUGH_SECONDS else min(1, repeats)):
         del answer
         began = time.perf_counter()
         answer = call()

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from tests.benchmarks.works import TOLERANCE, WORKS, Work
 REFERENCE = "plain loop, 1 thread"  # its answer is what all others are compared with
 OTHER_TOOLS = ("Dask map_blocks", "Daft class UDF", "Ray Data actors", "Spark predict_batch_udf")
 _ELSEWHERE = OTHER_TOOLS[1:]  # run by the peers' interpreter
+_LONG_SECONDS = 120.0  # a peer whose start takes longer is started once: it is far slower than all it is compared with
 
 
 @dataclass
@@ -96,23 +98,27 @@ class Race:
         self.session, self.work, self.repeats = session, work, repeats
         self.starts: dict[str, list[dict[str, Any]]] = {}
         self.lost: dict[str, Exception] = {}  # peers without a figure, and why
+        self._long: set[str] = set()  # peers that took long
 
     def run(self, rounds: dict[str, int]) -> Race:
-        """Start each peer as often as it is said to be, one start of each per round."""
+        """Start each peer as often as it is said to be, one start of each per round; those that take long once."""
         self.session.expected(self.work)
         for number in range(max(rounds.values())):
             for peer, n_starts in rounds.items():
-                if number < n_starts and peer not in self.lost:
+                if number < n_starts and peer not in self.lost and peer not in self._long:
                     self._start(peer)
         return self
 
     def _start(self, peer: str) -> None:
+        began = time.monotonic()
         try:
             result = self.session.start(peer, self.work, repeats=self.repeats)
         except (Failed, Unavailable) as error:
             self.lost[peer] = error
             return
         self.starts.setdefault(peer, []).append(result)
+        if time.monotonic() - began > _LONG_SECONDS:
+            self._long.add(peer)
 
     def seconds(self, peer: str, what: str = "warm") -> float:
         """The median over a peer's starts; each start's warm figure is a median itself."""
