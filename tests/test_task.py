@@ -212,7 +212,8 @@ def test_measuring_tries_what_there_are_rows_for(monkeypatch: pytest.MonkeyPatch
     """Of the micro-batches only those are tried that the rows at hand fill, and the first one in any case."""
     tried: list[int] = []
 
-    def climbs(run: Any, sizes: Any, n_rows: int, channels_last: Any) -> ladder.Best:
+    def climbs(run: Any, sizes: Any, n_rows: int, channels_last: Any, *, first: int) -> ladder.Best:
+        assert first == 8
         tried.extend(run(size)[0] for size in sizes)
         return ladder.Best(sizes[-1], 1.0)
 
