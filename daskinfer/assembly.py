@@ -179,13 +179,18 @@ def assemble(
         given["model"] = as_model(model, trust=trusts(options, fields))
         given["recipe"] = given["model"].recipe()
     with refusals.collect():
-        if {"inputs", "options", "recipe"} <= given.keys():
-            given["options"] = keep_bfloat16(given["options"], given["inputs"])
-            given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
-            check_fill(given["options"], given["promise"])
+        _find_promise(given)
     refusals.raise_if_any()
     balanced = isinstance(device_weights, str) and device_weights == "auto"
     return _lay_out(given, balanced=balanced, into=into)
+
+
+def _find_promise(given: dict[str, Any]) -> None:
+    """Find out what the answer looks like, where there is all that this takes."""
+    if {"inputs", "options", "recipe"} <= given.keys():
+        given["options"] = keep_bfloat16(given["options"], given["inputs"])
+        given["promise"] = find_promise(given["recipe"], given["inputs"], given["options"])
+        check_fill(given["options"], given["promise"])
 
 
 def _lay_out(given: dict[str, Any], *, balanced: bool, into: Into | None) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -11,7 +11,7 @@ from distributed import Client
 
 from daskinfer import driver
 from daskinfer.answering import compute, nothing_to_do
-from daskinfer.assembly import Path, Weights, assemble, assemble_run
+from daskinfer.assembly import Path, Weights, Work, assemble, assemble_run
 from daskinfer.fetching import Finished
 from daskinfer.foreseen import n_missing, notes
 from daskinfer.options import OptionFields, Options
@@ -92,6 +92,11 @@ def run(
         options=options,
         fields=fields,
     )
+    return _complete(assembled, progress, fresh=fresh)
+
+
+def _complete(assembled: Callable[..., Work], progress: Progress, *, fresh: bool) -> RunReport:
+    """Compute what is missing of a run's outputs, and mark them complete."""
     work = assembled()
     assert work.wanted is not None  # a run's
     remove_ownerless_scratch()  # perhaps of the run that is repeated; workers may not be needed any more

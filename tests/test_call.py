@@ -94,7 +94,7 @@ def test_a_call_does_not_change() -> None:
 
 
 def test_sizes_that_may_pay() -> None:
-    """Micro-batches double from the planned one, as long as the smallest share holds ``MIN_BATCHES`` of them."""
+    """Micro-batches double from the planned one while the smallest share holds ``MIN_BATCHES``; smaller ones come first."""
     assert call_of().tried_sizes == (8, 16, 32, 64, 128, 256, 512)
     assert N_ROWS // 2 // MIN_BATCHES == 625
     assert call_of(weights=(9.0, 1.0)).tried_sizes == (8, 16, 32, 64)

@@ -88,6 +88,7 @@ def run(ratios: list[float], seconds: float) -> dict[str, Any]:
 
 
 def _one_run(client: Any, addresses: list[str], seconds: float) -> dict[str, Any]:
+    """One predict, of as many rows as plain loops take ``seconds`` for, and what would have been ideal."""
     import daskinfer as di
 
     plain, cores = _calibrated(client, addresses, max(1.0, seconds * _CALIBRATED_PART))
