@@ -12,6 +12,7 @@ The rooms of the house, lower floors first; a room imports from its own floor an
     2  arrays  borrowed  packed  fingerprint  loaded           + torch
        model_file  recipe  model  cache  bad_rows
        chunk_errors  buffers  returned  runner  probe  trial
+       result_memory
     3  worker  device_thread  nanny_process  launch  ending    + dask
        cluster  cuda_cluster  kept  placement  io  inputs
        input_mark  wanted  outputs

@@ -19,8 +19,11 @@ from daskinfer.errors import DaskInferError, Partial
 from daskinfer.events import Asked, Listeners, RunEnded, RunStarted
 from daskinfer.fetching import Finished
 from daskinfer.in_order import InOrder
+from daskinfer.kept import kept
 from daskinfer.options import Options
 from daskinfer.ranges import Range, Ranges, left_over
+from daskinfer.ready import asked
+from daskinfer.result_memory import results
 from daskinfer.run_report import RunReport, Tally
 from daskinfer.stopping import as_interrupted, drained
 
@@ -63,7 +66,9 @@ def nothing_to_do(work: Work) -> RunReport:
 
 def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
     """The whole answer, in memory; what ends it early carries what was done."""
-    arrays = [np.empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
+    # Memory is kept as long as the cluster is.
+    empty = results.empty if work.placement.client is None and kept.has(asked(work.placement)) else np.empty
+    arrays = [empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
     done = np.zeros(work.inputs.n_rows, bool)
 
     def keep(finished: Finished) -> None:

@@ -258,7 +258,7 @@ def devices() -> DeviceTable:
 
 
 def close() -> None:
-    """End the cluster that ``predict`` kept for this process; without one, do nothing.
+    """End the cluster that ``predict`` kept for this process, with what else is kept for the next call.
 
     A call that still runs in another thread is not disturbed; the cluster ends with it.
 

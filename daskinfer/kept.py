@@ -17,6 +17,7 @@ from distributed import Client
 
 from daskinfer import transport
 from daskinfer.cluster import LocalDeviceCluster
+from daskinfer.result_memory import results
 
 IDLE_SECONDS = 600.0  # as long as somebody in a notebook thinks about the next cell; arbitrary
 
@@ -132,6 +133,7 @@ class _Started:
         if self._retired and self.n_users == 0:
             self._stop_clock()
             transport.release(self.client)
+            results.release()
             try:
                 self.client.close()
             finally:
