@@ -17,10 +17,10 @@ from daskinfer.runner import Job
 
 
 def key_of(recipe: Recipe, inputs: Inputs, options: Options) -> Hashable:
-    """Under which speeds are remembered: the network, the rows' shapes and dtypes, and how it is run."""
+    """Under which speeds are remembered: the network, its ports, the rows' shapes and dtypes, and how it is run."""
     looks = tuple((tuple(a.shape[1:]), str(a.dtype)) for a in inputs.arrays)
     how = (str(options.dtype), options.autocast, options.memory_format, id(options.preprocess), id(options.postprocess))
-    return (recipe.key, looks, how)
+    return (recipe.key, inputs.ports, looks, how)
 
 
 @dataclass(frozen=True)

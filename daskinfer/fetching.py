@@ -87,7 +87,7 @@ def fetched(future: Future, task: InFlight) -> list[Finished]:
 
 def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
     """What came back; nothing is fetched where all of the answer is in shared memory."""
-    if future.status == "finished" and task.slot is not None and None not in task.places and task.slot.note():
+    if future.status == "finished" and task.slot is not None and None not in task.places and task.slot.noted:
         return None
     if future.status == "cancelled":
         if future.client.status == "running" and any(needed.status != "finished" for needed in task.needs):

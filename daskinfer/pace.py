@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from daskinfer.ladder import Best
 
@@ -21,13 +22,15 @@ class Known:
     """What is known of one network on rows of one shape: rows/s by layout or device, and by kind the micro-batch that pays.
 
     ``channels_last`` says by kind whether that memory format pays, as far as was tried.
-    ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them.
+    ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them. ``promise`` is
+    what the answer looks like (``probe``); None: not found out yet.
     """
 
     speeds: dict[str, float] = field(default_factory=dict)
     batch_sizes: dict[str, int] = field(default_factory=dict)
     channels_last: dict[str, bool] = field(default_factory=dict)
     n_rows: int = 0
+    promise: Any = None
 
     def pays(self, kind: str, best: Best) -> None:
         """Note what pays on a kind of device; of a short run only the memory format is known."""

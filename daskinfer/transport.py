@@ -90,6 +90,11 @@ class Slot:
         """Where the receipts lie."""
         return self.start + self.arena.slot_nbytes - NOTE_NBYTES
 
+    @property
+    def noted(self) -> bool:
+        """Whether the worker noted anything."""
+        return bool(note_nbytes(self.arena.memory, self.note_offset))
+
     def note(self) -> Any:
         """What the worker noted there."""
         return read_note(self.arena.memory, self.note_offset)
@@ -228,9 +233,14 @@ def write_note(memory: mmap.mmap, offset: int, note: Any) -> bool:
     return fits
 
 
+def note_nbytes(memory: mmap.mmap, offset: int) -> int:
+    """Bytes of what :func:`write_note` left; 0 where it did not fit."""
+    return int.from_bytes(memory[offset : offset + 4], "little")
+
+
 def read_note(memory: mmap.mmap, offset: int) -> Any:
     """Read what :func:`write_note` left; None where it did not fit."""
-    size = int.from_bytes(memory[offset : offset + 4], "little")
+    size = note_nbytes(memory, offset)
     return pickle.loads(memory[offset + 4 : offset + 4 + size]) if size else None
 
 
