@@ -15,8 +15,9 @@ Where rows are computed, first match wins; each exit is one DEBUG line:
 So a short job costs what a plain loop costs, and a long one gets the workers. Answers computed with other numbers of
 threads agree within rounding; who needs the same bytes names the devices.
 
-On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead. What is
-done about those that do not end well stands in a table in ``faults``.
+On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead. Of rows in
+this process's memory none is read ahead, so there are two. What is done about tasks that do not end well stands in a table
+in ``faults``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from daskinfer.kept import kept
 from daskinfer.pace import Known, memory
 from daskinfer.placement import Placement
 from daskinfer.ranges import Ranges, left_over
-from daskinfer.ready import asked, dealer_of, feeder_of, opened, order_of, ready
+from daskinfer.ready import asked, dealer_of, feeder_of, in_place, opened, order_of, ready
 from daskinfer.records import Chunk, Failure, Receipt
 from daskinfer.replacing import Replacer
 from daskinfer.task import Block, compute, read, run_task, store
@@ -215,7 +216,9 @@ class Run:
         with ready(self._call, client) as (lanes, feeder, shipment, folders):
             order, settled = order_of(self._call, shipment.recipe), dealer is not None
             self._choose(tuned(self._call, client, order, lanes, feeder.task, self._tell_tried, settled=settled))
-            dealer = dealer or dealer_of(self._call, self._call.weights)
+            # Not where answers are wanted in order: they wait for those before them.
+            only = self._before() is None and all(in_place(self._call, reads=lane.reads) for lane in lanes)
+            dealer = dealer or dealer_of(self._call, self._call.weights, answers_only=only)
             self.began = self.began or time.perf_counter()
             errand = Errand(client, order_of(self._call, shipment.recipe))
             settles = bool(self._call.targets)

@@ -23,8 +23,10 @@ from daskinfer.preflight import Answer, Question
 from daskinfer.shipping import Shipment, shipped
 from daskinfer.task import Order
 from daskinfer.transport import Arena
+from daskinfer.ways import can_stay
 from daskinfer.window import AWAY_SECONDS
 
+N_IN_PLACE = 2  # tasks in flight where none reads ahead or writes: one computes, and the next is there when it ends
 ASK_SECONDS = 0.2  # between two questions to workers that are on their way back; arbitrary
 
 
@@ -43,9 +45,17 @@ def asked(placement: Placement) -> list[str]:
     return [d.uuid or d.kind for d in placement.devices]
 
 
-def dealer_of(call: Call, weights: Sequence[float]) -> Any:
-    """Who says which chunks come next."""
+def in_place(call: Call, *, reads: bool) -> bool:
+    """Whether a task holds its answer only: a worker that ``reads`` this process's memory takes a micro-batch at a time."""
+    return reads and all(map(can_stay, call.inputs.arrays))
+
+
+def dealer_of(call: Call, weights: Sequence[float], *, answers_only: bool = False) -> Any:
+    """Who says which chunks come next; ``answers_only``: tasks hold no rows of the input, and may be the larger."""
     limits: dict[str, Any] = {"row_nbytes": call.row_nbytes, "chunk_nbytes": call.chunk_nbytes, "done": call.done}
+    if answers_only:
+        limits["row_nbytes"] = call.row_nbytes - call.inputs.row_nbytes
+        limits["chunk_nbytes"] = min(call.chunk_nbytes, call.max_task_rows * call.row_nbytes)  # what a slot has room for
     if not call.balanced:
         return Planned(call.layout, n_devices=len(weights), whole=call.inputs.row_chunks is not None, **limits)
     if call.inputs.row_chunks is not None:
@@ -117,6 +127,7 @@ def _lanes(call: Call, answers: dict[str, Answer], arena: Arena, n_tasks: int) -
         if weight > 0:
             shares, reads = (answer.shares_memory, answer.reads_memory) if answer is not None else (False, False)
             where = placement.restriction(i)
+            n_places = N_IN_PLACE if call.balanced and not call.targets and in_place(call, reads=reads) else n_tasks
             nanny = placement.nannies[i] or "" if placement.nannies else ""
-            lanes.append(Lane(i, device.name, device.kind, where, n_tasks, arena if shares else None, reads, nanny))
+            lanes.append(Lane(i, device.name, device.kind, where, n_places, arena if shares else None, reads, nanny))
     return lanes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from distributed import Client, Future
@@ -14,6 +15,11 @@ from daskinfer.parts import Brought, FromClient, FromSlot, Part, Sent, UnsentErr
 from daskinfer.transport import Slot
 
 SENT_NBYTES = 64 << 10  # rows that travel in a task at most, where no memory is shared; arbitrary
+
+
+def can_stay(array: Any) -> bool:
+    """Whether rows of an array can stay where they are, for a worker that reads this process's memory."""
+    return isinstance(array, np.ndarray) and array.flags.c_contiguous and lendable(array)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Way:
 
     def take(self, array: Array) -> Part:
         """Send rows on their way; an array that stays has to be there until its task has ended."""
-        if self.reads and array.flags.c_contiguous and lendable(array):
+        if self.reads and can_stay(array):
             return FromClient(Borrowed.of(array))
         if self.slot is not None and (place := self.slot.place(array.shape, array.dtype)) is not None:
             place.array(self.slot.arena.memory)[...] = array
