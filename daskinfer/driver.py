@@ -15,9 +15,9 @@ Where rows are computed, first match wins; each exit is one DEBUG line:
 So a short job costs what a plain loop costs, and a long one gets the workers. Answers computed with other numbers of
 threads agree within rounding; who needs the same bytes names the devices.
 
-On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead. Of rows in
-this process's memory none is read ahead, so there are two. What is done about tasks that do not end well stands in a table
-in ``faults``.
+On workers there are ``readers + 2`` tasks in flight per device: one computes, one writes, the others read ahead. There are
+two where nothing is read ahead or written, and tasks are cut by speed: of rows that stay in this process's memory, whose
+answers come back. What is done about tasks that do not end well stands in a table in ``faults``.
 """
 
 from __future__ import annotations

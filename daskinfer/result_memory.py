@@ -2,7 +2,7 @@
 
 Fresh memory is dear: the system empties every page of it, and under a virtual machine the host may have to find it first. To
 fill 80 MB took 13 to 205 ms, 10 where the pages had been used before (measured, 2 cores); meanwhile the workers wait for the
-core. So the largest arrays that ``predict`` gives lie in blocks that come back here when the last view of one is gone, as
+core. So the larger arrays that ``predict`` gives lie in blocks that come back here when the last view of one is gone, as
 long as our cluster is kept; what a worker frees is kept as well (``allocator``).
 """
 
