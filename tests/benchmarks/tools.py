@@ -187,7 +187,7 @@ def spark(work: Work, x: np.ndarray) -> Iterator[Call]:
         frame = session.createDataFrame(pa.table({"x": column}))
         return _ndarray(frame.select(udf("x").alias("y")).toArrow()["y"].combine_chunks(), work.answer_shape)
 
-    with _spark_session() as session:
+    with _spark_session(_chunk_rows(work)) as session:
         yield call
 
 
@@ -198,7 +198,8 @@ def _flat(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @contextlib.contextmanager
-def _spark_session() -> Iterator[Any]:
+def _spark_session(batch_rows: int) -> Iterator[Any]:
+    """A session whose Arrow batches have so many rows; each batch that comes from the driver is a task of its own."""
     from pyspark.sql import SparkSession
 
     if shutil.which("java") is None:
@@ -214,7 +215,7 @@ def _spark_session() -> Iterator[Any]:
             "spark.local.dir": folder,
             "spark.driver.defaultJavaOptions": f"-Djava.io.tmpdir={folder}",
             "spark.sql.execution.arrow.pyspark.enabled": "true",
-            "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
+            "spark.sql.execution.arrow.maxRecordsPerBatch": str(batch_rows),
         }
         session = SparkSession.builder.master(f"local[{_N_WORKERS}]").config(map=settings).getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
