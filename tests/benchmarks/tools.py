@@ -198,8 +198,8 @@ def _flat(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @contextlib.contextmanager
-def _spark_session(batch_rows: int) -> Iterator[Any]:
-    """A session whose Arrow batches have so many rows; each batch that comes from the driver is a task of its own."""
+def _spark_session(chunk_rows: int) -> Iterator[Any]:
+    """A session where the driver's rows become tasks of so many rows: each Arrow batch is a task of its own."""
     from pyspark.sql import SparkSession
 
     if shutil.which("java") is None:
@@ -215,7 +215,7 @@ def _spark_session(batch_rows: int) -> Iterator[Any]:
             "spark.local.dir": folder,
             "spark.driver.defaultJavaOptions": f"-Djava.io.tmpdir={folder}",
             "spark.sql.execution.arrow.pyspark.enabled": "true",
-            "spark.sql.execution.arrow.maxRecordsPerBatch": str(batch_rows),
+            "spark.sql.execution.arrow.maxRecordsPerBatch": str(chunk_rows),
         }
         session = SparkSession.builder.master(f"local[{_N_WORKERS}]").config(map=settings).getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
