@@ -36,11 +36,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from daskinfer._storage_api import plan, run
     from daskinfer.api import close, devices, map_blocks, predict, stream
-    from daskinfer.cluster import LocalDeviceCluster
+    from daskinfer.cluster.local import LocalDeviceCluster
     from daskinfer.errors import DaskInferError, Interrupted
-    from daskinfer.jobs import plan, run
-    from daskinfer.model import Model
+    from daskinfer.models.model import Model
     from daskinfer.options import Options
 
 __all__ = [
@@ -61,15 +61,15 @@ __all__ = [
 _HOMES = {
     "DaskInferError": "errors",
     "Interrupted": "errors",
-    "LocalDeviceCluster": "cluster",
-    "Model": "model",
+    "LocalDeviceCluster": "cluster.local",
+    "Model": "models.model",
     "Options": "options",
     "close": "api",
     "devices": "api",
     "map_blocks": "api",
-    "plan": "jobs",
+    "plan": "_storage_api",
     "predict": "api",
-    "run": "jobs",
+    "run": "_storage_api",
     "stream": "api",
 }
 

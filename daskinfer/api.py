@@ -7,25 +7,27 @@ from typing import Any, Unpack
 
 from distributed import Client
 
-from daskinfer import driver, graph, kept
-from daskinfer.answering import answered, streamed, warn_of_rows
-from daskinfer.assembly import (
+from daskinfer import lazy
+from daskinfer.cluster import process_cluster
+from daskinfer.diagnostics.progress import Progress, listeners
+from daskinfer.errors import OptionError, Refusals
+from daskinfer.execution.ordering import InOrder
+from daskinfer.execution.run import Run
+from daskinfer.execution.sinks import answered, streamed, warn_of_rows
+from daskinfer.hardware.device_spec import DeviceTable, here
+from daskinfer.hardware.discovery import machine
+from daskinfer.models.model import as_model
+from daskinfer.options import OptionFields, Options, merge_options, trusts
+from daskinfer.planning.build_job import (
     Weights,
     assemble,
     even_chunks,
     find_promise,
     keep_bfloat16,
 )
-from daskinfer.device import DeviceTable, here
-from daskinfer.errors import OptionError, Refusals
-from daskinfer.grid import auto_batch_size, check_batch_size
-from daskinfer.hardware import machine
-from daskinfer.in_order import InOrder
-from daskinfer.inputs import Inputs
-from daskinfer.model import as_model
-from daskinfer.options import OptionFields, Options, merge_options, trusts
-from daskinfer.progress import Progress, listeners
-from daskinfer.runner import Job
+from daskinfer.planning.inputs import Inputs
+from daskinfer.scheduling.batching import auto_batch_size, check_batch_size
+from daskinfer.worker.model_runner import Job
 
 # Options that are followed while daskinfer computes.
 _DRIVEN = ("on_error", "fill_value", "max_failed_rows", "readers", "retries", "chunk_timeout", "restart_workers")
@@ -105,7 +107,7 @@ def predict(
         options=options,
         fields=fields,
     )
-    answer, report = answered(work, driver.Run(work.call(), listeners(progress)))
+    answer, report = answered(work, Run(work.call(), listeners(progress)))
     if return_report:
         return answer, report
     warn_of_rows(report.failed_rows)
@@ -163,7 +165,7 @@ def stream(
     )
     call = work.call()
     order = InOrder(call.ahead_rows)
-    return streamed(work, driver.Run(call, listeners(progress), order.before), order)
+    return streamed(work, Run(call, listeners(progress), order.before), order)
 
 
 def map_blocks(
@@ -225,8 +227,8 @@ def map_blocks(
     promise = find_promise(recipe, inputs, given)
     size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
     row_chunks = inputs.row_chunks or even_chunks(inputs, promise.row_nbytes, size)
-    blocks = graph.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
-    return graph.outputs(blocks, promise.structure, promise.outputs)
+    blocks = lazy.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
+    return lazy.outputs(blocks, promise.structure, promise.outputs)
 
 
 def _refuse_driven(given: Options) -> None:
@@ -267,4 +269,4 @@ def close() -> None:
     >>> import daskinfer as di
     >>> di.close()
     """
-    kept.kept.close()
+    process_cluster.kept.close()

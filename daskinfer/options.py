@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypedDict
 
+from daskinfer.core.env import MAX_READERS
 from daskinfer.errors import OptionError, UnknownKeyword
-from daskinfer.variables import MAX_READERS
 
 _AUTOCAST = ("bf16", "fp16")
 _MEMORY_FORMATS = ("auto", "contiguous", "channels_last")

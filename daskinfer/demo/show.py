@@ -11,7 +11,7 @@ import torch
 import zarr
 
 from daskinfer import Model, run
-from daskinfer.arrays import Array
+from daskinfer.core.arrays import Array
 from daskinfer.demo import digits
 
 SEED = 2026

@@ -26,7 +26,7 @@ def plan(session: Session) -> Verdicts:
 
 def laid_out() -> dict[str, Any]:
     """The planner alone."""
-    from daskinfer.planner import lay_out
+    from daskinfer.scheduling.chunking import lay_out
 
     return _measured(lambda: lay_out(_N_ROWS, [1.0] * _N_DEVICES, batch_size=1024, row_nbytes=_ROW_NBYTES))
 

@@ -14,9 +14,9 @@ import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer.device import check_drivable
 from daskinfer.errors import DeviceError
-from daskinfer.hardware import machine
+from daskinfer.hardware.device_spec import check_drivable
+from daskinfer.hardware.discovery import machine
 
 
 def _reason_to_skip() -> str:

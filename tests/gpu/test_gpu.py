@@ -9,8 +9,8 @@ import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer.hardware import machine
-from daskinfer.launch import resource
+from daskinfer.cluster.worker_spec import resource
+from daskinfer.hardware.discovery import machine
 
 N_ROWS = 1000
 # Matrix products of a GPU may round to 10 bits of mantissa (TF32); these networks add up 64 of them.

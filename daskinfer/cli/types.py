@@ -1,0 +1,136 @@
+"""How the values of the command's options are read: as text of the command line, or as values of TOML."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import click
+from click.shell_completion import CompletionItem
+
+_Natural = tuple[tuple[type, ...], str]
+
+
+class Value(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 has no type argument
+    """A value that is ``natural`` in TOML, or text; :meth:`parsed` reads the text and checks the rest."""
+
+    natural: ClassVar[_Natural]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parsed(value)
+        except ValueError as error:
+            return self.fail(str(error), param, ctx)
+
+    @abstractmethod
+    def parsed(self, value: Any) -> Any:
+        """The value; a ValueError says why it is none."""
+
+
+class Ports(Value):
+    """A path, or ``image=a.npy,meta=b.npy`` as a dict."""
+
+    name = "path"
+    natural = ((str, dict), "a path, or a table of paths by port")
+
+    def parsed(self, value: Any) -> Any:
+        found = value
+        # A folder's name may hold one: /data/date=2026-11-27/images.zarr.
+        if isinstance(value, str) and "=" in value and "/" not in value.partition("=")[0]:
+            pairs = [part.partition("=") for part in value.split(",")]
+            found = {name: path for name, _, path in pairs}
+        if isinstance(found, dict) and not (found and all(n and isinstance(p, str) and p for n, p in found.items())):
+            raise ValueError(f"{value!r} is neither a path nor name=path,name=path")
+        return found
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Names(Ports):
+    """A dtype, or ``image=float32,meta=int64`` as a dict."""
+
+    name = "text"
+    natural = ((str, dict), "a dtype, or a table of dtypes by port")
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return []
+
+
+class Devices(Value):
+    """``cuda,cpu*2``, or a list."""
+
+    name = "text"
+    natural = ((str, list), "text, or a list of texts")
+
+    def parsed(self, value: Any) -> Any:
+        return value  # checked when the call is planned
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        """The devices of this machine, after those that stand there already."""
+        from daskinfer.hardware.device_spec import here
+
+        before, comma, last = incomplete.rpartition(",")
+        found = {"auto": "every GPU, else CPUs", "cuda": "every GPU", "cpu": "a CPU worker", "inline": "this process"}
+        found |= {device.name: device.label for device in here() if device.kind == "cuda"}
+        return [CompletionItem(f"{before}{comma}{n}", help=label) for n, label in found.items() if n.startswith(last)]
+
+
+class Weights(Value):
+    """``auto``, ``even``, ``1,1,8`` or ``cuda=8,cpu=1``."""
+
+    name = "text"
+    natural = ((str, list, dict), "auto, even, a list of numbers, or a table of numbers by device")
+
+    def parsed(self, value: Any) -> Any:
+        if value in ("auto", "even"):
+            return value
+        try:
+            if isinstance(value, str) and "=" in value:
+                value = {name: weight for name, _, weight in (part.partition("=") for part in value.split(","))}
+            if isinstance(value, Mapping):
+                return {name: float(weight) for name, weight in value.items()}
+            return [float(weight) for weight in (value.split(",") if isinstance(value, str) else value)]
+        except (ValueError, TypeError):
+            raise ValueError(f"{value!r} is neither auto, even, 1,1,8 nor cuda=8,cpu=1") from None
+
+
+class Count(Value):
+    """A number, or a word."""
+
+    name = "number"
+    natural = ((int, str), "a whole number, or text")
+
+    def parsed(self, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
+
+
+class Part(Value):
+    """``3/64``."""
+
+    name = "i/n"
+    natural = ((str, list), "text such as '3/64', or a list of two numbers")
+
+    def parsed(self, value: Any) -> tuple[int, int]:
+        numbers = value.split("/") if isinstance(value, str) else value
+        if len(numbers) != 2 or not all(str(n).isdecimal() for n in numbers):
+            raise ValueError(f"{value!r} is no part such as 3/64")
+        return int(numbers[0]), int(numbers[1])
+
+
+class Keywords(Value):
+    """A JSON object, or a table."""
+
+    name = "json"
+    natural = ((str, dict), "a table, or text that is a JSON object")
+
+    def parsed(self, value: Any) -> Any:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{value!r} is no JSON object ({error})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{value!r} is no JSON object")
+        return found

@@ -1,0 +1,299 @@
+"""Where a network comes from, and how it gets onto a device.
+
+::
+
+    what the user has                 what travels            loaded by
+    module, function, object          Packed (packed.py)      unpickling, tensors mapped from one block per host
+    weights file + factory            WeightsFile             factory(**kwargs), then load_state_dict(strict)
+    program file (.pt2)               ProgramFile             torch.export.load; only with trust
+    TorchScript (.pt, .pth, .ts)      ScriptFile              torch.jit.load; only with trust
+    pickled module (.pt, .pth)        PickledFile             torch.load; only with trust
+    "pkg.mod:make"                    FactoryCall             importing and calling it
+
+Files and factories travel by reference: every worker reads the file (``model_file`` says what of it is checked) and imports
+the factory by itself. Whatever the source, a loaded model is one object that the runner calls; modules get tensors on their
+device, all else gets ndarrays.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from daskinfer.core.formatting import html_table
+from daskinfer.errors import ModelError
+from daskinfer.models import serialization
+from daskinfer.models.files import WEIGHTS_READERS, ModelFile, check_private
+from daskinfer.models.loaders import PROGRAMS, Loading, digest, said_of
+from daskinfer.models.paths import CODE_SUFFIXES, check_is_file, check_reference, without_factory
+from daskinfer.models.shared_files import shipped_path
+from daskinfer.worker.loaded import LoadedModel
+
+
+class Recipe(Protocol):
+    """How a worker gets a model: small, picklable, hashable by ``key``."""
+
+    @property
+    def key(self) -> str:
+        """Equal for the same model within one client process; the worker's cache goes by it."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights take, 0 where that is not known without loading."""
+        ...
+
+    def load(self, device: torch.device) -> LoadedModel:
+        """Load the model onto ``device``, sharing nothing with the caller's."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What a later process compares before it continues this one's work."""
+        ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a network comes from, for those that are not an object in memory.
+
+    Parameters
+    ----------
+    source
+        A module, a function of ndarrays, an object with ``load(device)``, ``__call__(batch)`` and optionally
+        ``close()``; a path to weights (``.safetensors``, or a state dict in ``.pt``/``.pth``), which needs ``factory``;
+        with ``trust``, a path to a ``.pt2`` program of ``torch.export``, to TorchScript (``.pt``, ``.pth``, ``.ts``) or to a
+        pickled module (``.pt``, ``.pth``); or ``"pkg.mod:make"``, a factory that is called for it.
+    factory
+        Makes the network that the weights of ``source`` are loaded into, a new one at each call: ``"pkg.mod:make"`` or
+        the function itself. None: ``source`` is no weights file.
+    kwargs
+        Keywords for the factory. None: none.
+    version
+        Says which network this is, for those whose content cannot be read stably. None: the content is read.
+    trust
+        True: the file of ``source`` may run code when it is loaded; needed for programs, TorchScript and pickled modules,
+        of no effect on weights. False: such a file is refused before any of it runs.
+    sha256
+        The SHA-256 (64 hexadecimal digits) that the file of ``source`` has to have, wherever it is loaded. None: that which
+        it has when the call is planned; of files above 1 GiB only the size.
+
+    Raises
+    ------
+    ModelError
+        When it is used, if it cannot be found, imported or loaded, is not trusted or not the file that it has to be, or if
+        ``factory``, ``kwargs`` or ``sha256`` are given to a source that has no use for them. Making a Model touches nothing.
+
+    Examples
+    --------
+    >>> Model("net.safetensors", factory="my_pkg.nets:resnet", kwargs={"depth": 18})
+    Model('net.safetensors', factory='my_pkg.nets:resnet', kwargs={'depth': 18})
+    """
+
+    source: Any
+    factory: str | Callable[..., Any] | None = field(default=None, kw_only=True)
+    kwargs: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    version: str | None = field(default=None, kw_only=True)
+    trust: bool = field(default=False, kw_only=True)
+    sha256: str | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        source, *others = self._given().items()
+        return f"Model({', '.join([source[1], *(f'{name}={said}' for name, said in others)])})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("Model", self.name), list(self._given().items()))
+
+    def _given(self) -> dict[str, str]:
+        """What it was made with, in the words that would make it again."""
+        given = {name: getattr(self, name) for name in ("source", "factory", "kwargs", "version", "sha256")}
+        given["trust"] = self.trust or None
+        return {name: repr(value) for name, value in given.items() if value is not None or name == "source"}
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and logs."""
+        is_path = isinstance(self.source, str | os.PathLike)
+        return Path(self.source).name if is_path else getattr(self.source, "__name__", type(self.source).__name__)
+
+    def recipe(self) -> Recipe:
+        """What travels to the workers; nothing that could run code is made of a file that is not trusted."""
+        if not isinstance(self.trust, bool):
+            raise ModelError(f"trust is {self.trust!r}; it may be True or False. Pass one of these.")
+        if isinstance(self.source, str | os.PathLike):
+            return self._from_reference(os.fspath(self.source))
+        self._takes_none("factory", "kwargs", "sha256")
+        if not callable(self.source) or isinstance(self.source, type | torch.export.ExportedProgram):
+            what = f"class {self.name}" if isinstance(self.source, type) else self.name
+            raise ModelError(
+                f"the model is a {what}, which cannot be called on arrays; allowed are an nn.Module, a function, an "
+                "object with load(device) and __call__(batch), a path (a program's is .pt2), and 'pkg.mod:make'. Pass one."
+            )
+        return PackedModel(serialization.pack(self.source), version=self.version)
+
+    def _from_reference(self, source: str) -> Recipe:
+        suffix = Path(source).suffix.lower()
+        if self.factory is not None and suffix in WEIGHTS_READERS:
+            file = self._file(source)
+            return WeightsFile(file, FactoryCall.of(self, self.factory), version=self.version)
+        if suffix in CODE_SUFFIXES:
+            return self._from_code(source)
+        check_reference(source)
+        self._takes_none("factory", "sha256")
+        return FactoryCall.of(self, source)
+
+    def _from_code(self, source: str) -> Recipe:
+        self._takes_none("factory", "kwargs")
+        file = self._file(source)
+        form = file.form()
+        if form not in PROGRAMS:
+            raise without_factory(source)
+        file.check_trust(form, trust=self.trust)
+        return PROGRAMS[form](file, version=self.version)
+
+    def _file(self, source: str) -> ModelFile:
+        check_is_file(source)
+        return ModelFile.find(source, self.sha256)
+
+    def _takes_none(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                flag = "--model-sha256" if name == "sha256" else f"--{name}"
+                allowed = "factory= goes with a file of weights, kwargs= with a factory, sha256= with a file"
+                raise ModelError(f"the model {self.name} was given {name}=; {allowed}. Leave {name}= ({flag}) out.")
+
+
+@dataclass(frozen=True)
+class PackedModel(Loading):
+    """A network in memory, packed; it carries its own bytes until it is shipped as a file."""
+
+    packed: serialization.Packed
+    _what = "the model"
+
+    @property
+    def key(self) -> str:
+        return self.packed.key
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def _network(self) -> Any:
+        return self.packed.unpack()
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A packed network whose file ``name`` lies on the worker's host."""
+
+    key: str
+    name: str
+    nbytes: int
+
+    def load(self, device: torch.device) -> LoadedModel:
+        path = shipped_path(self.name)
+        with said_of(f"the model shipped to {path}"):
+            check_private(path)
+            return LoadedModel.of(serialization.from_file(path), device)
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError("the client reads the fingerprint before it ships a model")
+
+
+@dataclass(frozen=True)
+class FactoryCall(Loading):
+    """A factory as ``"pkg.mod:make"``, or packed, and its packed keywords; ``call`` is how messages show it."""
+
+    factory: str | serialization.Packed
+    kwargs: serialization.Packed
+    call: str
+    nbytes = 0
+
+    @classmethod
+    def of(cls, model: Model, factory: str | Callable[..., Any]) -> FactoryCall:
+        """Pack what cannot travel by name, so that no call sees what the caller or another call did to it."""
+        kwargs = dict(model.kwargs or {})
+        name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", type(factory).__name__)
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in kwargs.items())
+        if isinstance(factory, str):
+            _import(factory)  # so that a plan can say at once that it cannot be
+        by_name = factory if isinstance(factory, str) else serialization.pack(factory, "the factory")
+        return cls(by_name, serialization.pack(kwargs, "the factory's kwargs"), f"{name}({given})", version=model.version)
+
+    @property
+    def key(self) -> str:
+        made_by = self.factory if isinstance(self.factory, str) else self.factory.key
+        return digest("factory", made_by, self.kwargs.key)
+
+    @property
+    def _what(self) -> str:
+        return f"the network of the factory {self.call}"
+
+    def _network(self) -> Any:
+        factory = _import(self.factory) if isinstance(self.factory, str) else self.factory.unpack()
+        made = factory(**self.kwargs.unpack())
+        if not callable(made):
+            raise ModelError(
+                f"the factory {self.call} returned a {type(made).__name__}; it has to return an nn.Module, a "
+                "function of arrays or an object with load(device) and __call__(batch). Change what it returns."
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class WeightsFile(Loading):
+    """A state dict in a file, and the factory of the network that takes it."""
+
+    file: ModelFile
+    factory: FactoryCall
+
+    @property
+    def key(self) -> str:
+        return digest("weights", self.file.state, self.factory.key)
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.nbytes
+
+    @property
+    def _what(self) -> str:
+        return f"the network of the factory {self.factory.call} with the weights in {self.file.path}"
+
+    def _network(self) -> torch.nn.Module:
+        network = self.factory._network()
+        if not isinstance(network, torch.nn.Module):
+            raise ModelError(
+                f"the factory {self.factory.call} returned a {type(network).__name__}; weights can only be loaded "
+                "into an nn.Module. Change what it returns, or drop the weights file."
+            )
+        network.load_state_dict(_with_tied(self.file.weights(), network), strict=True)
+        return network
+
+
+def as_model(model: Any, *, trust: bool = False) -> Model:
+    """``model`` itself where it is a Model, else one made of it; trusted where it is, or ``trust`` says so."""
+    made = model if isinstance(model, Model) else Model(model)
+    return replace(made, trust=True) if trust else made
+
+
+def _with_tied(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Add the second names of tied weights: safetensors stores one of them only."""
+    own = network.state_dict(keep_vars=True)
+    known = {id(own[name]): tensor for name, tensor in weights.items() if name in own}
+    return {**{name: known[id(tensor)] for name, tensor in own.items() if id(tensor) in known}, **weights}
+
+
+def _import(reference: str) -> Any:
+    try:
+        return pkgutil.resolve_name(reference)
+    except Exception as error:  # importing runs the module, which may raise anything
+        raise ModelError(
+            f"the factory {reference!r} cannot be imported ({type(error).__name__}: {error}); it has to be "
+            "'package.module:name' of what every worker can import. Correct the name, or put its folder on PYTHONPATH."
+        ) from error

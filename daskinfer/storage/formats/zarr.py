@@ -1,0 +1,164 @@
+"""Zarr stores (format 2 or 3 read, 3 written), one array each.
+
+Weighted chunks are irregular and Zarr's are not: a store keeps its own regular chunks of ``unit_rows`` rows, and the plan
+cuts at multiples of them, so that no two workers ever write into one chunk (decision 6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore
+
+from daskinfer.core.chunks import Written
+from daskinfer.core.files import named
+from daskinfer.errors import InputError
+
+
+class Source:
+    """Rows of a Zarr array; the store is opened anew in each process."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._array: Any = None
+        opened = self._open()
+        self.shape, self.dtype, self.ndim = opened.shape, opened.dtype, opened.ndim
+        # What is decoded in one go: reading part of it costs all of it.
+        self.chunk_shape = tuple(int(size) for size in opened.shards or opened.chunks)
+        self.unit_rows: int | None = self.chunk_shape[0] if opened.ndim else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}
+
+    def _open(self) -> Any:
+        if self._array is None:
+            try:
+                self._array = zarr.open_array(self.path, mode="r")
+            except Exception as error:
+                raise InputError(
+                    f"the input {self.path!r} cannot be opened as one Zarr array: {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. Name the array itself, not the group that holds it."
+                ) from error
+        return self._array
+
+    def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
+        array = self._open()
+        try:
+            return np.asarray(array[index])
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a codec's, whatever that raises
+            raise InputError(
+                f"the input {self.path!r} cannot be read{self._where(array, index)}: {type(error).__name__}: {error}; its "
+                "chunks have to be as they were written. Copy the store again from where it came from."
+            ) from error
+
+    def _where(self, array: Any, index: Any) -> str:
+        """Which chunk of the store it is, found by reading one after the other, and its rows."""
+        rows = index[0] if isinstance(index, tuple) else index
+        start, stop, _ = (rows if isinstance(rows, slice) else slice(None)).indices(self.shape[0])
+        ends = (stop, *self.shape[1:])
+        counts = [
+            range(first // size, -(-end // size))
+            for first, end, size in zip((start, *([0] * len(ends))), ends, self.chunk_shape, strict=False)
+        ]
+        for chunk in product(*counts):
+            try:
+                array[tuple(slice(i * size, (i + 1) * size) for i, size in zip(chunk, self.chunk_shape, strict=True))]
+            except Exception:
+                first = chunk[0] * self.chunk_shape[0]
+                last = min(first + self.chunk_shape[0], self.shape[0])
+                return f" in its chunk {array.metadata.encode_chunk_key(chunk)!r} (rows {first}:{last})"
+        return ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Zarr array at ``store`` that is being written; its chunks hold ``unit_rows`` whole rows, and each is a part.
+
+    Every chunk is written, also one of fill values alone: a file that is missing is then missing. All chunks lie in one
+    folder (``c.7.0``), since a folder for each, as Zarr has it by default, doubles what is made, renamed and flushed.
+    """
+
+    store: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    unit_rows: int
+
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        return ("zarr.json",)
+
+    def create(self, path: str) -> None:
+        os.mkdir(path)
+        _write(
+            os.path.join(path, *self.metadata), _encoded(self, 0, np.empty((0, *self.shape[1:]), self.dtype))["zarr.json"]
+        )
+
+    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[Written, ...]:
+        if not rows.size:
+            return ()
+        attempt, encoded = uuid.uuid4().hex, _encoded(self, start, rows)
+        # Not with its parents: where these are gone, another run has taken over.
+        os.mkdir(os.path.join(self.path, attempt))
+        written = []
+        for unit in range(start // self.unit_rows, -(-(start + len(rows)) // self.unit_rows)):
+            key = ".".join(["c", str(unit), *("0" for _ in self.shape[1:])])
+            name, content = f"{attempt}/{key}", encoded[key]
+            _write(os.path.join(self.path, name), content)
+            written.append(Written(name, len(content), zlib.crc32(content)))
+        return tuple(written)
+
+    def publish(self, written: Sequence[Written]) -> tuple[Written, ...]:
+        published = [replace(part, name=part.name.partition("/")[2]) for part in written]
+        for part, kept in zip(written, published, strict=True):
+            os.replace(os.path.join(self.path, part.name), os.path.join(self.store, kept.name))
+        for attempt in {part.name.partition("/")[0] for part in written}:
+            os.rmdir(os.path.join(self.path, attempt))
+        return tuple(published)
+
+    def files(self, written: Sequence[Written]) -> set[str]:
+        return {os.path.join(self.store, part.name) for part in written}
+
+
+def state(path: str) -> dict[str, Any]:
+    """The metadata's bytes, how many files there are, and when last one came, went or was replaced in its folder."""
+    digest, n_files, changed_ns = hashlib.sha256(), 0, 0
+    for folder, _, names in os.walk(path):
+        n_files += len(names)
+        changed_ns = max(changed_ns, os.stat(folder).st_mtime_ns)
+    for name in ("zarr.json", ".zarray"):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(path, name), "rb") as file:
+            digest.update(file.read())
+    return {"metadata": digest.hexdigest(), "n_files": n_files, "changed_ns": changed_ns}
+
+
+def _encoded(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict[str, bytes]:
+    """The files of a store that holds these rows only, by name."""
+    store = MemoryStore()
+    array = zarr.create_array(
+        store,
+        shape=target.shape,
+        dtype=target.dtype,
+        chunks=(target.unit_rows, *(max(1, size) for size in target.shape[1:])),
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[start : start + len(rows)] = rows
+    return {name: content.to_bytes() for name, content in store._store_dict.items()}
+
+
+def _write(path: str, content: bytes) -> None:
+    with named(path), open(path, "xb") as file:
+        file.write(content)

@@ -1,1 +1,0 @@
-"""What daskinfer promises where things break, proved by breaking them: ``python -m tests.chaos``."""

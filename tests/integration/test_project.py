@@ -1,0 +1,186 @@
+"""What users install, what CI runs and what the README says are one thing."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import daskinfer
+from daskinfer.cli.main import main
+from daskinfer.options import OptionFields
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+CONDA_NAMES = {"torch": "pytorch-gpu", "cupy-cuda13x": "cupy"}  # PyPI's name -> conda's
+RESULT_BEFORE_LINE = 30
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """Base requirements and those of some extras, by name."""
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return {r.name: r for r in map(Requirement, lines)}
+
+
+def constraints() -> dict[str, Version]:
+    """The versions that CI installs."""
+    lines = [line for line in (ROOT / "tests/constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    return {name.lower().replace("_", "-"): Version(version) for name, _, version in (x.partition("==") for x in lines)}
+
+
+def test_top_level() -> None:
+    """Nothing but the agreed six lies at the top level."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tops = {path.split("/")[0] for path in listed}
+    agreed = {"pyproject.toml", "README.md", "daskinfer", "tests", "notebooks", "environment.yml"}
+    assert {top for top in tops if not top.startswith(".")} == agreed
+
+
+def test_pyproject_has_lower_bounds_only() -> None:
+    """Only dask-cuda, which pins Dask itself, is tied to a release."""
+    bounds = {name: str(r.specifier) for name, r in requirements("cuda12", "cuda13", "test", "bench").items()}
+    assert bounds.pop("dask-cuda") == "==26.10.*"
+    assert all(re.fullmatch(r">=[\d.]+", bound) for bound in bounds.values()), bounds
+
+
+def test_constraints_satisfy_the_bounds() -> None:
+    """What CI installs is what pyproject allows, torch as agreed."""
+    tested = constraints()
+    wrong = {n: r for n, r in requirements("cuda13", "test", "bench").items() if tested[n.lower()] not in r.specifier}
+    assert not wrong
+    assert tested["torch"] == Version("2.13.0")
+
+
+def test_conda_environment_agrees_with_pyproject() -> None:
+    """environment.yml asks for what pyproject asks for, under conda's names, from the two agreed channels."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["rapidsai", "conda-forge"]
+    conda = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in environment["dependencies"])
+    assert {name: conda.pop(name) for name in ("python", "pip", "cuda-version")} == {
+        "python": PROJECT["requires-python"],
+        "pip": "",
+        "cuda-version": "=13",
+    }
+    wanted = {CONDA_NAMES.get(n, n): str(r.specifier) for n, r in requirements("cuda13").items()}
+    wanted["distributed"] = wanted["dask"]  # one package with extras on PyPI, two on conda
+    wanted["dask-cuda"] = "=26.10"
+    assert conda == wanted
+
+
+def test_ci_runs_the_readme_command() -> None:
+    """CI calls the README's own test command, to the letter."""
+    (command,) = re.findall(r"^python3 -m venv .*pytest$", README, re.MULTILINE)
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_result_comes_early() -> None:
+    """A reader sees the first result before line 30."""
+    assert README[: README.index("accuracy")].count("\n") < RESULT_BEFORE_LINE
+
+
+@pytest.mark.slow
+def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    """The README's Python, pasted into one script without a guard, runs and prints what the README shows."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"cpu:1 .* 7,504 ", done.stdout)
+    assert done.stdout.endswith("(4,)\n10000\nRunStarted RunEnded\n")
+
+
+def test_python_of_the_readme_that_needs_a_cluster_is_python() -> None:
+    """What needs Slurm, Kubernetes or a cloud cannot run here; it compiles, and names what exists of ours."""
+    for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
+        tree = ast.parse(block)
+        calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("di.")]
+        assert calls
+        for call in calls:
+            function = getattr(daskinfer, ast.unparse(call.func).removeprefix("di."))
+            keywords = {str(word.arg): None for word in call.keywords}
+            inspect.signature(function).bind(*call.args, **keywords)
+            known = {*inspect.signature(function).parameters, *OptionFields.__annotations__}
+            assert set(keywords) <= known
+
+
+def commands() -> list[str]:
+    """Each command of ours in the README's shell, with the lines that go on."""
+    blocks = re.findall(r"```(?:sh|console|crontab)\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|[$/] ?|exec )daskinfer ([a-z].*)", line) for line in lines]
+    return [re.sub(r" +#.*| 2?>>?.*", "", match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme_are_ours(command: str) -> None:
+    """Each command in the README exists, and has the options that are named."""
+    name, *words = shlex.split(command)
+    ours = main.commands[name]
+    options = {option for parameter in ours.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
+    n_arguments = sum(isinstance(parameter, click.Argument) for parameter in ours.params)
+    with ours.make_context(name, words, resilient_parsing=True) as context:
+        assert len(context.args) <= n_arguments
+
+
+def test_shell_of_the_readme_is_shell() -> None:
+    """What stands in blocks of shell can be read by one."""
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+        read = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert (read.returncode, read.stderr) == (0, "")
+
+
+def test_pictures_and_notebooks_of_the_readme_are_there() -> None:
+    """What the README links to lies where it says."""
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "named", "expected"),
+    [
+        (None, [], {"torch": ">=2.13"}),
+        ("cuda13", [], {"torch": ">=2.13", "cuda-bindings": ">=13,<14", "dask": "==2026.7.1", "cupy-cuda13x": ">=13.6"}),
+        ("cuda12", ["torch==2.10.*"], {"torch": "==2.10.*", "cuda-bindings": ">=12,<13", "cupy-cuda12x": ">=13.4"}),
+    ],
+)
+def test_pip_recipes_resolve_for_users(
+    tmp_path: Path, extra: str | None, named: list[str], expected: dict[str, str]
+) -> None:
+    """Each pip recipe of the README resolves from the public index alone, as on a user's Linux machine."""
+    recipe = f'pip install ".[{extra}]"' if extra else "pip install ."
+    assert f"`{' '.join([recipe, *(f'{chr(34)}{n}{chr(34)}' for n in named)])}`" in README
+    (tmp_path / "named.in").write_text("\n".join(named))
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", str(tmp_path / "named.in"), "--no-config"),
+            *("--quiet", "--no-header", "--no-annotate", "--cache-dir", str(tmp_path / "cache")),
+            *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"),
+            *(("--extra", extra) if extra else ()),
+        ],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    versions = dict(line.split("==") for line in found.stdout.splitlines() if "==" in line)
+    wrong = {n: versions[n] for n, bound in expected.items() if versions[n] not in Requirement(f"x{bound}").specifier}
+    assert not wrong

@@ -1,0 +1,969 @@
+"""run again: what is done stays done, the array is the same in the end, and nothing of others is touched."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pytest
+import zarr
+from click.testing import CliRunner
+
+import daskinfer as di
+from daskinfer.cli.main import main
+from daskinfer.core import files, scratch
+from daskinfer.errors import ChunkError, Interrupted, OutputExists, OutputLocked, StorageError, TooManyFailures
+from daskinfer.storage import journal, outputs, staging
+from daskinfer.storage.verify import verify
+from tests.conftest import wait_until
+from tests.support.crashing import digest
+
+FORMATS = (".npy", ".zarr")
+HOW: dict[str, Any] = {"devices": "inline", "batch_size": 16}
+X = np.random.default_rng(0).random((200, 6), np.float32)
+
+NETS = """
+import time, torch
+
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.01)
+        return x[:, ::2] * 3
+
+def slow():
+    return Slow()
+"""
+
+
+def double(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The network of most tests."""
+    return rows * 2
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs ``double`` until so many chunks are stored, and is then interrupted."""
+
+    def run(x: Any, y: Path, n_chunks: int = 2, **how: Any) -> None:
+        kept = outputs.Outputs.keep
+        left = [n_chunks]
+
+        def keep(self: Any, *arguments: Any) -> None:
+            kept(self, *arguments)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt("enough")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs.Outputs, "keep", keep)
+            with pytest.raises(KeyboardInterrupt, match="enough") as caught:
+                di.run(double, x, y, **HOW | how)
+        assert f"What is done is kept ({y}.partial); repeat the call" in caught.value.__notes__[0]
+
+    return run
+
+
+def manifest_of(path: Path) -> Path:
+    """The folder beside an output."""
+    return path.with_name(f"{path.name}.daskinfer")
+
+
+def read(path: Path) -> np.ndarray[Any, Any]:
+    """An output of either format."""
+    return np.load(path) if path.suffix == ".npy" else zarr.open_array(path, mode="r")[:]
+
+
+def stored(folder: Path) -> Path:
+    """The input in a file."""
+    np.save(folder / "x.npy", X)
+    return folder / "x.npy"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_killed_at_any_step(tmp_path: Path, suffix: str) -> None:
+    """Killed before any tenth step on the disk and repeated, a run gives the bytes of one that nobody disturbed."""
+    assert killed(tmp_path, suffix, first=3, step=10) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_killed_at_every_step(tmp_path: Path, suffix: str) -> None:
+    """The same at every single step."""
+    assert killed(tmp_path, suffix, first=1, step=1) > 30
+
+
+def killed(folder: Path, suffix: str, first: int, step: int) -> int:
+    """How many runs were killed; each was repeated, and its output compared."""
+    command = [sys.executable, "-m", "tests.support.crashing", str(folder), suffix, str(first), str(step)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    found = json.loads(done.stdout)
+    assert set(found["repeated"]) == {found["undisturbed"]}
+    return len(found["repeated"])
+
+
+def command(folder: Path, output: str, *arguments: str) -> list[str]:
+    """The command that runs a slow network in workers."""
+    (folder / "resume_nets.py").write_text(NETS)
+    how = ["--devices", "cpu,cpu", "--device-weights", "even", "--batch-size", "10", *arguments]
+    return [str(Path(sys.executable).with_name("daskinfer")), "run", "resume_nets:slow", "x.npy", output, *how]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
+    """A command that is killed with all its processes, again and again, gives the bytes of one that nobody disturbed."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((8000, 6), np.float32))
+    draw = random.Random(suffix)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run(command(tmp_path, f"once{suffix}"), cwd=tmp_path, env=env, check=True, capture_output=True)
+    log, n_killed = manifest_of(tmp_path / f"y{suffix}") / "receipts.jsonl", 0
+    for _ in range(3):
+        n_bytes = log.stat().st_size if log.exists() else 0
+        with subprocess.Popen(
+            command(tmp_path, f"y{suffix}"), cwd=tmp_path, env=env, start_new_session=True, stdout=-3, stderr=-3
+        ) as process:
+            wait_until(
+                lambda n=n_bytes, p=process: p.poll() is not None or (log.exists() and log.stat().st_size > n + 300), 120
+            )
+            time.sleep(draw.random() / 2)  # the moment is what is drawn
+            n_killed += process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run(
+        command(tmp_path, f"y{suffix}"), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert n_killed >= 2
+    assert digest(tmp_path / f"y{suffix}") == digest(tmp_path / f"once{suffix}")
+    assert verify(tmp_path / f"y{suffix}").wrong == ()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_goes_on_where_it_was_left(tmp_path: Path, suffix: str, interrupted: Callable[..., None]) -> None:
+    """What was committed is not computed again, in this process or on another machine's devices."""
+    x, y = stored(tmp_path), tmp_path / f"y{suffix}"
+    interrupted(x, y)
+    assert not y.exists()
+    report = di.run(double, x, y, devices="inline", readers=2)
+    assert (report.rows + report.rows_before, report.rows_before > 0) == (200, True)
+    assert f"{report.rows_before:,} rows were done before" in str(report)
+    assert report.batch_size == 16  # the first run's
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", y.name, f"{y.name}.daskinfer"]
+
+
+def test_what_a_killed_run_left_goes_without_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed after its last chunk leaves a folder of its workers' behind; the next one needs no workers."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    di.run(double, x, y, **HOW)
+    anothers = scratch.Scratch()
+    (tmp_path / "daskinfer-scratch-killed" / "dask-scratch-space").mkdir(parents=True)
+    di.run(double, x, y, **HOW)
+    assert [Path(anothers.path)] == list(tmp_path.glob("daskinfer-scratch-*"))
+    anothers.remove()
+
+
+@pytest.mark.parametrize("source", ["npy", "zarr", "array", "memmap", "dask", "ports"])
+def test_nothing_to_do(tmp_path: Path, source: str) -> None:
+    """The same call on a complete output returns at once, whatever form the input has, and says so."""
+    given = sources(tmp_path)[source]
+    net = (lambda a, b: a + b) if source == "ports" else double
+    di.run(net, given(), tmp_path / "y.npy", **HOW)
+    before = digest(manifest_of(tmp_path / "y.npy"))
+    report = di.run(net, given(), tmp_path / "y.npy", **HOW)
+    assert (report.rows, report.rows_before, report.seconds) == (0, 200, 0.0)
+    assert "nothing to do: all 200 rows were done before" in str(report)
+    assert digest(manifest_of(tmp_path / "y.npy")) == before
+
+
+def sources(folder: Path) -> dict[str, Callable[[], Any]]:
+    """The input in every form, made anew at each call."""
+    x = stored(folder)
+    zarr.create_array(folder / "x.zarr", data=X, chunks=(50, 6))
+    return {
+        "npy": lambda: x,
+        "zarr": lambda: folder / "x.zarr",
+        "array": lambda: X.copy()[:, ::-1][:, ::-1],
+        "memmap": lambda: np.load(x, mmap_mode="r")[::-1],
+        "dask": lambda: da.from_array(X, chunks=(50, 6)),
+        "ports": lambda: {"a": x, "b": X},
+    }
+
+
+@pytest.mark.parametrize("source", ["npy", "zarr", "array", "memmap", "dask"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_another_input_is_refused(tmp_path: Path, source: str, complete: bool, interrupted: Callable[..., None]) -> None:
+    """An input that changed is noticed in every form, and nothing is written."""
+    given = sources(tmp_path)[source]
+    di.run(double, given(), tmp_path / "y.npy", **HOW) if complete else interrupted(given(), tmp_path / "y.npy")
+    changed = X + 1
+    if source == "zarr":
+        zarr.open_array(tmp_path / "x.zarr", mode="r+")[:50] = changed[:50]
+    np.save(tmp_path / "x.npy", changed)
+    other = {"array": changed, "dask": da.from_array(changed, chunks=(50, 6))}.get(source, given())
+    with pytest.raises(OutputExists, match=r"y\.npy' was begun with something else: input x .* was .* and is "):
+        di.run(double, other, tmp_path / "y.npy", **HOW)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": np.negative}, "model was [0-9a-f]{12}… and is [0-9a-f]{12}…"),
+        ({"batch_size": 8}, "batch_size was 16 and is 8"),
+        ({"pad": False}, "options pad was True and is False"),
+        ({"preprocess": double}, "options preprocess was None and is '?[0-9a-f]{12}…"),
+        ({"dtype": "float64"}, "options dtype was None and is 'float64'.*dtype was '<f4' and is '<f8'"),
+        ({"dtype": {"x": "float64"}}, r"options dtype was None and is \{'x': 'float64'\}"),
+        ({"fill_value": 0.5}, "options fill_value was None and is '0.5'"),
+        ({"nan_is_failure": True}, "options nan_is_failure was False and is True"),
+        ({"shard": (1, 2)}, "shards was 0 and is 2"),
+        ({"postprocess": lambda y: y[:, :2]}, r"shape was \(200, 6\) and is \(200, 2\)"),
+    ],
+)
+def test_another_call_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str, interrupted: Callable[..., None]
+) -> None:
+    """Whatever changes the answer is named with what it was and is; --fresh then starts over."""
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    interrupted(x, y)
+    changed = {"model": double} | HOW | change
+    with pytest.raises(OutputExists, match=f"{said}.* A run continues only what is its own. Repeat the call as it was"):
+        di.run(changed.pop("model"), x, y, **changed)
+    changed = {"model": double} | HOW | change
+    if "shard" not in change:
+        with pytest.raises(OutputExists, match=said):
+            di.plan(changed["model"], x, target=y, **{name: changed[name] for name in changed if name != "model"})
+        assert di.run(changed.pop("model"), x, y, fresh=True, **changed).rows == 200
+        assert verify(y).wrong == ()
+
+
+def test_what_holds_nothing_yet_may_become_anothers(tmp_path: Path) -> None:
+    """A run that fails before its first chunk is stored leaves no output behind, a shard one that the others begin with."""
+
+    def fails(rows: Any) -> Any:
+        raise ValueError("no")
+
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    without = ", with on_error='skip' (--on-error) where rows fail again,"
+    for shard, said in (
+        (None, []),
+        ((1, 2), [f"What is done is kept ({y}.partial); repeat the call{without} to go on with what is missing."]),
+    ):
+        with pytest.raises(ChunkError, match="no") as caught:
+            di.run(fails, x, y, output=X[:0], retries=0, shard=shard, **HOW)
+        assert getattr(caught.value, "__notes__", []) == said
+        assert (tmp_path / "y.npy.partial").exists() == bool(said)
+        assert (manifest_of(y) / "header.json").exists() == manifest_of(y).exists() == bool(said)
+    with pytest.raises(OutputExists, match="model was"):
+        di.run(double, x, y, shard=(1, 2), **HOW)
+    shutil.rmtree(tmp_path / "y.npy.daskinfer")
+    (tmp_path / "y.npy.partial").unlink()
+    with pytest.raises(ChunkError, match="no"):
+        di.run(fails, x, y, output=X[:0], retries=0, **HOW)
+    assert di.run(double, x, y, **HOW).rows == 200
+    assert verify(y).wrong == ()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_appears_while_a_call_fails_stays(tmp_path: Path, suffix: str) -> None:
+    """A call that fails with nothing stored removes what it has begun, and not what others put at its path meanwhile."""
+    y = tmp_path / f"y{suffix}"
+
+    def fails(rows: Any) -> Any:
+        y.write_text("precious")
+        raise ValueError("no")
+
+    with pytest.raises(ChunkError, match="no"):
+        di.run(fails, X, y, output=X[:0], retries=0, **HOW)
+    assert y.read_text() == "precious"
+    assert not Path(f"{y}.partial").exists()
+
+
+def test_several_outputs_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second of two outputs cannot be made, nothing is left of the first."""
+    make = outputs._make
+
+    def full(journal: journal.Ledger, path: str) -> None:
+        if journal.path.endswith("b.npy"):
+            raise OSError(28, "No space left on device", path)
+        make(journal, path)
+
+    monkeypatch.setattr(outputs, "_make", full)
+    with pytest.raises(OSError, match="No space left"):
+        di.run(lambda x: {"a": x, "b": x}, X, {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}, **HOW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_change(tmp_path: Path, two_cpus: list[str], interrupted: Callable[..., None]) -> None:
+    """Devices, weights, readers and retries are no part of the answer."""
+    x, y = stored(tmp_path), tmp_path / "y.zarr"
+    interrupted(x, y)
+    report = di.run(double, x, y, devices=two_cpus, device_weights=[1, 3], readers=2, retries=0, batch_size=16)
+    assert 0 < report.rows < 200
+    np.testing.assert_array_equal(read(y), X * 2)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_output_of_somebody_else(tmp_path: Path, suffix: str) -> None:
+    """An array without a manifest is refused and left alone; fresh=True replaces it."""
+    y = tmp_path / f"y{suffix}"
+    np.save(y, X) if suffix == ".npy" else zarr.save_array(y, X)
+    for target in (y, tmp_path / f"z{suffix}"):
+        y.rename(f"{target}.partial") if target != y else None
+        with pytest.raises(OutputExists, match="exists already, and no manifest says what it holds; nothing is"):
+            di.run(double, X, target, **HOW)
+    assert di.run(double, X, tmp_path / f"z{suffix}", fresh=True, **HOW).rows == 200
+
+
+def test_fresh_removes_no_folder_that_is_no_array(tmp_path: Path) -> None:
+    """A path that was mistyped costs nobody his data."""
+    (tmp_path / "y.zarr").mkdir()
+    (tmp_path / "y.zarr" / "precious").touch()
+    with pytest.raises(OutputExists, match="no manifest says what it holds"):
+        di.run(double, X, tmp_path / "y.zarr", fresh=True, **HOW)
+    assert (tmp_path / "y.zarr" / "precious").exists()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_output_that_was_removed_is_made_anew(tmp_path: Path, suffix: str, interrupted: Callable[..., None]) -> None:
+    """Where the data is gone, what the manifest says of it is forgotten."""
+    for y, removed in ((tmp_path / f"a{suffix}", tmp_path / f"a{suffix}"), (tmp_path / f"b{suffix}", f"b{suffix}.partial")):
+        di.run(double, X, y, **HOW) if y == removed else interrupted(X, y)
+        files.remove(tmp_path / removed)
+        assert di.run(double, X, y, **HOW).rows == 200
+        assert verify(y).wrong == ()
+
+
+def test_an_output_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody puts at the output's path meanwhile stays; once it is moved, the call completes."""
+    y = tmp_path / "y.npy"
+    finish = journal.Ledger.finish
+
+    def late(self: Any, metadata: Any) -> None:
+        y.write_text("precious")
+        finish(self, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Ledger, "finish", late)
+        with pytest.raises(OutputExists, match=r"appeared while it was being computed.*The whole answer lies at .*partial"):
+            di.run(double, X, y, **HOW)
+    with pytest.raises(OutputExists, match="exists already"):
+        di.run(double, X, y, **HOW)
+    assert y.read_text() == "precious"
+    y.unlink()
+    assert di.run(double, X, y, **HOW).rows == 0
+    np.testing.assert_array_equal(read(y), X * 2)
+
+
+@pytest.mark.parametrize("tear", [b"", b'{"start":0,"stop":16,"dev', b"\0" * 300])
+def test_a_torn_line_is_cut_off(tmp_path: Path, tear: bytes, interrupted: Callable[..., None]) -> None:
+    """What a crash left of a receipt is cut off, and its chunk computed again."""
+    y = tmp_path / "y.zarr"
+    interrupted(X, y)
+    log = manifest_of(y) / "receipts.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-5] if not tear else whole + tear)
+    report = di.run(double, X, y, **HOW)
+    assert (report.rows_before == 48) == bool(tear)
+    assert verify(y).wrong == ()
+
+
+@pytest.mark.parametrize(("name", "said"), [("header.json", "header that was changed"), ("complete.json", "was changed")])
+def test_a_manifest_that_was_changed(tmp_path: Path, name: str, said: str) -> None:
+    """A manifest that cannot be read is refused, not guessed at; fresh=True starts over."""
+    y = tmp_path / "y.npy"
+    di.run(double, X, y, **HOW)
+    (manifest_of(y) / name).write_text("{}")
+    with pytest.raises(OutputExists, match=said):
+        di.run(double, X, y, **HOW)
+    assert di.run(double, X, y, fresh=True, **HOW).rows == 200
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_after_a_loss_of_power(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]
+) -> None:
+    """On a machine that was started anew, receipts whose data did not reach the disk are not believed."""
+    y = tmp_path / f"y{suffix}"
+    interrupted(X, y, 3)
+    lost = Path(f"{y}.partial") if suffix == ".npy" else Path(f"{y}.partial") / "c.1.0"
+    content = bytearray(lost.read_bytes())
+    content[128 + 16 * 24 + 5 if suffix == ".npy" else 5] ^= 1  # of rows 16:32
+    lost.write_bytes(content)
+    monkeypatch.setattr(journal, "_BOOT_ID", tmp_path / "boot")
+    (tmp_path / "boot").write_text("another")
+    report = di.run(double, X, y, **HOW)
+    assert report.rows_before % 16 == 0
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+
+
+def test_without_a_boot_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]) -> None:
+    """A system that does not tell when it was started is the same as before."""
+    monkeypatch.setattr(journal, "_BOOT_ID", tmp_path / "none")
+    interrupted(X, tmp_path / "y.npy")
+    assert di.run(double, X, tmp_path / "y.npy", **HOW).rows_before > 0
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_ran_twice_is_read_again(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]
+) -> None:
+    """Before an output is complete, chunks that may have been written twice are read; wrong ones are computed again."""
+    y = tmp_path / f"y{suffix}"
+    interrupted(X, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "is_stored", lambda output, part: False)
+        with pytest.raises(StorageError, match=r"parts of the output .* are not as they were written \(.* \(rows \d+:\d+\)"):
+            di.run(double, X, y, **HOW)
+    (manifest_of(y) / "header.json.new").touch()  # as a run leaves it that is killed there
+    assert 0 < di.run(double, X, y, **HOW).rows < 200
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+
+
+def test_a_part_that_is_gone_is_not_stored(tmp_path: Path, interrupted: Callable[..., None]) -> None:
+    """A chunk's file that somebody removed is computed again once it is looked at."""
+    y = tmp_path / "y.zarr"
+    interrupted(X, y, 1)
+    interrupted(X, y, 1)  # of the second run: looked at before the end
+    (Path(f"{y}.partial") / "c.1.0").unlink()
+    with pytest.raises(StorageError, match="are not as they were written"):
+        di.run(double, X, y, **HOW)
+    di.run(double, X, y, **HOW)
+    np.testing.assert_array_equal(read(y), X * 2)
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Starts a run in a thread, which stands still once its first chunk is stored; it goes on after the test."""
+    leave, threads = threading.Event(), []
+
+    def start(y: Path, **how: Any) -> None:
+        entered, kept = threading.Event(), outputs.Outputs.keep
+
+        def keep(self: Any, *arguments: Any) -> None:
+            kept(self, *arguments)
+            entered.set()
+            assert leave.wait(60)
+
+        def run() -> None:
+            di.run(double, X, y, **HOW | how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs.Outputs, "keep", keep)
+            threads.append(threading.Thread(target=run))
+            threads[-1].start()
+            assert entered.wait(60)
+
+    yield start
+    leave.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("how", [{}, {"fresh": True}])
+def test_two_runs_at_once(tmp_path: Path, running: Callable[..., None], how: dict[str, Any]) -> None:
+    """A second run on one output ends at once, whatever it wants there; the first is not disturbed."""
+    running(tmp_path / "y.npy")
+    with pytest.raises(OutputLocked, match=r"y\.npy' is held by another run .*Wait until that run has ended"):
+        di.run(double, X, tmp_path / "y.npy", **HOW | how)
+
+
+def test_shards_hold_their_part_only(tmp_path: Path, running: Callable[..., None]) -> None:
+    """The same shard twice is refused, and all of the output beside a shard; another shard is not."""
+    running(tmp_path / "y.npy", shard=(1, 2))
+    for how in ({"shard": (1, 2)}, {"fresh": True}):
+        with pytest.raises(OutputLocked, match="one run, or one per shard, may write it at a time"):
+            di.run(double, X, tmp_path / "y.npy", **HOW | how)
+    assert di.run(double, X, tmp_path / "y.npy", shard=(2, 2), **HOW).rows == 104
+    assert not (tmp_path / "y.npy").exists()
+
+
+def test_a_refused_call_leaves_nothing(tmp_path: Path) -> None:
+    """Where an output is somebody else's, the call that is refused leaves nothing beside it."""
+    y = tmp_path / "y.npy"
+    np.save(y, X)
+    for _ in range(2):
+        with pytest.raises(OutputExists, match="exists already, and no manifest says what it holds"):
+            di.run(double, X, y, **HOW)
+        assert list(tmp_path.iterdir()) == [y]
+
+
+def test_two_commands_at_once(tmp_path: Path, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that finds the output held ends with 4 and one line."""
+    (in_folder / "resume_nets.py").write_text(NETS)
+    np.save("x.npy", X)
+    manifest_of(in_folder / "y.npy").mkdir()
+    lock = os.open(manifest_of(in_folder / "y.npy") / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", "--devices", "inline"])
+    os.close(lock)
+    assert (done.exit_code, done.stderr.count("\n")) == (4, 1)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_shards_write_one_output(tmp_path: Path, suffix: str) -> None:
+    """Shards in any order write one output; it appears with the last, and each says what it did."""
+    y, n_shards = tmp_path / f"y{suffix}", 5
+    di.run(double, X, tmp_path / f"once{suffix}", **HOW | {"batch_size": 4})
+    for i in (4, 1, 5, 3, 2):
+        assert not y.exists()
+        report = di.run(double, X, y, shard=(i, n_shards), **HOW | {"batch_size": 4})
+        assert report.rows == 40
+        assert di.run(double, X, y, shard=(i, n_shards), **HOW | {"batch_size": 4}).rows_before == 40
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+
+
+def test_shards_follow_the_first(tmp_path: Path) -> None:
+    """A shard that would choose another micro-batch takes that of the one that began the output."""
+    y = tmp_path / "y.zarr"
+    di.run(double, X, y, devices="inline", batch_size=2, shard=(1, 3))
+    assert di.run(double, X, y, devices="inline", shard=(2, 3)).batch_size == 2
+    header = json.loads((manifest_of(y) / "header.json").read_bytes().partition(b"\t")[0])
+    assert (header["batch_size"], header["shards"]) == (2, 3)
+
+
+def test_two_shards_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another shard began the output after this one had looked, this one lays its rows out anew."""
+    y, hold = tmp_path / "y.zarr", journal.Ledger.hold
+
+    def late(self: Any) -> None:
+        hold(self)
+        if self.shard == (2, 2):
+            di.run(double, X, y, devices="inline", batch_size=2, shard=(1, 2))
+
+    monkeypatch.setattr(journal.Ledger, "hold", late)
+    assert di.run(double, X, y, devices="inline", shard=(2, 2)).batch_size == 2
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+
+
+@pytest.mark.slow
+def test_shards_in_processes(tmp_path: Path) -> None:
+    """Commands of a job array, all at once, write one output, each its part."""
+    np.save(tmp_path / "x.npy", X)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    commands = [command(tmp_path, "y.zarr", "--shard", f"{i}/3", "--json") for i in (1, 2, 3)]
+    started = [
+        subprocess.Popen(c, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    reports = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], reports
+    assert sum(json.loads(out)["rows"] for out, _ in reports) == 200
+    np.testing.assert_array_equal(read(tmp_path / "y.zarr"), X[:, ::2] * 3)
+    assert verify(tmp_path / "y.zarr").wrong == ()
+
+
+@pytest.mark.parametrize("shard", [(0, 4), (5, 4), (1.0, 2), (1, 2, 3), "1/2", 3])
+def test_shards_that_are_none(tmp_path: Path, shard: Any) -> None:
+    """A shard is counted from 1."""
+    with pytest.raises(di.DaskInferError, match=r"it may be \(i, n\), part i of n, counted from 1"):
+        di.run(double, X, tmp_path / "y.npy", shard=shard, **HOW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_does_not_start_over(tmp_path: Path) -> None:
+    """fresh=True would remove what the other shards did."""
+    with pytest.raises(di.DaskInferError, match="would remove what the other shards have done"):
+        di.run(double, X, tmp_path / "y.npy", shard=(1, 2), fresh=True, **HOW)
+
+
+def picky(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A network that does not take a row with a 7."""
+    if (rows == 7).any():
+        raise ArithmeticError("seven")
+    return rows * 2
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_rows_that_fail(tmp_path: Path, in_folder: Path, suffix: str) -> None:
+    """A run that ended with bad rows goes on with on_error="skip"; they are listed beside it, the second time too."""
+    x, y = X.copy(), tmp_path / f"y{suffix}"
+    x[[3, 170]] = 7
+    with pytest.raises(di.DaskInferError, match="seven"):
+        di.run(picky, x, y, retries=0, **HOW)
+    for n_rows in (198, 0):
+        report = di.run(picky, x, y, on_error="skip", retries=0, **HOW)
+        assert (report.rows, report.rows_before, report.failed_rows) == (n_rows, 198 - n_rows, (3, 170))
+    assert [failure.start for failure in report.failures] == [3, 170]
+    listed = json.loads((manifest_of(y) / "failed_rows.json").read_text())
+    assert [(f["start"], f["stop"], f["device"]) for f in listed] == [(3, 4, "inline"), (170, 171, "inline")]
+    assert "ArithmeticError: seven" in listed[0]["exception"]
+    assert np.isnan(read(y)[[3, 170]]).all()
+    assert str(verify(y)).endswith("as they were written; 2 of them without an answer (failed_rows.json says which)")
+
+
+@pytest.mark.parametrize(("shard", "allowed"), [(None, 5), (None, "2.5%"), ((1, 2), 5), ((1, 2), "5.3%")])
+def test_repeating_allows_no_more_failures(tmp_path: Path, shard: tuple[int, int] | None, allowed: int | str) -> None:
+    """Rows that failed in earlier attempts count: the same call ends the same way, until more are allowed."""
+    x, how = X.copy(), {"on_error": "skip", "retries": 0, "shard": shard, **HOW}
+    x[3:90:16] = 7  # six, one per micro-batch, in the first shard
+    for _ in range(3):
+        with pytest.raises(TooManyFailures, match=f"6 rows failed; max_failed_rows={allowed!r} allows 5") as caught:
+            di.run(picky, x, tmp_path / "y.npy", max_failed_rows=allowed, **how)
+        assert "repeat the call, with a larger max_failed_rows (--max-failed-rows), to go on" in caught.value.__notes__[0]
+    with pytest.raises(TooManyFailures, match=r"5 rows failed; max_failed_rows=4 allows 4\. Mend the rows"):
+        di.run(picky, x, tmp_path / "y.npy", max_failed_rows=4, **how)
+    report = di.run(picky, x, tmp_path / "y.npy", max_failed_rows=6, **how)
+    assert report.failed_rows == tuple(range(3, 90, 16))
+    assert report.rows_before > 0
+
+
+def test_rows_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an output that is not complete, on_error="raise" computes rows again that were skipped before."""
+    x, y, finish = X.copy(), tmp_path / "y.npy", outputs.Outputs.finish
+    x[3] = 7
+    monkeypatch.setattr(outputs.Outputs, "finish", lambda self: None)
+    di.run(picky, x, y, on_error="skip", retries=0, **HOW)
+    monkeypatch.setattr(outputs.Outputs, "finish", finish)
+    with pytest.raises(di.DaskInferError, match="seven"):
+        di.run(picky, x, y, retries=0, **HOW)
+
+
+def test_missing_rows_on_the_command_line(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without an answer end the command with 3, the second time too, and it says where they are listed."""
+    (in_folder / "resume_nets.py").write_text(NETS)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    x = X.copy()
+    x[3, 0] = np.nan
+    np.save("x.npy", x)
+    how = ["--devices", "inline", "--batch-size", "50", "--on-error", "skip", "--nan-is-failure", "--no-progress"]
+    for _ in range(2):
+        done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", *how])
+        assert done.exit_code == 3, done.stderr
+        said = "1 rows of y.npy have no answer, as y.npy.daskinfer/failed_rows.json lists; once they are mended, --fresh"
+        assert done.stderr == f"daskinfer: {said} starts over\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_on_the_command_line(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    """A command that was stopped ends with 130 or 143, and says what is stored and how to go on."""
+    np.save("x.npy", X)
+    (in_folder / "resume_nets.py").write_text(NETS)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def stop(*_: Any) -> None:
+        raise Interrupted("stopped.", number)
+
+    monkeypatch.setattr(outputs.Outputs, "keep", stop)
+    done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", "--devices", "inline"])
+    assert done.exit_code == code
+    assert "daskinfer: stopped. Nothing is stored yet" in done.stderr
+    assert "repeat the call to begin again" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_full_disk(tmp_path: Path, suffix: str) -> None:
+    """On a disk that is full the run ends and names the path; with space again it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        filler, x = disk / "filler", np.random.default_rng(0).random((500, 60))
+        filler.write_bytes(b"x" * 250_000)
+        with pytest.raises(OSError, match=rf"y{suffix}.*No space left on device|No space left on device.*y{suffix}"):
+            di.run(double, x, disk / f"y{suffix}", **HOW)
+        filler.unlink()
+        di.run(double, x, disk / f"y{suffix}", **HOW)
+        np.testing.assert_array_equal(read(disk / f"y{suffix}"), x * 2)
+        assert verify(disk / f"y{suffix}").wrong == ()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_receipts_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a receipt does not fit on the disk, the run ends with the log's name."""
+
+    class Full:
+        name = "receipts.jsonl"
+
+        def write(self, line: bytes) -> int:
+            return len(line) - 1
+
+        def close(self) -> None:
+            pass
+
+    class Closed(journal.Ledger):
+        def commit(self, *arguments: Any) -> None:
+            self._log.close()
+            self._log = Full()
+            super().commit(*arguments)
+
+    monkeypatch.setattr(outputs, "Ledger", Closed)
+    with pytest.raises(StorageError, match=r"the receipts 'receipts\.jsonl' cannot be written: No space left") as caught:
+        di.run(double, X, tmp_path / "y.npy", **HOW)
+    assert caught.value.number == errno.ENOSPC
+
+
+def test_data_reaches_the_disk_before_its_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushed are the chunks, then their folder, then the log: about once a second, and at the end."""
+    flushed: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(files, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    di.run(double, X, tmp_path / "y.zarr", **HOW)
+    receipts, partial = str(manifest_of(tmp_path / "y.zarr") / "receipts.jsonl"), str(tmp_path / "y.zarr.partial")
+    chunks = [i for i, path in enumerate(flushed) if path.startswith(f"{partial}/c.")]
+    assert len(chunks) == 13
+    for i in chunks:
+        rest = flushed[i:]
+        assert rest.index(partial) < rest.index(receipts)
+
+
+def test_a_flush_that_fails_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk says in the thread that flushes is raised."""
+
+    def broken(files: set[str], log: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "_flush", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        di.run(double, X, tmp_path / "y.npy", **HOW)
+    assert not (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_late_writer_is_kept_out(tmp_path: Path, suffix: str, interrupted: Callable[..., None]) -> None:
+    """A worker of an earlier run that writes after another has taken over changes nothing."""
+    y, late = tmp_path / f"y{suffix}", []
+    with pytest.MonkeyPatch.context() as patch:
+        init = outputs.Outputs.__init__
+        patch.setattr(outputs.Outputs, "__init__", lambda self, *a: (init(self, *a), late.extend(self.targets))[0])
+        interrupted(X, y)
+    di.run(double, X, y, **HOW)
+    with pytest.raises(FileNotFoundError):
+        late[0].write(0, np.full((16, 6), 9, np.float32))
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+
+
+def test_a_writer_of_an_earlier_run_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who still writes for an earlier run ends first; where he does not, that is said."""
+    run = staging.begin(tmp_path, "run")
+    monkeypatch.setattr(staging, "WAIT_SECONDS", 0.1)
+    with staging.writing(str(run)), pytest.raises(OutputLocked, match="a worker of an earlier run still writes"):
+        staging.end(tmp_path, "run")
+    other = staging.begin(tmp_path, "run-1-of-2")
+    staging.end(tmp_path, "run")
+    assert list(tmp_path.iterdir()) == [other]
+    other.rename(f"{other}.old")  # killed between two steps
+    staging.end(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_who_waits_for_the_fence_sees_that_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that gets the fence when its run was taken over does not write."""
+    run = staging.begin(tmp_path, "run")
+    monkeypatch.setattr(fcntl, "flock", lambda fence, kind: shutil.rmtree(run))
+    with pytest.raises(FileNotFoundError), staging.writing(str(run)):
+        pytest.fail("it writes")
+
+
+def low_and_high(x: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Two outputs by name."""
+    return {"low": -x, "high": x}
+
+
+def test_several_outputs_are_one(tmp_path: Path, interrupted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk is done once it is in all outputs; paths that change places are noticed."""
+    paths = {"low": tmp_path / "low.npy", "high": tmp_path / "high.zarr"}
+    commit, left = journal.Ledger.commit, [5]
+
+    def fail(self: Any, *arguments: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt("between the two")
+        commit(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Ledger, "commit", fail)
+        with pytest.raises(KeyboardInterrupt, match="between"):
+            di.run(low_and_high, X, paths, **HOW)
+    with pytest.raises(OutputExists, match=r"output was '(low|high)' and is '(low|high)'"):
+        di.run(low_and_high, X, {"low": paths["high"], "high": paths["low"]}, **HOW)
+    assert 0 < di.run(low_and_high, X, paths, **HOW).rows < 200
+    np.testing.assert_array_equal(read(paths["low"]), -read(paths["high"]))
+    assert not verify(paths["low"]).wrong
+    paths["low"].unlink()
+    with pytest.raises(OutputExists, match=r"low\.npy' is not there, and .*high\.zarr', of the same run, is complete"):
+        di.run(low_and_high, X, paths, **HOW)
+    assert di.run(low_and_high, X, paths, fresh=True, **HOW).rows == 200
+
+
+def test_micro_batches_that_were_chosen_are_kept(tmp_path: Path) -> None:
+    """A micro-batch that was measured stands in the header before the first receipt, and is the next run's."""
+    y = tmp_path / "y.npy"
+    di.run(double, X, y, devices="inline", batch_size=8, shard=(1, 2))
+    with journal.Ledger(str(y), journal.read_header(str(y)), None, (2, 2)) as opened:
+        opened.hold()
+        opened.open(lambda path: None)
+        opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
+        opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
+    report = di.run(double, X, y, devices="inline", shard=(2, 2))
+    assert (report.batch_size, report.by_kind) == (4, {"cpu": 4, "cuda": 2})
+    assert '"by_kind":{"cpu":4,"cuda":2}' in (manifest_of(y) / "header.json").read_text()
+
+
+@pytest.mark.parametrize("error", [OSError("without a number"), OSError(errno.EIO, "broken", "a name")])
+def test_errors_that_need_no_name(error: OSError) -> None:
+    """An error that has a name, or is not the system's, is raised as it is."""
+    with pytest.raises(OSError, match=r"without a number|a name") as caught, files.named("x"):
+        raise error
+    assert caught.value is error
+
+
+# -------------------------------------------------------------------------------------------------- outputs held together
+
+
+def two(rows: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """A network of two outputs."""
+    return {"a": rows * 2, "b": rows * 3}
+
+
+def test_outputs_of_different_runs_are_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that two runs have begun in other units are refused together, or each would overwrite the other's rows."""
+
+    def begin(name: str, unit: int) -> None:
+        with monkeypatch.context() as patch:
+            keep, n_kept = outputs.Outputs.keep, []
+
+            def stop(self: Any, *arguments: Any) -> None:
+                keep(self, *arguments)
+                n_kept.append(1)
+                if len(n_kept) == 2:
+                    raise KeyboardInterrupt
+
+            patch.setattr(outputs.Outputs, "keep", stop)
+            where = {output: tmp_path / f"{output}{name}.zarr" for output in ("a", "b")}
+            with pytest.raises(KeyboardInterrupt):
+                di.run(two, X, where, devices="inline", batch_size=unit)
+
+    begin("1", 16)
+    begin("2", 64)
+    with pytest.raises(OutputExists, match=r"a1\.zarr' and .*b2\.zarr' were begun by different runs, in units of"):
+        di.run(two, X, {"a": tmp_path / "a1.zarr", "b": tmp_path / "b2.zarr"}, devices="inline")
+    for name in "12":
+        where = {output: tmp_path / f"{output}{name}.zarr" for output in ("a", "b")}
+        di.run(two, X, where, devices="inline")
+        for output, expected in two(X).items():
+            np.testing.assert_array_equal(read(where[output]), expected)
+
+
+def test_fresh_removes_nothing_where_it_is_refused(tmp_path: Path) -> None:
+    """Where one of two outputs is no array, the other stays as it is, also under ``fresh``."""
+    where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
+    di.run(two, X, where, **HOW)
+    (photos := tmp_path / "photos.zarr").mkdir()
+    (photos / "one.jpg").touch()
+    with pytest.raises(OutputExists, match=r"photos\.zarr' exists already"):
+        di.run(two, X, where | {"b": photos}, fresh=True, **HOW)
+    np.testing.assert_array_equal(read(where["a"]), X * 2)
+    assert verify(where["a"]).wrong == ()
+    assert (photos / "one.jpg").exists()
+
+
+def test_one_of_two_complete_outputs_is_gone(tmp_path: Path) -> None:
+    """Where one of two complete outputs was moved away, nothing is begun in its place, and it can be put back."""
+    where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
+    di.run(two, X, where, **HOW)
+    where["a"].rename(tmp_path / "elsewhere.npy")
+    for _ in range(2):
+        with pytest.raises(OutputExists, match=r"a\.npy' is not there, and .*b\.npy', of the same run, is complete"):
+            di.run(two, X, where, **HOW)
+    (tmp_path / "elsewhere.npy").rename(where["a"])
+    assert di.run(two, X, where, **HOW).rows == 0
+    assert verify(where["a"]).wrong == ()
+
+
+def test_shards_are_told_how_to_start_over(tmp_path: Path) -> None:
+    """What they share is no shard's to remove: ``fresh`` is not named to them."""
+    where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
+    for k in (1, 2):
+        di.run(two, X, where, shard=(k, 2), **HOW)
+    where["a"].rename(tmp_path / "elsewhere.npy")
+    with pytest.raises(OutputExists, match=r"or remove .*b\.npy', .* while no shard runs, to compute all of them anew"):
+        di.run(two, X, where, shard=(1, 2), **HOW)
+
+
+def test_failed_rows_that_are_computed_again_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two outputs' receipts of one chunk, its failed rows do not count towards ``max_failed_rows`` twice."""
+
+    def picky(rows: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        if (rows == X[3]).all(axis=1).any():
+            raise ValueError("the fourth row")
+        return two(rows)
+
+    where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
+    how = HOW | {"on_error": "skip", "max_failed_rows": 1, "retries": 0}
+    commit = journal.Ledger.commit
+
+    def killed(self: journal.Ledger, *arguments: Any) -> None:
+        if self.path.endswith("b.npy"):
+            raise KeyboardInterrupt
+        commit(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Ledger, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            di.run(picky, X, where, output=two(X[:0]), **how)
+    report = di.run(picky, X, where, output=two(X[:0]), **how)
+    assert (report.rows, report.rows_before, report.failed_rows) == (199, 0, (3,))
+    np.testing.assert_array_equal(np.delete(read(where["b"]), 3, 0), np.delete(X * 3, 3, 0))
+
+
+def test_a_memmap_whose_changes_stay_in_memory_is_another_input(tmp_path: Path) -> None:
+    """What was changed in a copy-on-write memmap counts, though its file is as it was; so does what reaches the file."""
+    np.save(tmp_path / "x.npy", X)
+    for mode in ("c", "r+"):
+        x = np.load(tmp_path / "x.npy", mmap_mode=mode)
+        y = tmp_path / f"y-{mode}.npy"
+        assert di.run(double, x, y, **HOW).rows == 200
+        assert di.run(double, x, y, **HOW).rows == 0
+        x[7] += 1
+        with pytest.raises(OutputExists, match="was begun with something else: input x"):
+            di.run(double, x, y, **HOW)
+
+
+def test_a_run_whose_output_was_removed_leaves_its_successor_alone(tmp_path: Path) -> None:
+    """Somebody removes all of a run that seems to hang, and starts another: the first, failing, removes nothing of it."""
+    x, y = stored(tmp_path), tmp_path / "y.npy"
+    began: list[Any] = []
+
+    def fails(rows: Any) -> Any:
+        if not began:
+            shutil.rmtree(manifest_of(y))
+            Path(f"{y}.partial").unlink()
+            began.append(di.run(double, x, y, **HOW))
+        raise ValueError("no")
+
+    with pytest.raises(ChunkError, match="no"):
+        di.run(fails, x, y, output=X[:0], retries=0, **HOW)
+    np.testing.assert_array_equal(read(y), X * 2)
+    assert verify(y).wrong == ()
+    assert di.run(double, x, y, **HOW).rows == 0

@@ -1,0 +1,204 @@
+"""Job files: what the command line says goes over the file, the file over the default; and both ways it is the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daskinfer.cli.main import main
+
+JOB = """
+model = "job_nets:linear"
+output = "y.npy"
+batch_size = 10
+devices = ["inline"]
+no-progress = true
+
+[input]
+input = "x.npy"
+
+[kwargs]
+n_out = 3
+"""
+
+
+def invoke(*arguments: str) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(main, arguments)
+
+
+def printed(*arguments: str) -> dict[str, Any]:
+    """The merged configuration."""
+    done = invoke("run", *arguments, "--print-config")
+    assert done.exit_code == 0, done.stderr
+    return tomllib.loads(done.stdout)
+
+
+@pytest.fixture
+def folder(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a job, its input and its network, which is the working directory."""
+    Path("job.toml").write_text(JOB)
+    Path("job_nets.py").write_text("import torch\ndef linear(n_out=2):\n    return torch.nn.Linear(5, n_out)\n")
+    np.save("x.npy", np.zeros((100, 5), np.float32))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield in_folder
+    sys.modules.pop("job_nets", None)
+
+
+def test_a_job_runs_and_is_planned(folder: Path) -> None:
+    """run and plan take the same file, each with the keys that only the other has; ports and keywords are tables."""
+    Path("job.toml").write_text("probe = false\n" + JOB)
+    planned = invoke("plan", "--config", "job.toml", "--json")
+    assert (planned.exit_code, json.loads(planned.stdout)["seconds"]) == (0, None)
+    done = invoke("run", "--config", "job.toml")
+    assert done.exit_code == 0, done.stderr
+    assert np.load("y.npy").shape == (100, 3)
+
+
+def test_flag_over_file_over_default(folder: Path) -> None:
+    """What the command line says goes over the file, arguments too, and the file over the defaults."""
+    found = printed("--config", "job.toml", "--batch-size", "5", "--no-fresh", "other:net")
+    assert (found["batch-size"], found["model"], found["kwargs"]) == (5, "other:net", {"n_out": 3})
+    assert (found["retries"], found["progress"]) == (2, False)
+    assert printed("--config", "job.toml", "--progress")["progress"] is True
+    assert printed("--config", "job.toml")["pad"] is True
+    Path("job.toml").write_text("no_pad = true\nfresh = true\n" + JOB)
+    assert printed("--config", "job.toml")["pad"] is False
+    assert printed("--config", "job.toml", "--pad", "--no-fresh")["pad"] is True
+    assert printed("--config", "job.toml", "--no-fresh")["fresh"] is False
+
+
+def test_print_config_starts_nothing(folder: Path) -> None:
+    """--print-config ends with 0 before anything is looked at, also of what would be refused; plan has it too."""
+    assert printed("--config", "job.toml", "gone:net", "gone.npy")["input"] == "gone.npy"
+    assert tomllib.loads(invoke("plan", "m", "x.npy", "--print-config").stdout)["probe"] is True
+
+
+def test_log_format_of_the_file(folder: Path) -> None:
+    """A file may choose how errors are printed; a flag goes over it."""
+    Path("job.toml").write_text('log-format = "json"\n' + JOB.replace("x.npy", "gone.npy"))
+    assert json.loads(invoke("run", "--config", "job.toml").stderr)["exit_code"] == 2
+    assert invoke("run", "--config", "job.toml", "--log-format", "text").stderr.startswith("daskinfer: error: the input")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batchsize = 3", "has the key 'batchsize'; allowed are model, input, .*Did you mean 'batch-size'?"),
+        ("zzzzz = 3", "has the key 'zzzzz'; allowed are .*Take it out"),
+        ('config = "other.toml"', "has the key 'config'"),
+        ("batch_size = 1\nbatch-size = 1", "both 'batch_size' and 'batch-size', which say the same"),
+        ("pad = true\nno-pad = true", "both 'pad' and 'no-pad', which say the same"),
+        ('fresh = "yes"', "fresh = 'yes'; it may be true or false. Change it there"),
+        ("retries = true", "retries = True; it may be a whole number"),
+        ("retries = 1.5", "retries = 1.5; it may be a whole number"),
+        ('chunk-timeout = "1"', "chunk-timeout = '1'; it may be a number"),
+        ("factory = 3", "factory = 3; it may be text"),
+        ("report = 3", "report = 3; it may be text"),
+        ('on-error = "ignore"', "on-error = 'ignore'; 'ignore' is not one of 'raise', 'skip'. Change it there"),
+        ("on-error = 1", "on-error = 1; it may be text"),
+        ("shard = [0.5, 3]", r"shard = \[0.5, 3\]; .* is no part such as 3/64"),
+        ("shard = 3", "shard = 3; it may be text such as '3/64', or a list of two numbers"),
+        ("device-weights = [[1]]", "neither auto, even, 1,1,8 nor cuda=8,cpu=1"),
+        ('kwargs = "3"', "is no JSON object"),
+        ("input = 3", "input = 3; it may be a path, or a table of paths by port"),
+        ("input = {}", "is neither a path nor name=path,name=path"),
+        ("input = {a = 1}", "is neither a path nor name=path,name=path"),
+        (r'model = "\u0000"', r"embedded null .*. Change it there"),
+        ("model =", "is no TOML: .*; every line has to be. Mend it there"),
+    ],
+)
+def test_files_that_are_refused(folder: Path, text: str, said: str) -> None:
+    """A key or a value that is not of the command is one line, exit code 2, before anything starts."""
+    Path("job.toml").write_text(text)
+    done = invoke("run", "m:n", "x.npy", "y.npy", "--config", "job.toml")
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.search(f"^daskinfer: error: the job file 'job.toml' .*{said}", done.stderr), done.stderr
+    assert not Path("y.npy").exists()
+
+
+def test_files_that_are_not_text(folder: Path) -> None:
+    """A file of other bytes is refused as one that is missing is, and so is a folder."""
+    Path("job.toml").write_bytes(b"\xff\xfe")
+    assert "is no TOML" in invoke("run", "--config", "job.toml").stderr
+    assert "'.' cannot be read: Is a directory" in invoke("run", "--config", ".").stderr
+
+
+def test_what_toml_cannot_say(folder: Path) -> None:
+    """A null in --kwargs is an error of --print-config, which names it."""
+    done = invoke("run", "m", "x.npy", "y.npy", "--kwargs", '{"a": null}', "--print-config")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Leave the null out of --kwargs" in done.stderr
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="=,\0"), min_size=1)
+NUMBERS = st.floats(0, 1e9)
+TABLES = st.dictionaries(WORDS, WORDS, min_size=1)
+VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+JOBS = st.fixed_dictionaries(
+    {"model": WORDS, "input": WORDS | TABLES, "output": WORDS | TABLES},
+    optional={
+        "devices": WORDS | st.lists(WORDS, min_size=1),
+        "device-weights": st.sampled_from(["auto", "even"])
+        | st.lists(NUMBERS, min_size=1)
+        | st.dictionaries(WORDS, NUMBERS),
+        "batch-size": st.integers(1, 1 << 40) | st.just("auto"),
+        "factory": WORDS,
+        "kwargs": st.dictionaries(WORDS, VALUES, max_size=3),
+        "dtype": WORDS | TABLES,
+        "readers": st.integers(),
+        "on-error": st.sampled_from(["raise", "skip"]),
+        "fill-value": st.floats(allow_nan=False),
+        "max-failed-rows": st.integers() | st.just("1%"),
+        "chunk-timeout": NUMBERS,
+        "autocast": st.sampled_from(["bf16", "fp16"]),
+        "pad": st.booleans(),
+        "fresh": st.booleans(),
+        "trust-model": st.booleans(),
+        "progress": st.booleans(),
+        "json": st.booleans(),
+        "shard": st.lists(st.integers(0, 99), min_size=2, max_size=2),
+        "report": WORDS,
+        "scheduler": WORDS,
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(job=JOBS)
+def test_what_is_printed_reads_back(job: dict[str, Any]) -> None:
+    """--print-config says what the file says, and read as a file says the same again, to the letter."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "first.toml"), Path(folder, "second.toml")
+        first.write_text(tomli_w.dumps(job), "utf-8", newline="")
+        once = invoke("run", "--config", str(first), "--print-config")
+        assert once.exit_code == 0, once.stderr
+        second.write_text(once.stdout, "utf-8", newline="")
+        assert invoke("run", "--config", str(second), "--print-config").stdout == once.stdout
+    found = tomllib.loads(once.stdout)
+    assert {key: found.get(key) for key in job} == job
+    assert found["retries"] == 2
+
+
+def test_numbers_that_are_none(folder: Path) -> None:
+    """NaN and infinity are numbers of TOML."""
+    Path("job.toml").write_text("fill-value = nan\n" + JOB)
+    assert math.isnan(printed("--config", "job.toml")["fill-value"])

@@ -1,0 +1,59 @@
+from xml.etree import ElementTree
+
+import pytest
+
+from daskinfer.core.formatting import format_nbytes, html_table, text_table
+
+
+def test_numbers_stand_to_the_right():
+    """A column of numbers is aligned to the right, any other to the left, and no line ends in blanks."""
+    assert text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == ("a           n\nx       1,000\nlonger   9.5%")
+    assert text_table(("n", "a"), [["1", "x"], ["22", ""]]) == " n  a\n 1  x\n22"
+
+
+def test_a_table_without_rows_is_its_headers():
+    """No row leaves the headers, in text and in HTML."""
+    assert text_table(("a", "b"), []) == "a  b"
+    assert "<tbody></tbody>" in html_table(("a", "b"), [])
+
+
+def test_a_row_of_another_length_is_refused():
+    """A row with more cells than there are headers is an error, not a crooked table."""
+    for make in (text_table, html_table):
+        with pytest.raises(ValueError, match=r"zip\(\) argument 2 is"):
+            make(("a",), [["x", "y"]])
+
+
+def test_html_says_what_was_put_in():
+    """Headers and cells that look like HTML are escaped; what comes out parses and has the same text."""
+    page = html_table(("<h>", "n"), [["<b>&\"'", "1"]])
+    assert "<b>" not in page
+    assert list(ElementTree.fromstring(page).itertext()) == ["<h>", "n", "<b>&\"'", "1"]
+
+
+def test_html_aligns_numbers_only():
+    """Only a column of numbers carries the alignment, its header too."""
+    assert html_table(("a", "n"), [["x", "1"]]).count("text-align:right") == 2
+
+
+def test_html_keeps_lines():
+    """A cell of several lines is shown as such."""
+    assert '<td style="white-space:pre-wrap">x\ny</td>' in html_table(("a",), [["x\ny"]])
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (1 << 40, "1.0 TiB"),
+        (1 << 52, "4,096.0 TiB"),
+        (-5, "-5 B"),
+    ],
+)
+def test_bytes_are_said_in_binary_units(nbytes, expected):
+    """Bytes get the largest unit that leaves at least one of it, up to TiB."""
+    assert format_nbytes(nbytes) == expected

@@ -1,0 +1,261 @@
+"""The page of a run: what is on it, what is no code on it, and what a real browser makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import daskinfer as di
+from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.diagnostics.events import Asked, ChunkDone, ChunkFailed, RunStarted
+from daskinfer.diagnostics.html_report import MAX_CHARACTERS, MAX_FAILURES
+from daskinfer.diagnostics.report import RunReport, Tally
+from daskinfer.diagnostics.timeline import MAX_SPANS
+from daskinfer.errors import SourceMissing
+from tests.support import browser
+
+SCRIPT = "<script>alert(1)</script>"
+IMAGE = '<img src=x onerror="document.title=1">'
+MATH = ["$x^$", r"$$\frac{1}{2}$$"]
+CHARTS = ("timeline", "speed", "shares", "tail", "memory")
+
+
+def made(devices: list[str], n_chunks: int, said: str = "ValueError: 3", label: str = "A100") -> RunReport:
+    """The report of chunks of 10 rows, dealt in turns: read for 0.1 s, computed for 0.8, written for 0.1; one row failed."""
+    tally = Tally()
+    asked = tuple(Asked(device, label, "", 1 / len(devices)) for device in devices)
+    tally(RunStarted("a", 0.0, f"Net {said}", ("x: (9,) float32",), ("y: (9,) float32",), (0, 10 * n_chunks), (), 8, asked))
+    for i in range(n_chunks):
+        device, at = devices[i % len(devices)], 1000.0 + i // len(devices)
+        receipt = Receipt(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)
+        receipt = receipt.timed(read_began=at, ended=at + 1, read_seconds=0.1, write_seconds=0.1, waited_seconds=0.0)
+        receipt = Receipt(**{**as_dict(receipt), "peak_nbytes": (1 + i % len(devices)) << 30})
+        failures = (Failure(10 * i + 3, 10 * i + 4, device, said),) if i == 1 else ()
+        tally(ChunkDone("a", at, receipt.start, receipt.stop, device, receipt, failures, 1))
+    return tally.report(seconds=1.0 + n_chunks // len(devices), facts={"versions": said, said: label})
+
+
+def as_dict(receipt: Receipt) -> dict[str, Any]:
+    """A receipt's fields."""
+    return {name: getattr(receipt, name) for name in receipt.__dataclass_fields__}
+
+
+class Words(HTMLParser):
+    """What of a page is text, and which elements it has."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._in_code = "", False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in_code = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_code = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._in_code else f" {data.strip()}"
+
+
+def n_charts(page: str) -> int:
+    """How many charts a page draws."""
+    return page.count('data-root-id="')
+
+
+def test_the_page_has_it_all() -> None:
+    """Verdict, sums, the table of devices, five charts, failures, facts."""
+    report = made(["cuda:0", "cpu:0"], 11)
+    words = Words(report.to_html()).text
+    assert n_charts(report.to_html()) == len(CHARTS)
+    for said in (report.verdict, report.totals, "Net ValueError: 3", "x: (9,) float32", "cuda:0", "A100", "2.0 GiB"):
+        assert said in words
+    assert re.search(
+        r"cuda:0\s+A100\s+6\s+60\s+12\s+50.0%\s+\S+\s+55\.0%\s+8\s+0\.60 s\s+0\.00 s\s+4\.80 s\s+0\.60 s", words
+    )
+    assert "cpu:0 was done 1.00 s before the last device." in words
+    assert "Attempts at a chunk that came to nothing: 0." in words
+    assert re.search(r"Rows without an answer: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
+
+
+def test_the_key_has_what_is_drawn() -> None:
+    """Where nothing was written to files, no lane and no word of the timeline's key is for that."""
+
+    def lanes(write_seconds: float) -> list[str]:
+        receipt = Receipt(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
+        receipt = receipt.timed(
+            read_began=1000.0, ended=1001.0, read_seconds=0.1, write_seconds=write_seconds, waited_seconds=0.0
+        )
+        tally = Tally()
+        tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", receipt, (), 1))
+        return re.findall(r'"label":\{"type":"value","value":"(read|compute|write)"', tally.report(seconds=1.0).to_html())
+
+    assert lanes(write_seconds=0.1) == ["read", "compute", "write"]
+    assert lanes(write_seconds=0.0) == ["read", "compute"]
+
+
+def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
+    """Retries are counted, by device and in all; failures of several rows are a range."""
+    tally = Tally()
+    tally(ChunkFailed("a", 0.0, 0, 8, "cpu:0", "OSError: 5"))
+    tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", Receipt(0, 8, "cpu:0", "", 0, 0.0, "w"), (Failure(0, 8, "cpu:0", "e"),), 2))
+    words = Words(tally.report(seconds=1.0).to_html()).text
+    assert "Attempts at a chunk that came to nothing: 1." in words
+    assert re.search(r"0 to 7\s+cpu:0\s+e", words)
+
+
+@pytest.mark.parametrize(
+    ("report", "charts"),
+    [
+        (RunReport(0, 0.0, 8, ()), ()),
+        (made(["cpu:0", "cpu:1"], 0), ("shares",)),
+        (made(["inline"], 1), ("timeline", "speed", "shares", "memory")),
+        (made([f"cuda:{i}" for i in range(16)], MAX_SPANS), ("timeline", "speed", "shares", "memory")),
+        (made([f"cuda:{i}" for i in range(100)], 150), CHARTS),
+    ],
+    ids=["empty", "nothing done", "one chunk", "4,000 spans", "100 devices"],
+)
+def test_every_report_has_a_page(report: RunReport, charts: tuple[str, ...]) -> None:
+    """A page has the charts for which there is something to show, and no more bytes than they need."""
+    page = report.to_html()
+    assert n_charts(page) == len(charts)
+    assert ("there is no timeline" in page) == ("timeline" not in charts)
+    assert len(page) < (2_500_000 if charts else 5_000)
+
+
+def test_the_page_needs_nothing_beside_itself() -> None:
+    """No element loads anything, and the page's policy forbids that."""
+    elements = Words(made(["cpu:0"], 3).to_html()).elements
+    assert not [tag for tag, given in elements if {"src", "href", "srcset", "action", "data"} & set(given)]
+    (policy,) = (given["content"] for tag, given in elements if given.get("http-equiv") == "Content-Security-Policy")
+    assert (policy or "").startswith("default-src 'none'")
+
+
+@pytest.mark.parametrize("evil", [SCRIPT, IMAGE, "</script><script>alert(1)</script>", "'\"--><svg onload=alert(1)>"])
+def test_names_and_messages_are_no_code(evil: str) -> None:
+    """Device, label, network, exception and facts are text wherever they stand, on the page and in a notebook."""
+    report = made([evil, "cpu:0"], 5, said=evil, label=evil)
+    plain = Words(made(["a", "cpu:0"], 5).to_html())
+    words = Words(report.to_html())
+    assert evil not in report.to_html() + report._repr_html_()
+    assert [tag for tag, _ in words.elements] == [tag for tag, _ in plain.elements]
+    assert words.text.count(evil) >= 6
+
+
+def test_failures_on_the_page_are_bounded() -> None:
+    """The first are shown, long messages cut, and a sentence says how many more there are."""
+    failures = tuple(Failure(i, i + 1, "cpu:0", "e" * (MAX_CHARACTERS + i)) for i in range(MAX_FAILURES + 2))
+    page = RunReport(0, 1.0, 8, (), failures=failures, failed_rows=tuple(range(MAX_FAILURES + 2))).to_html()
+    assert page.count("<td>cpu:0</td>") == MAX_FAILURES
+    assert f"<td>{'e' * MAX_CHARACTERS}</td>" in page
+    assert f"{'e' * MAX_CHARACTERS}…</td>" in page
+    assert "e" * (MAX_CHARACTERS + 1) not in page
+    assert "Not shown: 2 more;" in page
+
+
+def test_the_page_is_written_wholly(tmp_path: Path) -> None:
+    """What is returned is in the file, in place of what was there; nothing lies beside it."""
+    file = tmp_path / "out.html"
+    file.write_text("old")
+    report = made(["cpu:0"], 2, said="größer")
+    page = report.to_html(file)
+    assert file.read_text("utf-8") == page
+    assert report.to_html(str(file)).startswith("<!DOCTYPE html>")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    """A folder that is missing is said at once; a file that cannot be replaced leaves nothing beside it."""
+    report = RunReport(0, 0.0, 8, ())
+    with pytest.raises(SourceMissing, match=r"report's folder '.*gone' does not exist; a folder is needed. Create it first"):
+        report.to_html(tmp_path / "gone" / "out.html")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError, match="taken"):
+        report.to_html(tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+# --- in a browser
+
+needs_browser = pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium is installed here")
+# Elements by name, those in the shadow trees of bokeh's models included.
+_ALL = """
+((wanted) => {
+  const found = node => [...node.querySelectorAll("*")].flatMap(
+    one => [...(one.localName === wanted ? [one] : []), ...(one.shadowRoot ? found(one.shadowRoot) : [])]);
+  return found(document);
+})
+"""
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Any]:
+    """Shows a report in a real browser; the tab is closed with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def show(report: RunReport) -> browser.Tab:
+            report.to_html(tmp_path / "out.html")
+            tab = stack.enter_context(browser.opened((tmp_path / "out.html").as_uri()))
+            tab.wait_for(lambda: tab.evaluate("document.readyState === 'complete'"))
+            return tab
+
+        yield show
+
+
+def n_drawn(tab: browser.Tab) -> int:
+    """How many charts have a canvas with an area."""
+    return int(tab.evaluate(f"{_ALL}('canvas').filter(c => c.width * c.height > 1000).length"))
+
+
+@needs_browser
+def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, shown: Any) -> None:
+    """The page of a run with failures draws its charts offline, fetches nothing and complains of nothing."""
+    x = np.arange(4000, dtype=np.float32).reshape(2000, 2)
+    x[[17, 1500]] = np.nan
+    np.save("x.npy", x)
+
+    def net(rows: Any) -> Any:
+        if np.isnan(rows).any():
+            raise ValueError(f"no number {SCRIPT}")
+        return rows * 2
+
+    how = {"devices": two_cpus, "on_error": "skip", "batch_size": 50, "pad": False}
+    report = di.run(di.Model(net, version="1"), "x.npy", "y.zarr", **how)
+    tab = shown(report)
+    # Chromium draws a chart on two canvases or more.
+    tab.wait_for(lambda: n_drawn(tab) >= n_charts(report.to_html()))
+    assert n_charts(report.to_html()) >= 4
+    for said in (report.verdict, "1,998 rows", "Rows without an answer: 2.", f"no number {SCRIPT}", "network's fingerprint"):
+        assert said in tab.text
+    assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
+    assert tab.complaints == []
+
+
+@needs_browser
+def test_what_hovers_is_text(shown: Any) -> None:
+    """Under the mouse a bar says its device, rows and seconds; a name that is HTML is text there too."""
+    tab = shown(made([IMAGE], 1))
+    tab.wait_for(lambda: n_drawn(tab) >= 4)
+    left, top, width, height = tab.evaluate(
+        f"(() => {{ const r = {_ALL}('canvas')[0].getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; }})()"
+    )
+    for step in range(20):
+        place = {"x": left + 0.6 * width, "y": top + height * step / 20}
+        tab.ask("Input.dispatchMouseEvent", type="mouseMoved", **place)
+        if "0.800 s" in tab.text:
+            break
+    assert f"device : {IMAGE}" in tab.text.replace("device: ", "device : ")
+    assert "10 of 0:10" in tab.text
+    assert tab.evaluate(f"{_ALL}('img').length") == 0
+    assert tab.evaluate("document.title").startswith("daskinfer: Net")
+    assert tab.complaints == []

@@ -1,0 +1,312 @@
+"""What is shown of a run while it goes on."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from rich.console import Console
+
+import daskinfer as di
+from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.diagnostics import progress
+from daskinfer.diagnostics.events import (
+    Asked,
+    ChunkDone,
+    ChunkFailed,
+    ChunkStarted,
+    Connected,
+    DeviceChanged,
+    Event,
+    RunEnded,
+    RunStarted,
+)
+from daskinfer.diagnostics.progress import Drawn, lines, listeners
+from daskinfer.diagnostics.status import Standing, Status
+from daskinfer.diagnostics.status_text import sentence
+from daskinfer.errors import OptionError
+from tests.conftest import wait_until
+
+X = np.arange(400.0, dtype=np.float32)
+SCRIPT = """
+import time
+import numpy as np
+import daskinfer as di
+
+def slow(rows):
+    time.sleep(0.1)
+    return rows
+
+def call(**how):
+    di.predict(slow, np.ones((400, 3), np.float32), batch_size=10, **how)
+"""
+
+
+def double(rows: Any) -> Any:
+    """Twice the rows, after a while."""
+    time.sleep(0.02)
+    return 2 * rows
+
+
+def events(run: str = "a", error: str = "") -> list[Event]:
+    """A run of 100 rows, of which one failed, on two devices."""
+    devices = (Asked("cuda:0", "<L4>", "cuda", 0.8), Asked("cpu:0", "EPYC", "cpu", 0.2))
+    receipt = Receipt(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
+    return [
+        RunStarted(run, 10.0, "Net", ("x",), ("y",), (0, 100), (), 8, devices),
+        ChunkStarted(run, 11.0, 0, 50, "cuda:0"),
+        ChunkStarted(run, 11.0, 50, 100, "cpu:0"),
+        ChunkFailed(run, 11.5, 50, 100, "cpu:0", "ValueError: no"),
+        DeviceChanged(run, 11.5, "cpu:0", "gone"),
+        ChunkDone(run, 13.0, 0, 50, "cuda:0", receipt, (Failure(3, 4, "cuda:0", "ValueError: 3"),), 1),
+        RunEnded(run, 15.0, error),
+    ]
+
+
+def status(n_events: int, error: str = "") -> Status:
+    """How that run stands after so many events."""
+    standing = Standing()
+    for event in events(error=error)[:n_events]:
+        standing(event)
+    return standing.status(13.0)
+
+
+@pytest.mark.parametrize(
+    ("n_events", "said"),
+    [
+        (1, "Net: 0%, 0 of 100 rows, workers start"),
+        (3, "Net: 0%, 0 of 100 rows, 0 rows/s"),
+        (6, "Net: 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 tried again, cuda:0 25 rows/s 100%"),
+        (7, "Net: 50%, 50 of 100 rows, ended after 0:04, 12 rows/s, 1 failed, 1 tried again, no, cuda:0 12 rows/s 100%"),
+    ],
+)
+def test_a_run_in_one_line(n_events: int, said: str) -> None:
+    """A line says how far a run is, how fast, how long still, and what went wrong."""
+    assert sentence(status(n_events, error="no")) == said
+
+
+def test_nothing_computed_in_one_line() -> None:
+    """A run that ends before its first chunk says so."""
+    standing = Standing()
+    standing(events()[0])
+    standing(RunEnded("a", 11.0, "ModelError: no"))
+    assert sentence(standing.status(12.0)) == "Net: 0%, 0 of 100 rows, nothing was computed, ModelError: no"
+
+
+def test_a_terminal_has_a_line_per_device_and_one_for_all() -> None:
+    """Each device has its speed, micro-batch and shares; the total has a bar and the time that is left."""
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(progress._rendered([status(6)]))
+    said = [re.sub(r" +", " ", line).strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert said[0] == "device name rows rows/s micro-batch asked done in flight"
+    assert said[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
+    assert said[2] == "cpu:0 EPYC 0 0 20% 0% 0 gone, 1 tried again"
+    assert re.fullmatch(r"Net [━╸╺ ]+ 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 tried again", said[3])
+
+
+def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
+    """A terminal shows the page's address and a notebook a link, which only leads to pages; a run that is over neither."""
+
+    def shown(address: str, *others: Event) -> tuple[str, str]:
+        standing = Standing()
+        for event in [*events()[:3], Connected("a", 11.0, address), *others]:
+            standing(event)
+        console = Console(file=io.StringIO(), width=60, force_terminal=False)
+        console.print(progress._rendered([standing.status(13.0)]))
+        return console.file.getvalue(), progress._page(standing.status(13.0))  # type: ignore[attr-defined]
+
+    address = "http://127.0.0.1:8787/daskinfer?a&b"
+    terminal, notebook = shown(address)
+    assert f"dashboard: {address}" in terminal.splitlines()[-1]
+    assert '<a href="http://127.0.0.1:8787/daskinfer?a&amp;b" target="_blank">dashboard</a>' in notebook
+    for none in (shown(""), shown(address, events()[-1])):
+        assert "dashboard" not in "".join(none)
+    assert "<a" not in shown("javascript:alert(1)")[1]
+
+
+def test_a_notebook_has_the_same_escaped() -> None:
+    """The table of a cell has the same, and names are text."""
+    page = progress._page(status(6))
+    assert "&lt;L4&gt;" in page
+    assert "<L4>" not in page
+    assert '<progress max="1" value="0.5"' in page
+    assert "0:02 left" in page
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1.5, []])
+def test_what_progress_may_be(wrong: Any) -> None:
+    """Anything but a bool, None or a function is refused before anything starts."""
+    with pytest.raises(OptionError, match=r"progress is .*; it may be True, False, None .* Pass one of these"):
+        di.predict(double, X, devices="inline", progress=wrong)
+
+
+@pytest.mark.parametrize(("asked", "n_lines"), [(None, 0), (False, 0), (True, 1)])
+def test_without_a_terminal(capsys: pytest.CaptureFixture[str], asked: bool | None, n_lines: int) -> None:
+    """Where nobody looks on nothing is shown unless asked for, and then as lines on stderr."""
+    di.predict(double, X, devices="inline", batch_size=100, progress=asked)
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert len(found.err.splitlines()) == n_lines
+    assert not n_lines or found.err.startswith("daskinfer: double: 100%, 400 of 400 rows, done after 0:00")
+
+
+def test_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has no stderr (a service, pythonw) shows nothing and goes on."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert di.predict(double, X, devices="inline").shape == (400,)
+
+
+def test_lines_come_now_and_then() -> None:
+    """A line is written every so many seconds, and one at the end."""
+    found: list[Status] = []
+    listener = lines(found.append, every=0.01)
+    listener(events()[0])
+    wait_until(lambda: len(found) > 2)
+    for event in events()[1:]:
+        listener(event)
+    assert (found[0].ended, found[-1].ended) == (False, True)
+
+
+def test_a_view_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be drawn is warned of once."""
+
+    def fails(status: Status) -> None:
+        raise OSError("no space")
+
+    with caplog.at_level(logging.WARNING, "daskinfer"):
+        listener = lines(fails, every=0.01)
+        for event in events():
+            listener(event)
+    assert [record.getMessage() for record in caplog.records] == ["progress is shown no more: OSError: no space"]
+
+
+def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal is left alone by calls of half a second."""
+    shown: list[object] = []
+    monkeypatch.setattr(progress, "_in_notebook", lambda: False)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(progress._screen, "show", lambda *told: shown.append(told))
+    told = listeners(None)
+    for event in events():
+        told(event)
+    assert not shown
+
+
+def in_a_terminal(code: str) -> str:
+    """What a script shows in a terminal of 120 columns."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + code], stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, env=env
+    )
+    os.close(slave)
+    shown, deadline = b"", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not select.select([master], [], [], 1.0)[0]:
+            continue
+        try:
+            shown += os.read(master, 1 << 16)
+        except OSError:  # the terminal's other end is closed
+            break
+    os.close(master)
+    assert script.wait(30) == 0, shown
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+@pytest.mark.slow
+def test_a_bar_in_a_real_terminal() -> None:
+    """The bar moves while the run goes on, and ends at all rows; warnings stand above it."""
+    shown = in_a_terminal("import warnings, sys\ncall(devices='inline')")
+    shares = [int(share) for share in re.findall(r"(\d+)%, [\d,]+ of 400 rows", shown)]
+    assert len(set(shares)) > 2
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert "inline" in shown
+    assert "400 of 400 rows, done after" in shown
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_terminal() -> None:
+    """Two calls at a time stand below one another, and each has its end."""
+    shown = in_a_terminal(
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        "    for call in [pool.submit(call, devices='inline'), pool.submit(call, devices='inline')]:\n"
+        "        call.result()\n"
+    )
+    assert shown.count("400 of 400 rows, done after") >= 2
+
+
+def test_one_of_two_runs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done stays above what goes on, and the terminal is given back at the end of the last."""
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    screen = progress._Screen()
+    live = progress._live()
+    live.console = console
+    monkeypatch.setattr(progress, "_live", lambda: live)
+    screen.show("first", status(6))
+    screen.show("second", status(3))
+    screen.end("first", status(7))
+    screen.end("second", status(7))
+    assert screen._live is None
+    assert console.file.getvalue().count("done after") >= 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_table_in_a_real_notebook(tmp_path: Path) -> None:
+    """A cell has one output, which is the last of many; nothing is said on stderr."""
+    notebook = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
+        cells=[nbformat.v4.new_code_cell(SCRIPT + "call(devices='inline')")]  # type: ignore[no-untyped-call]
+    )
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    (output,) = notebook.cells[0].outputs
+    assert all("400 of 400 rows, done after" in output["data"][kind] for kind in ("text/html", "text/plain"))
+
+
+def test_a_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook's kernel a run has one output, which is drawn again."""
+    import IPython
+    from IPython import display
+
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda page, raw: shown.append(f"again {page['text/html']}"))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(display, "display", lambda page, raw, display_id: shown.append(page["text/html"]) or handle)
+    told = listeners(True)
+    told(events()[0])
+    wait_until(lambda: shown)
+    for event in events()[1:]:
+        told(event)
+    assert shown[0].startswith("<div>")
+    assert shown[-1].startswith("again <div>")
+    assert "100 rows" in shown[-1]
+
+
+def test_runs_at_a_time_have_their_own_lines() -> None:
+    """Listeners of two runs sum their own events up."""
+    found: dict[str, list[Status]] = {"a": [], "b": []}
+    told = {run: lines(found[run].append, every=60) for run in found}
+    with ThreadPoolExecutor(2) as pool:
+        for run in found:
+            pool.submit(lambda run: [told[run](event) for event in events(run)], run)
+    assert [(run, [one.run for one in seen]) for run, seen in found.items()] == [("a", ["a"]), ("b", ["b"])]
+
+
+def test_an_end_without_a_start() -> None:
+    """A listener that came too late for the start has nothing to end."""
+    Drawn(progress._screen, 1.0, 1.0)(RunEnded("a", 1.0, ""))

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from daskinfer.errors import InputError, SourceMissing
+from daskinfer.planning.inputs import Inputs
+
+X = np.arange(12, dtype="float32").reshape(4, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _zarr_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Start the thread that zarr keeps for the whole process, before a test counts threads."""
+    zarr.create_array(tmp_path_factory.mktemp("zarr") / "x", shape=(1,), dtype="f4")[:] = 1
+
+
+def read(value: Any, row_chunks: tuple[int, ...] = (3, 1)) -> np.ndarray:
+    """The rows of a single port as a worker gets them, put together again."""
+    (port,) = Inputs.of(value).cut(row_chunks)
+    assert port.chunks[0] == row_chunks
+    return np.concatenate(dask.compute(*port.to_delayed().ravel(), scheduler="synchronous"))
+
+
+def in_file(folder: Path, suffix: str) -> Path:
+    """X in a file."""
+    path = folder / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(path, X)
+    else:
+        zarr.create_array(path, shape=X.shape, dtype="f4", chunks=(2, 2))[:] = X
+    return path
+
+
+FORMS = {
+    "array": X,
+    "fortran": np.asfortranarray(X),
+    "strided": np.repeat(X, 2, axis=0)[::2],
+    "turned round": np.ascontiguousarray(X[::-1, ::-1])[::-1, ::-1],
+    "read-only": np.broadcast_to(X, (1, 4, 3))[0],
+    "big-endian": X.astype(">f4"),
+    "list": X.tolist(),
+    "list of tuples": list(map(tuple, X.tolist())),
+    "list of arrays": list(X),
+    "list of tensors": list(torch.from_numpy(X)),
+    "tensor": torch.from_numpy(X.copy()),
+    "tensor with gradient": torch.from_numpy(X.copy()).requires_grad_(),
+    "tensor on its side": torch.from_numpy(X.T.copy()).T,
+    "conjugated tensor": torch.from_numpy(X.astype("complex64")).conj(),
+    "dask": da.from_array(X, chunks=((3, 1), 3)),
+    "dask, other chunks": da.from_array(X, chunks=(2, 3)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form: str) -> None:
+    """Every form of an input gives the same rows."""
+    np.testing.assert_array_equal(read(FORMS[form]), X)
+
+
+@pytest.mark.parametrize("as_what", [str, Path])
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_paths(tmp_path: Path, suffix: str, as_what: type) -> None:
+    """A path, as text or as a Path, gives the file's rows, and the file is told of."""
+    path = in_file(tmp_path, suffix)
+    np.testing.assert_array_equal(read(as_what(path)), X)
+    assert Inputs.of(as_what(path)).paths == [str(path)]
+
+
+def test_memmap(tmp_path: Path) -> None:
+    """A memory map is taken as a plain view of it, which pickles no more than its rows."""
+    mapped = np.load(in_file(tmp_path, ".npy"), mmap_mode="r")
+    (array,) = Inputs.of(mapped).arrays
+    assert type(array) is np.ndarray
+    assert np.shares_memory(array, mapped)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        ([1.0, 2.0], "float32"),
+        ([[1.0], [2]], "float32"),
+        ([1, 2], "int64"),
+        ([True, False], "bool"),
+        ([1j], "complex64"),
+        ([], "float32"),
+        ([np.float64(1)], "float64"),
+        ([[np.ones(2)]], "float64"),
+        (np.ones(2), "float64"),
+        (torch.ones(2, dtype=torch.float16), "float16"),
+        (torch.ones(2, dtype=torch.bfloat16), "float32"),
+        (range(3), "int64"),
+    ],
+)
+def test_dtypes(value: Any, dtype: str) -> None:
+    """Python's numbers become what torch makes of them; whatever has a dtype keeps it."""
+    assert Inputs.of(value).like()[0].dtype == dtype
+
+
+def test_no_copy() -> None:
+    """An array and a tensor are used where they lie."""
+    tensor = torch.ones(3, 2, requires_grad=True)
+    assert np.shares_memory(Inputs.of(X).arrays[0], X)
+    assert np.shares_memory(Inputs.of(tensor).arrays[0], tensor.detach().numpy())
+
+
+def test_named_ports() -> None:
+    """A dict names the ports, of any number of axes."""
+    inputs = Inputs.of({"image": np.zeros((2, 3, 4, 4), "u1"), "meta": [1.0, 2.0]})
+    assert inputs.describe() == ("image: (2, 3, 4, 4) uint8", "meta: (2,) float32")
+    assert (inputs.n_rows, inputs.row_nbytes) == (2, 48 + 4)
+    assert [array.shape for array in inputs.like()] == [(0, 3, 4, 4), (0,)]
+
+
+def test_positional_ports(tmp_path: Path) -> None:
+    """A tuple is one port per entry, each in a form of its own; a dask array's chunks are everybody's."""
+    inputs = Inputs.of((X, torch.ones(4), da.ones((4, 2), chunks=((1, 3), 1)), in_file(tmp_path, ".npy"), [1, 2, 3, 4]))
+    assert inputs.ports.names == ("x[0]", "x[1]", "x[2]", "x[3]", "x[4]")
+    assert inputs.row_chunks == (1, 3)
+    assert {port.chunks[0] for port in inputs.cut((1, 3))} == {(1, 3)}
+
+
+def test_tensors() -> None:
+    """A tensor among the ports is noted, and bfloat16 ones by name."""
+    inputs = Inputs.of({"a": X, "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.ones(4)})
+    assert (inputs.tensors, inputs.bfloat16) == (True, ("b",))
+    assert not Inputs.of(X).tensors
+
+
+def test_row_chunks_free() -> None:
+    """Without a dask array the rows may be cut anywhere."""
+    assert Inputs.of(X).row_chunks is None
+
+
+@pytest.mark.parametrize(
+    ("row_chunks", "unit_rows"),
+    [((3, 3, 1), 3), ((2, 2), 2), ((4,), 4), ((1, 3), None), ((2, 1, 1), None), ((3, 1, 3), None), ((0,), None)],
+)
+def test_unit_rows_of_dask_arrays(row_chunks: tuple[int, ...], unit_rows: int | None) -> None:
+    """A dask array is computed by its chunks where all but the last are alike; others have no unit."""
+    assert Inputs.of(da.ones((sum(row_chunks), 2), chunks=(row_chunks, 2))).unit_rows == unit_rows
+
+
+def test_unit_rows_of_files(tmp_path: Path) -> None:
+    """A store is read by its chunks; arrays and ``.npy`` files can be read from anywhere."""
+    assert Inputs.of(in_file(tmp_path, ".zarr")).unit_rows == 2
+    assert Inputs.of((X, in_file(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
+
+
+def test_unit_rows_of_all_ports(tmp_path: Path) -> None:
+    """Of several ports the rows that are whole units of each."""
+    stored = in_file(tmp_path, ".zarr")
+    assert Inputs.of((X, stored, da.ones((4, 2), chunks=((3, 1), 2)))).unit_rows == 6
+    assert Inputs.of({"a": stored, "b": da.ones(4, chunks=((1, 3),))}).unit_rows == 2
+
+
+def test_no_rows() -> None:
+    """An input without rows is one."""
+    assert Inputs.of(X[:0]).n_rows == 0
+    assert Inputs.of(X[:0]).cut((0,))[0].shape == (0, 3)
+
+
+def test_axis_of_no_length() -> None:
+    """A later axis may have no length."""
+    assert Inputs.of(np.ones((4, 0))).cut((3, 1))[0].compute(scheduler="synchronous").shape == (4, 0)
+
+
+def test_file_is_read_where_needed(tmp_path: Path) -> None:
+    """A file's rows are in no graph, and are read chunk by chunk."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((1000, 100)))
+    (port,) = Inputs.of(path).cut((500, 500))
+    assert len(pickle.dumps(port)) < 10_000
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        port.compute(scheduler="synchronous")
+
+
+def masked() -> np.ndarray:
+    """An array with a hole."""
+    return np.ma.masked_less(X, 3)
+
+
+def unknown() -> da.Array:
+    """A dask array whose rows nobody has counted."""
+    x = da.from_array(X, chunks=2)
+    return x[x[:, 0] > 3]
+
+
+BAD = {
+    "no ports": (dict, "the input has no ports"),
+    "no ports by position": (tuple, "the input has no ports"),
+    "unlike lengths": (lambda: {"a": X, "b": X[:3]}, "a has 4 rows, b has 3 rows; all ports need as many"),
+    "0-d": (lambda: np.float32(1), r"x is 0-d; .* Pass x\[None\]"),
+    "a number": (lambda: 1.0, "x is 0-d"),
+    "0-d dask": (lambda: da.from_array(X, chunks=2).sum(), "x is 0-d"),
+    "0-d port": (lambda: {"a": X, "b": 1}, "b is 0-d"),
+    "nothing": (lambda: None, "x holds object; numbers are needed"),
+    "generator": (lambda: (i for i in range(3)), "x holds object; numbers are needed"),
+    "objects": (lambda: np.array([{}, {}]), "x holds object; numbers are needed"),
+    "words": (lambda: ["a", "b"], "x holds <U1; numbers are needed"),
+    "dates": (lambda: np.zeros(2, "M8[s]"), r"x holds datetime64\[s\]; numbers are needed"),
+    "records": (lambda: np.zeros(2, [("a", "f4")]), "numbers are needed"),
+    "dask of objects": (lambda: da.from_array(np.array([{}, {}]), chunks=1), "x holds object"),
+    "ragged": (lambda: [[1, 2], [3]], r"x cannot be read as an array: .*inhomogeneous"),
+    "ragged arrays": (lambda: [X, X[:2]], "x cannot be read as an array"),
+    "unknown chunks": (unknown, r"x is a dask array with unknown chunks; .* \.compute_chunk_sizes\(\)"),
+    "sparse tensor": (lambda: torch.ones(2, 2).to_sparse(), "x cannot be read as an array: .*Sparse"),
+    "tensor on no device": (lambda: torch.ones(2, device="meta"), "x cannot be read as an array"),
+    "list of tensors with gradient": (lambda: [torch.ones(2, requires_grad=True)], "x cannot be read as an array"),
+    "masked": (masked, r"x is a masked array; .* x\.filled"),
+    "list of dask arrays": (lambda: [da.ones(3), da.ones(3)], r"x is or holds a dask list; .* dask\.array\.stack"),
+    "dask value": (lambda: dask.delayed(1), "x is or holds a dask Delayed"),
+    "unknown suffix": (lambda: "x.csv", r"ends in '\.csv'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_refused(bad: str) -> None:
+    """What is no array of numbers with rows is refused, by the name of its port."""
+    make, said = BAD[bad]
+    with pytest.raises(InputError, match=said):
+        Inputs.of(make())
+
+
+def test_file_missing() -> None:
+    """A path where nothing lies is refused."""
+    with pytest.raises(SourceMissing, match=r"nowhere\.npy' does not exist"):
+        Inputs.of({"a": "nowhere.npy"})
+
+
+def test_file_of_objects(tmp_path: Path) -> None:
+    """A file of pickled objects is refused, and nothing in it is unpickled."""
+    np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(InputError, match="Python objects"):
+        Inputs.of(tmp_path / "x.npy")
+
+
+def test_dask_is_not_computed() -> None:
+    """Looking at a dask array computes nothing of it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed")
+
+    with dask.config.set(scheduler=refuse):
+        Inputs.of({"a": da.ones((4, 3), chunks=2), "b": X}).cut((2, 2))

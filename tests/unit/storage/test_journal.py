@@ -1,0 +1,77 @@
+"""The lock of an output: one run has it, whatever others do meanwhile, and where nothing is stored none is left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daskinfer.errors import OutputLocked
+from daskinfer.storage.journal import Ledger
+from daskinfer.storage.manifest import Header
+
+HEADER = Header(output="y", model="m", input={}, options={}, shape=(4,), dtype="float32", unit_rows=1, batch_size=1)
+
+
+@given(leaves=st.lists(st.booleans(), max_size=12))
+@settings(max_examples=20, deadline=None)
+def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
+    """However runs take the lock and leave with nothing stored, one at a time has it, and the last leaves nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        holder: Ledger | None = None
+        for leave in [*leaves, True]:
+            if holder is None:
+                holder = Ledger(f"{folder}/y.npy", HEADER)
+                holder.hold()
+            with Ledger(f"{folder}/y.npy", HEADER) as other, pytest.raises(OutputLocked, match="is held by another run"):
+                other.hold()
+            assert os.listdir(folder) == ["y.npy.daskinfer"]
+            if leave:
+                holder.__exit__()
+                holder = None
+                assert os.listdir(folder) == []
+
+
+def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that opens a lock just before its owner withdraws the output takes the next one, not one that is gone."""
+    first, second, third = (Ledger(str(tmp_path / "y.npy"), HEADER) for _ in range(3))
+    first.hold()
+    flock, n_calls = fcntl.flock, []
+
+    def late(descriptor: int, kind: int) -> None:
+        if not n_calls:
+            first.__exit__()
+        n_calls.append(kind)
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.hold()
+    assert len(n_calls) == 2
+    with third, pytest.raises(OutputLocked, match="is held by another run"):
+        third.hold()
+    second.__exit__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_that_is_held_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that shards have left go too, and before the one that keeps others from taking them."""
+    gone: list[str] = []
+    unlink = Path.unlink
+
+    def noting(path: Path, *, missing_ok: bool = False) -> None:
+        gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noting)
+    with Ledger(str(tmp_path / "y.npy"), HEADER) as held:
+        held.hold()
+        for name in ("lock-1-of-2", "lock-2-of-2", "creating"):
+            (held.folder / name).touch()
+    assert gone[-1] == "lock"
+    assert len(gone) == 4
+    assert list(tmp_path.iterdir()) == []

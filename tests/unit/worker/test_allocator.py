@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from daskinfer.worker.allocator import keep_freed_memory
+
+# Page faults of a block of 64 MiB that another one like it was freed before, in a process as Dask's nanny starts it.
+FAULTS = """
+import ctypes, resource
+from daskinfer.worker.allocator import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+dear = faults()
+done = keep_freed_memory()
+faults()
+print(done, dear, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_freed_memory_is_found_again() -> None:
+    """Under Dask's nanny a large block costs page faults each time; with these settings the second one costs hardly any."""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
+    answer = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    done, dear, cheap = answer.stdout.split()
+    assert done == "True"
+    assert int(cheap) < int(dear) / 10
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
+def test_other_systems(error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the allocator is not glibc's nothing is done, and one DEBUG line says so."""
+
+    def without_mallopt(_: object) -> Any:
+        raise error("no mallopt")
+
+    monkeypatch.setattr(ctypes, "CDLL", without_mallopt)
+    with caplog.at_level(logging.DEBUG, "daskinfer.worker.allocator"):
+        assert not keep_freed_memory()
+    assert [record.message for record in caplog.records] == [
+        "this system's allocator has no mallopt; freed memory may be costly to get again"
+    ]

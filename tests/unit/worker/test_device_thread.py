@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from daskinfer.worker import device_thread
+from daskinfer.worker.device_thread import DeviceThread
+from tests.conftest import wait_until
+
+NEVER = float("inf")  # a task that is not there yet: nobody waited for it
+ALWAYS = 0.0  # a task that was there before the clock began
+
+
+@pytest.fixture
+def thread() -> Iterator[DeviceThread]:
+    """A device thread, ended with the test."""
+    made = DeviceThread()
+    yield made
+    made.close()
+
+
+class Busy:
+    """A device thread that is held up until ``go``, and things to run that come one after the other meanwhile."""
+
+    def __init__(self, thread: DeviceThread, pool: ThreadPoolExecutor) -> None:
+        self.thread, self.pool, self.go = thread, pool, threading.Event()
+        begun = threading.Event()
+        self.first = pool.submit(thread.run, lambda: (begun.set(), self.go.wait(30), time.perf_counter())[-1], NEVER)
+        assert begun.wait(30)
+        self.n_waiting = 0
+
+    def add(self, compute: Callable[[], Any], there_since: float = NEVER) -> Future[tuple[Any, float]]:
+        """Something more to run, which is in the line when this returns."""
+        future = self.pool.submit(self.thread.run, compute, there_since)
+        self.n_waiting += 1
+        wait_until(lambda: self.thread._executor._work_queue.qsize() == self.n_waiting)
+        return future
+
+
+@pytest.fixture
+def busy(thread: DeviceThread) -> Iterator[Busy]:
+    """A device thread that has something to do."""
+    with ThreadPoolExecutor(8) as pool:
+        made = Busy(thread, pool)
+        yield made
+        made.go.set()
+
+
+def test_gives_what_was_computed(thread: DeviceThread) -> None:
+    """The caller gets the value, computed in the device's own thread, the same one each time."""
+    names = {thread.run(lambda: threading.current_thread().name, NEVER)[0] for _ in range(3)}
+    assert len(names) == 1
+    assert next(iter(names)).startswith("daskinfer-device")
+
+
+def test_the_thread_starts_when_it_is_needed() -> None:
+    """A device thread that never has anything to run is no thread."""
+    before = threading.active_count()
+    DeviceThread()
+    assert threading.active_count() == before
+
+
+def test_one_at_a_time(busy: Busy) -> None:
+    """Nothing begins before what is computed has ended."""
+    computing: list[int] = []
+    most: list[int] = []
+
+    def compute() -> None:
+        computing.append(1)
+        most.append(len(computing))
+        computing.pop()
+
+    waiting = [busy.add(compute) for _ in range(5)]
+    assert not most
+    busy.go.set()
+    assert [future.result()[0] for future in waiting] == [None] * 5
+    assert most == [1] * 5
+
+
+def test_first_come_first_served(busy: Busy) -> None:
+    """What came first is computed first."""
+    order: list[int] = []
+    waiting = [busy.add(lambda i=i: order.append(i)) for i in range(6)]
+    busy.go.set()
+    for future in waiting:
+        future.result()
+    assert order == list(range(6))
+
+
+def test_errors_come_back(thread: DeviceThread) -> None:
+    """What fails raises where it was asked for, and the next thing runs all the same."""
+    with pytest.raises(ZeroDivisionError, match="division"):
+        thread.run(lambda: 1 / 0, NEVER)
+    assert thread.run(lambda: "well", NEVER)[0] == "well"
+
+
+def test_a_device_that_stood_still_has_waited(thread: DeviceThread) -> None:
+    """Time in which a task was there and nothing was computed counts."""
+    thread.run(int, NEVER)
+    assert thread.run(int, ALWAYS)[1] > 0
+
+
+def test_nobody_waited_for_a_task_that_was_not_there(thread: DeviceThread) -> None:
+    """Time before a task came to the worker does not count."""
+    assert thread.run(int, NEVER)[1] == 0
+
+
+def test_a_device_that_computed_has_not_waited(busy: Busy) -> None:
+    """Time in which another task was computed does not count, a failed one included."""
+    failing = busy.add(lambda: 1 / 0)
+    second = busy.add(time.perf_counter, there_since=ALWAYS)
+    busy.go.set()
+    (ended, _), (began, waited) = busy.first.result(), second.result()
+    assert isinstance(failing.exception(), ZeroDivisionError)
+    assert 0 <= waited <= began - ended
+
+
+def test_each_worker_has_its_own() -> None:
+    """Workers in one process have one thread each, and keep it."""
+    first, second = device_thread.of_worker("tcp://a"), device_thread.of_worker("tcp://b")
+    try:
+        assert first is not second
+        assert device_thread.of_worker("tcp://a") is first
+    finally:
+        device_thread.close("tcp://a")
+        device_thread.close("tcp://b")
+
+
+def test_close_lets_the_worker_have_a_new_one() -> None:
+    """After its end a worker that asks again has a thread again; closing a worker without one does nothing."""
+    first = device_thread.of_worker("tcp://a")
+    name = first.run(threading.current_thread, NEVER)[0]
+    device_thread.close("tcp://a")
+    device_thread.close("tcp://a")
+    wait_until(lambda: not name.is_alive())
+    assert device_thread.of_worker("tcp://a").run(int, NEVER)[0] == 0
+    device_thread.close("tcp://a")
+
+
+def test_close_lets_what_waits_be_done(busy: Busy) -> None:
+    """What is in the line when a device thread is closed is computed."""
+    waiting = busy.add(lambda: "done")
+    busy.thread.close()
+    busy.go.set()
+    assert waiting.result()[0] == "done"
