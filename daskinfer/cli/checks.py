@@ -354,7 +354,7 @@ class ChildError(Exception):
     """A process that looked at something did not answer."""
 
 
-def in_child(function: str, *arguments: Any, room: str = "checkup", environment: dict[str, str] | None = None) -> Any:
+def in_child(function: str, *arguments: Any, room: str = "cli.checks", environment: dict[str, str] | None = None) -> Any:
     """What a function of ours answers in a process of its own.
 
     Raises

@@ -90,7 +90,7 @@ def within(what: str, look: Callable[[], list[Finding]], seconds: float | None =
 def _own_trial() -> list[Finding]:
     """A small run in a process of its own."""
     try:
-        told = in_child("trial", room="doctor")
+        told = in_child("trial", room="cli.doctor")
     except ChildError as error:
         return [
             Finding(

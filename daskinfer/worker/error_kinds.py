@@ -13,7 +13,7 @@ from daskinfer.errors import ChunkError, ModelError, OptionError
 
 # torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED", "MemoryError: ")
-_HERE = f"{Path(__file__).parent}{os.sep}"
+_HERE = f"{Path(__file__).parents[1]}{os.sep}"
 # Of CUDA's errors those after which its documentation has the process end (cudaError_t).
 _STICKY = (
     *("illegal memory access", "illegal instruction", "invalid program counter", "misaligned address", "device-side assert"),

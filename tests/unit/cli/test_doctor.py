@@ -23,7 +23,8 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
-from daskinfer.cli import checks, doctor, main
+from daskinfer.cli import checks, doctor
+from daskinfer.cli.main import main
 from daskinfer.cli.checks import OK, UNKNOWN, WARNING, WRONG, ChildError, Finding
 from daskinfer.errors import ClusterError, PlanError
 from daskinfer.hardware.discovery import Device, Machine
@@ -87,8 +88,8 @@ def test_a_machine_without_loopback() -> None:
 def test_a_machine_with_tiny_shared_memory() -> None:
     """A /dev/shm of 64 KiB, as in a container, is no trouble: rows lie elsewhere; a run works."""
     code = (
-        "from daskinfer import checkup, doctor\n"
-        "found = [*checkup.shared_memory(), *doctor._own_trial()]\n"
+        "from daskinfer.cli import checks, doctor\n"
+        "found = [*checks.shared_memory(), *doctor._own_trial()]\n"
         "print(*found, doctor.is_well(found), sep='\\n')"
     )
     script = f'mount -t tmpfs -o size=64k t /dev/shm && exec "{sys.executable}" -c "$0"'
