@@ -18,7 +18,7 @@ from importlib import import_module
 from daskinfer.errors import DaskInferError
 
 logger = logging.getLogger("daskinfer")
-progress_logger = logging.getLogger("daskinfer.diagnostics.progress")
+progress_logger = logging.getLogger("daskinfer.progress")
 
 _OTHERS = ("bokeh", "distributed", "tornado")  # whose loggers have handlers of their own once Dask is imported
 

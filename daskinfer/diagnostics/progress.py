@@ -31,7 +31,7 @@ from daskinfer.diagnostics.status import Standing, Status
 from daskinfer.diagnostics.status_text import HEADERS, cells, sentence, words
 from daskinfer.errors import OptionError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("daskinfer.progress")  # a name that users set levels by, wherever the module is
 
 Progress = bool | Callable[[Event], Any] | None
 

@@ -336,7 +336,7 @@ def test_stderr_as_json(folder: Path) -> None:
     (*_, line) = map(json.loads, done.stderr.splitlines())
     assert (done.returncode, line["logger"], line["level"], line["n_rows"]) == (
         0,
-        "daskinfer.diagnostics.progress",
+        "daskinfer.progress",
         "INFO",
         100,
     )
@@ -403,7 +403,7 @@ def test_a_bar_in_a_terminal(folder: Path) -> None:
     assert "100 rows in" in out
     assert "100 of 100 rows" in shown
     assert "\x1b[" in shown
-    assert "daskinfer.diagnostics.progress" not in shown
+    assert "daskinfer.progress" not in shown
 
 
 def _read_all(terminal: int) -> str:
