@@ -9,30 +9,30 @@ from typing import Any, Unpack
 
 from distributed import Client
 
-from daskinfer.core.scratch import remove_ownerless_scratch
-from daskinfer.diagnostics.progress import Progress, listeners
+from daskinfer.core.scratch import remove_stale_scratch
+from daskinfer.diagnostics.progress import Progress, make_event_bus
 from daskinfer.diagnostics.report import RunReport
-from daskinfer.execution.results import Finished
-from daskinfer.execution.run import Run, speeds
-from daskinfer.execution.sinks import compute, nothing_to_do
+from daskinfer.execution.results import ChunkResult
+from daskinfer.execution.run import Run, measure_throughput
+from daskinfer.execution.sinks import build_complete_report, compute_chunks
 from daskinfer.options import OptionFields, Options
-from daskinfer.planning.build_job import Path, Weights, Work, assemble, assemble_run
+from daskinfer.planning.build_job import DeviceWeights, PreparedJob, StrPath, build_job, build_storage_job
 from daskinfer.planning.plan import Plan
-from daskinfer.planning.resume import n_missing, notes
-from daskinfer.storage.outputs import opened
+from daskinfer.planning.resume import count_missing_rows, resume_notes
+from daskinfer.storage.outputs import open_outputs
 
 
 def run(
     model: Any,
     source: Any,
-    target: Path | Mapping[str, Path],
+    target: StrPath | Mapping[str, StrPath],
     *,
     devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
+    device_weights: DeviceWeights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
     progress: Progress = None,
-    fresh: bool = False,
+    overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     options: Options | None = None,
     **fields: Unpack[OptionFields],
@@ -52,7 +52,7 @@ def run(
     target
         The path of the answer, ``.npy`` or ``.zarr``; a mapping from output name to path where the network has several. It
         appears under its name once it is complete. What lies there already has to be of the same call.
-    fresh
+    overwrite
         True: what lies there already is removed first. False: it is continued, or refused.
     shard
         (i, n): compute part i of n, counted from 1, as one of n calls that write one output; whichever ends last completes
@@ -79,7 +79,7 @@ def run(
     10
     """
     assembled = partial(
-        assemble_run,
+        build_storage_job,
         model,
         source,
         target,
@@ -87,43 +87,45 @@ def run(
         device_weights=device_weights,
         batch_size=batch_size,
         client=client,
-        fresh=fresh,
+        overwrite=overwrite,
         shard=shard,
         options=options,
         fields=fields,
     )
-    return _complete(assembled, progress, fresh=fresh)
+    return _complete_outputs(assembled, progress, overwrite=overwrite)
 
 
-def _complete(assembled: Callable[..., Work], progress: Progress, *, fresh: bool) -> RunReport:
+def _complete_outputs(make_job: Callable[..., PreparedJob], progress: Progress, *, overwrite: bool) -> RunReport:
     """Compute what is missing of a run's outputs, and mark them complete."""
-    work = assembled()
-    assert work.wanted is not None  # a run's
-    remove_ownerless_scratch()  # perhaps of the run that is repeated; workers may not be needed any more
-    with opened(work.wanted, fresh=fresh) as outputs:
-        if outputs.header.sizes != work.wanted.headers[0].sizes:
-            work = assembled(fresh=False)  # another shard was the first, and chose the micro-batch and the write-units
-        done = outputs.done, outputs.n_failed, outputs.rows
-        call = Run(work.call(outputs.targets, *done), listeners(progress))
+    work = make_job()
+    assert work.output_request is not None  # a run's
+    remove_stale_scratch()  # perhaps of the run that is repeated; workers may not be needed any more
+    with open_outputs(work.output_request, overwrite=overwrite) as outputs:
+        if outputs.header.inherited_config != work.output_request.headers[0].inherited_config:
+            work = make_job(overwrite=False)  # another shard was the first, and chose the micro-batch and the write-units
+        done = outputs.done, outputs.n_failed, outputs.row_range
+        call = Run(work.make_job(outputs.targets, *done), make_event_bus(progress))
 
-        def keep(finished: Finished) -> None:
-            outputs.keep(finished, call.micro_batches)
+        def keep(finished: ChunkResult) -> None:
+            outputs.commit(finished, call.batch_config)
 
-        report = compute(work, keep, call, outputs.rows) if outputs.missing else nothing_to_do(work)
+        report = (
+            compute_chunks(work, keep, call, outputs.row_range) if outputs.has_missing_rows else build_complete_report(work)
+        )
         outputs.finish()
-    return replace(report, rows_before=outputs.n_before, **outputs.without_answer)
+    return replace(report, rows_before=outputs.n_rows_before, **outputs.failure_fields)
 
 
 def plan(
     model: Any,
     x: Any,
     *,
-    target: Path | Mapping[str, Path] | None = None,
+    target: StrPath | Mapping[str, StrPath] | None = None,
     probe: bool = False,
-    fresh: bool = False,
+    overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
+    device_weights: DeviceWeights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
     options: Options | None = None,
@@ -141,7 +143,7 @@ def plan(
     probe
         True: run the network on the first rows on every device, for rows/s and the time to expect; starts workers where
         there are none. False: nothing starts; speeds show where an earlier call of this process measured them.
-    fresh, shard
+    overwrite, shard
         As for :func:`run`; without a target of no effect.
 
     Returns
@@ -169,13 +171,15 @@ def plan(
         "options": options,
         "fields": fields,
     }
-    how = partial(assemble, model, x)
+    how = partial(build_job, model, x)
     if target is not None:
-        how = partial(assemble_run, model, x, target, fresh=fresh, shard=shard)
+        how = partial(build_storage_job, model, x, target, overwrite=overwrite, shard=shard)
     work = how(**arguments)
-    if probe and (n_missing(work.wanted, fresh=fresh) if work.wanted else work.layout.n_rows):
-        speeds(work.call())
+    if probe and (
+        count_missing_rows(work.output_request, overwrite=overwrite) if work.output_request else work.layout.n_rows
+    ):
+        measure_throughput(work.make_job())
         work = how(**arguments)  # with the weights that were measured
-    found = work.plan()
-    said = notes(work.wanted, found, fresh=fresh) if work.wanted else ()
+    found = work.make_plan()
+    said = resume_notes(work.output_request, found, overwrite=overwrite) if work.output_request else ()
     return replace(found, notes=(*found.notes, *said))

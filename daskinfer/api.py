@@ -9,28 +9,28 @@ from distributed import Client
 
 from daskinfer import lazy
 from daskinfer.cluster import process_cluster
-from daskinfer.diagnostics.progress import Progress, listeners
-from daskinfer.errors import OptionError, Refusals
-from daskinfer.execution.ordering import InOrder
+from daskinfer.diagnostics.progress import Progress, make_event_bus
+from daskinfer.errors import ErrorCollector, OptionError
+from daskinfer.execution.ordering import ReorderBuffer
 from daskinfer.execution.run import Run
-from daskinfer.execution.sinks import answered, streamed, warn_of_rows
-from daskinfer.hardware.device_spec import DeviceTable, here
-from daskinfer.hardware.discovery import machine
+from daskinfer.execution.sinks import collect_output, stream_output, warn_of_failed_rows
+from daskinfer.hardware.device_spec import DeviceTable, find_local_devices
+from daskinfer.hardware.discovery import inspect_machine
 from daskinfer.models.model import as_model
-from daskinfer.options import OptionFields, Options, merge_options, trusts
+from daskinfer.options import OptionFields, Options, is_trusted, merge_options
 from daskinfer.planning.build_job import (
-    Weights,
-    assemble,
-    even_chunks,
-    find_promise,
+    DeviceWeights,
+    build_job,
+    get_output_spec,
     keep_bfloat16,
+    make_even_chunks,
 )
 from daskinfer.planning.inputs import Inputs
-from daskinfer.scheduling.batching import auto_batch_size, check_batch_size
-from daskinfer.worker.model_runner import Job
+from daskinfer.scheduling.batching import check_batch_size, choose_batch_size
+from daskinfer.worker.model_runner import ModelRunConfig
 
 # Options that are followed while daskinfer computes.
-_DRIVEN = ("on_error", "fill_value", "max_failed_rows", "readers", "retries", "chunk_timeout", "restart_workers")
+_EXECUTION_OPTIONS = ("on_error", "fill_value", "max_failed_rows", "prefetch", "retries", "chunk_timeout", "restart_workers")
 
 
 def predict(
@@ -38,7 +38,7 @@ def predict(
     x: Any,
     *,
     devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
+    device_weights: DeviceWeights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
     progress: Progress = None,
@@ -67,7 +67,7 @@ def predict(
         enough to do measures which one pays on each kind of device.
     client
         A Dask client, whose workers are then the devices. None: the current client if there is one and ``devices`` is
-        "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close`).
+        "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close_device_thread`).
     progress
         What is shown while it runs: None: a bar where a person looks on (a terminal, a notebook); True: always, without a
         terminal as a line every few seconds; False: nothing; a function: it is called with each event (``events``).
@@ -97,7 +97,7 @@ def predict(
     True
     >>> di.close()
     """
-    work = assemble(
+    work = build_job(
         model,
         x,
         devices=devices,
@@ -107,10 +107,10 @@ def predict(
         options=options,
         fields=fields,
     )
-    answer, report = answered(work, Run(work.call(), listeners(progress)))
+    answer, report = collect_output(work, Run(work.make_job(), make_event_bus(progress)))
     if return_report:
         return answer, report
-    warn_of_rows(report.failed_rows)
+    warn_of_failed_rows(report.failed_rows)
     return answer
 
 
@@ -119,7 +119,7 @@ def stream(
     x: Any,
     *,
     devices: str | Sequence[str] = "auto",
-    device_weights: Weights = "auto",
+    device_weights: DeviceWeights = "auto",
     batch_size: int | str = "auto",
     client: Client | None = None,
     progress: Progress = None,
@@ -153,7 +153,7 @@ def stream(
     >>> sum(len(block) for block in di.stream(np.sqrt, np.arange(1000.0), devices="inline"))
     1000
     """
-    work = assemble(
+    work = build_job(
         model,
         x,
         devices=devices,
@@ -163,9 +163,9 @@ def stream(
         options=options,
         fields=fields,
     )
-    call = work.call()
-    order = InOrder(call.ahead_rows)
-    return streamed(work, Run(call, listeners(progress), order.before), order)
+    call = work.make_job()
+    order = ReorderBuffer(call.max_rows_ahead)
+    return stream_output(work, Run(call, make_event_bus(progress), order.get_row_limit), order)
 
 
 def map_blocks(
@@ -211,31 +211,33 @@ def map_blocks(
     >>> lazy.mean(axis=0).compute().shape
     (2,)
     """
-    refusals = Refusals()
+    refusals = ErrorCollector()
     with refusals.collect():
-        inputs = Inputs.of(x)
-        inputs.check_sizes(machine().memory_nbytes)
+        inputs = Inputs.from_value(x)
+        inputs.check_sizes(inspect_machine().memory_nbytes)
     with refusals.collect():
         given = merge_options(options, fields)
     with refusals.collect():
         asked = check_batch_size(batch_size)
     with refusals.collect():
-        recipe = as_model(model, trust=trusts(options, fields)).recipe()
+        recipe = as_model(model, trust=is_trusted(options, fields)).make_loader()
     refusals.raise_if_any()
-    _refuse_driven(given)
+    _refuse_execution_options(given)
     given = keep_bfloat16(given, inputs)
-    promise = find_promise(recipe, inputs, given)
-    size = asked or auto_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
-    row_chunks = inputs.row_chunks or even_chunks(inputs, promise.row_nbytes, size)
-    blocks = lazy.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, size, given, promise.outputs))
-    return lazy.outputs(blocks, promise.structure, promise.outputs)
+    promise = get_output_spec(recipe, inputs, given)
+    size = asked or choose_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
+    row_chunks = inputs.row_chunks or make_even_chunks(inputs, promise.row_nbytes, size)
+    blocks = lazy.build_blocks(
+        inputs.make_dask_arrays(row_chunks), recipe, ModelRunConfig(inputs.ports, size, given, promise.outputs)
+    )
+    return lazy.build_outputs(blocks, promise.structure, promise.outputs)
 
 
-def _refuse_driven(given: Options) -> None:
+def _refuse_execution_options(options: Options) -> None:
     """Refuse what would have no effect: options that are followed while daskinfer computes, where Dask does."""
     usual = Options()
-    for name in _DRIVEN:
-        if (asked := getattr(given, name)) != getattr(usual, name):
+    for name in _EXECUTION_OPTIONS:
+        if (asked := getattr(options, name)) != getattr(usual, name):
             raise OptionError(
                 f"{name}={asked!r} was given to map_blocks, whose chunks Dask computes, without a report; it may be "
                 f"{getattr(usual, name)!r}. Leave it out, or use predict, stream or run."
@@ -256,7 +258,7 @@ def devices() -> DeviceTable:
     >>> di.devices()[-1].name
     'cpu:0'
     """
-    return here()
+    return find_local_devices()
 
 
 def close() -> None:
@@ -269,4 +271,4 @@ def close() -> None:
     >>> import daskinfer as di
     >>> di.close()
     """
-    process_cluster.kept.close()
+    process_cluster.default_cluster.close()

@@ -175,7 +175,7 @@ class MissingExtra(DaskInferError, ImportError):
     """An optional package that is not installed; the message names the extra to install."""
 
 
-class Refusals:
+class ErrorCollector:
     """Collects errors raised on purpose, so that a user hears of all of them in one go."""
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The lazy array that ``map_blocks`` gives: plain Dask, which computes chunks by the same ``task.compute`` as the driver.
 
-Per chunk there is one private block, a :class:`Block` with every output and the receipt; each public output picks its own
+Per chunk there is one private block, a :class:`ComputedChunk` with every output and the receipt; each public output picks its own
 part of it. Dask fuses reading, block and pick into one task where one output is asked for, and where several are computed
 together they share the block, so the network runs once.
 
@@ -19,23 +19,23 @@ import numpy as np
 from dask.layers import ArraySliceDep
 
 from daskinfer.core.arrays import Array
-from daskinfer.core.pytree import Structure
-from daskinfer.models.model import PackedModel, Recipe
-from daskinfer.worker.current_device import seat
-from daskinfer.worker.model_runner import Job
-from daskinfer.worker.task import Block, compute, travelling
+from daskinfer.core.pytree import PyTreeSpec
+from daskinfer.models.model import InMemoryLoader, ModelLoader
+from daskinfer.worker.current_device import current_device
+from daskinfer.worker.model_runner import ModelRunConfig
+from daskinfer.worker.task import ComputedChunk, compute_chunk, make_portable
 
 
-def block(*args: Any, recipe: Recipe, job: Job) -> Block:
+def compute_block(*args: Any, loader: ModelLoader, run_config: ModelRunConfig) -> ComputedChunk:
     """Compute one chunk here.
 
     ``args`` are the rows of each port, (n, ...), and the slice of the whole input that they are, as a 1-tuple.
     """
     *rows, (where,) = args
-    return compute(rows, where.start, where.stop, recipe, job, seat())
+    return compute_chunk(rows, where.start, where.stop, loader, run_config, current_device())
 
 
-def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
+def build_blocks(ports: Sequence[da.Array], loader: ModelLoader, run_config: ModelRunConfig) -> da.Array:
     """The private array of blocks: 1-d, dtype object, one element per chunk of the ports' first axis.
 
     Parameters
@@ -48,28 +48,28 @@ def build(ports: Sequence[da.Array], recipe: Recipe, job: Job) -> da.Array:
     """
     row_chunks = ports[0].chunks[0]
     # Ports of unlike ndim would be aligned by their last axes: as one element per chunk they are all alike.
-    packed = [_one_per_chunk(port) for port in ports]
+    packed = [_pack_chunks(port) for port in ports]
     return da.map_blocks(
-        block,
+        compute_block,
         *packed,
         ArraySliceDep((row_chunks,)),
-        recipe=_as_node(recipe),
-        job=travelling(job),
+        loader=_make_model_node(loader),
+        run_config=make_portable(run_config),
         dtype=object,
         meta=np.empty(0, dtype=object),
         token="infer",
     )
 
 
-def outputs(blocks: da.Array, structure: Structure, like: Sequence[Array]) -> Any:
+def build_outputs(blocks: da.Array, structure: PyTreeSpec, like: Sequence[Array]) -> Any:
     """The public arrays, each (n, *shape) with the shape and dtype of its ``like``, in the network's structure."""
-    return structure.rebuild([_output(blocks, i, output) for i, output in enumerate(like)])
+    return structure.rebuild([_build_output(blocks, i, output) for i, output in enumerate(like)])
 
 
-def _output(blocks: da.Array, i: int, like: Array) -> da.Array:
+def _build_output(blocks: da.Array, i: int, like: Array) -> da.Array:
     later = like.shape[1:]
     return da.map_blocks(
-        _pick,
+        _select_output,
         blocks,
         i,
         chunks=(blocks.chunks[0], *((size,) for size in later)),
@@ -80,25 +80,25 @@ def _output(blocks: da.Array, i: int, like: Array) -> da.Array:
     )
 
 
-def _pick(computed: Block, i: int) -> Array:
+def _select_output(computed: ComputedChunk, i: int) -> Array:
     return computed.arrays[i]
 
 
-def _one_per_chunk(port: da.Array) -> da.Array:
+def _pack_chunks(port: da.Array) -> da.Array:
     if port.ndim == 1:
         return port
     whole = port.rechunk(dict.fromkeys(range(1, port.ndim), -1))
     return da.map_blocks(
-        _whole, whole, drop_axis=list(range(1, port.ndim)), dtype=object, meta=np.empty(0, dtype=object), token="rows"
+        _return_rows, whole, drop_axis=list(range(1, port.ndim)), dtype=object, meta=np.empty(0, dtype=object), token="rows"
     )
 
 
-def _whole(rows: Array) -> Array:
+def _return_rows(rows: Array) -> Array:
     return rows
 
 
-def _as_node(recipe: Recipe) -> Any:
-    if not isinstance(recipe, PackedModel):
-        return recipe
+def _make_model_node(loader: ModelLoader) -> Any:
+    if not isinstance(loader, InMemoryLoader):
+        return loader
     make: Callable[..., Any] = dask.delayed
-    return make(recipe, name=f"model-{recipe.key}", traverse=False)
+    return make(loader, name=f"model-{loader.key}", traverse=False)

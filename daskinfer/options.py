@@ -10,15 +10,31 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypedDict
 
-from daskinfer.core.env import MAX_READERS
+from daskinfer.core.env import MAX_PREFETCH
 from daskinfer.errors import OptionError, UnknownKeyword
 
 _AUTOCAST = ("bf16", "fp16")
 _MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 _ON_ERROR = ("raise", "skip")
 # What the functions that users call take beside these options.
-_KEYWORDS = ("devices", "device_weights", "batch_size", "client", "progress", "return_report", "fresh", "shard", "probe")
-_N_WORKERS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")  # what other tools call the number of processes
+_OTHER_KEYWORDS = (
+    "devices",
+    "device_weights",
+    "batch_size",
+    "client",
+    "progress",
+    "return_report",
+    "overwrite",
+    "shard",
+    "probe",
+)
+_WORKER_COUNT_KEYWORDS = (
+    "n_jobs",
+    "n_workers",
+    "nworkers",
+    "num_workers",
+    "workers",
+)  # what other tools call the number of processes
 
 
 class OptionFields(TypedDict, total=False):
@@ -31,7 +47,7 @@ class OptionFields(TypedDict, total=False):
     output: Any
     pad: bool
     memory_format: str
-    readers: int
+    prefetch: int
     on_error: str
     fill_value: float | None
     max_failed_rows: int | str | None
@@ -70,7 +86,7 @@ class Options:
         How the values of images (n, channels, height, width) and volumes lie in memory when an ``nn.Module`` gets them, in
         torch's terms. "auto": "contiguous", or "channels_last" where that is measured to be faster, with answers that
         agree; only measured where the micro-batch is. Answers of the two differ in the last bits.
-    readers
+    prefetch
         How many chunks are read ahead for each device while it computes, 1 to 6; more where storage is slow.
     on_error
         "raise": rows that fail end the call. "skip": they are found by halving, filled with ``fill_value``, and listed in
@@ -111,7 +127,7 @@ class Options:
     output: Any = None
     pad: bool = True
     memory_format: str = "auto"
-    readers: int = 1
+    prefetch: int = 1
     on_error: str = "raise"
     fill_value: float | None = None
     max_failed_rows: int | str | None = None
@@ -130,18 +146,20 @@ class Options:
                 raise OptionError(
                     f"{name} is a {type(given).__name__}; it may be a function of arrays or None. Pass a function."
                 )
-        object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
+        object.__setattr__(self, "dtype", _validate_dtype(self.dtype))
         if not isinstance(self.pad, bool):
             raise OptionError(f"pad is {self.pad!r}; it may be True or False. Pass one of these.")
         if not (isinstance(self.memory_format, str) and self.memory_format in _MEMORY_FORMATS):
             allowed = "'auto', 'contiguous' or 'channels_last'"
             raise OptionError(f"memory_format is {self.memory_format!r}; it may be {allowed}. Pass one of these.")
-        if type(self.readers) is not int or not 1 <= self.readers <= MAX_READERS:
-            raise OptionError(f"readers is {self.readers!r}; it may be a number from 1 to {MAX_READERS}. Pass one of these.")
+        if type(self.prefetch) is not int or not 1 <= self.prefetch <= MAX_PREFETCH:
+            raise OptionError(
+                f"prefetch is {self.prefetch!r}; it may be a number from 1 to {MAX_PREFETCH}. Pass one of these."
+            )
 
-        self._check_faults()
+        self._check_failure_options()
 
-    def _check_faults(self) -> None:
+    def _check_failure_options(self) -> None:
         if not (isinstance(self.on_error, str) and self.on_error in _ON_ERROR):
             raise OptionError(f"on_error is {self.on_error!r}; it may be 'raise' or 'skip'. Pass one of these.")
         for name in ("nan_is_failure", "restart_workers", "trust"):
@@ -155,14 +173,14 @@ class Options:
             )
         if self.fill_value is not None and not _is_number(self.fill_value):
             raise OptionError(f"fill_value is {self.fill_value!r}; it may be a number or None. Pass one of these.")
-        self.failures_allowed(0)
+        self.compute_max_failed_rows(0)
 
-    def failures_allowed(self, n_rows: int) -> float:
+    def compute_max_failed_rows(self, n_rows: int) -> float:
         """How many of so many rows may fail.
 
         Examples
         --------
-        >>> Options(max_failed_rows="1%").failures_allowed(250), Options().failures_allowed(250)
+        >>> Options(max_failed_rows="1%").compute_max_failed_rows(250), Options().compute_max_failed_rows(250)
         (2, inf)
         """
         asked = self.max_failed_rows
@@ -177,7 +195,7 @@ class Options:
             )
         return int(n_rows * Fraction(share) / 100)
 
-    def cast(self, port: str) -> str | None:
+    def get_cast_dtype(self, port: str) -> str | None:
         """The name of the dtype that ``port`` is cast to, None where it stays as it is."""
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(port)
@@ -194,18 +212,18 @@ def merge_options(options: Options | None, fields: OptionFields) -> Options:
     """
     known = [one.name for one in dataclasses.fields(Options)]
     if unknown := sorted(fields.keys() - known):
-        alike = difflib.get_close_matches(unknown[0], [*known, *_KEYWORDS], 1)
+        alike = difflib.get_close_matches(unknown[0], [*known, *_OTHER_KEYWORDS], 1)
         cure = f"Did you mean {alike[0]!r}?" if alike else "Leave it out."
-        if unknown[0] in _KEYWORDS:
+        if unknown[0] in _OTHER_KEYWORDS:
             cure = "Another function takes it: leave it out."
-        if unknown[0] in _N_WORKERS:
+        if unknown[0] in _WORKER_COUNT_KEYWORDS:
             cure = "The devices say how many workers there are: devices='cpu*2', for example."
         allowed = f"allowed are those in the function's signature and {', '.join(known)}"
         raise UnknownKeyword(f"the keyword {unknown[0]!r} was given; {allowed}. {cure}")
     return replace(options or Options(), **fields)
 
 
-def trusts(options: Options | None, fields: OptionFields) -> bool:
+def is_trusted(options: Options | None, fields: OptionFields) -> bool:
     """Whether the caller trusts the network's file, also where another option cannot be."""
     return bool(fields.get("trust", options is not None and options.trust))
 
@@ -214,7 +232,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _checked_dtype(dtype: Any) -> str | dict[str, str] | None:
+def _validate_dtype(dtype: Any) -> str | dict[str, str] | None:
     """A mapping is copied: options do not change once they are made."""
     names = [*dtype.keys(), *dtype.values()] if isinstance(dtype, Mapping) else [] if dtype is None else [dtype]
     if all(isinstance(name, str) for name in names):

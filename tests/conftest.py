@@ -162,7 +162,7 @@ def foreign(tracker: None) -> Iterator[Client]:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker reads this process's memory: its rows go through slots, or by Dask's comms."""
-    monkeypatch.setattr("daskinfer.cluster.preflight.own_memory", lambda: None)
+    monkeypatch.setattr("daskinfer.cluster.preflight.advertise_process_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")

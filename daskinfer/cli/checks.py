@@ -26,27 +26,27 @@ import torch
 from packaging.requirements import Requirement
 
 from daskinfer.cluster.worker_spec import LOOPBACK, memory_per_worker
-from daskinfer.core.env import N_TASKS
+from daskinfer.core.env import MAX_TASKS_IN_FLIGHT
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.errors import DaskInferError
 from daskinfer.hardware.device_spec import check_drivable
-from daskinfer.hardware.discovery import Machine, machine
+from daskinfer.hardware.discovery import Machine, inspect_machine
 from daskinfer.scheduling.chunking import CHUNK_NBYTES
-from daskinfer.transport.process_memory import MemoryRef, own_memory, readable
-from daskinfer.transport.shared_memory import Arena, ArenaRef, reaches
+from daskinfer.transport.process_memory import ProcessMemoryRef, advertise_process_memory, can_read_memory
+from daskinfer.transport.shared_memory import PoolRef, SharedMemoryPool, can_attach
 
 logger = logging.getLogger(__name__)
 
 OK, WARNING, WRONG, UNKNOWN = "ok", "warning", "wrong", "unknown"
-NETWORK = "loopback ports"  # the check of what no cluster of this machine works without
+LOOPBACK_CHECK = "loopback ports"  # the check of what no cluster of this machine works without
 
 CHILD_SECONDS = 90.0  # for a process that imports torch and starts CUDA: some 10 s; the rest is for machines under load
 WORKER_NBYTES = 512 << 20  # that a worker takes with torch imported and a small network (measured: some 300 MiB)
 SCRATCH_NBYTES = 1 << 30  # free in the temporary folder: networks that are shipped to workers; arbitrary
 FILES_PER_WORKER = 32  # open files and sockets that a client has for each worker (measured: some 15)
-FILES_OF_THE_CLIENT = 256  # that it has anyhow (measured: some 80)
+CLIENT_FILES = 256  # that it has anyhow (measured: some 80)
 
-_ONLY_SHOWN = frozenset({"bokeh", "rich", "tomli-w"})  # packages without which a run computes all the same
+_DISPLAY_PACKAGES = frozenset({"bokeh", "rich", "tomli-w"})  # packages without which a run computes all the same
 _CUDA_PACKAGES = ("dask_cuda", "cupy")
 
 
@@ -70,72 +70,74 @@ class Finding:
         return f"{line}\n{'':25} {self.cure}" if self.cure else line
 
 
-def of_error(what: str, error: Exception, where: str = "") -> Finding:
+def make_error_finding(check_name: str, error: Exception, where: str = "") -> Finding:
     """What an error of ours says, its cure apart: it is what stands after the first sentence."""
     found, _, cure = str(error).partition(". ")
-    return Finding(what, WRONG, found, cure, where)
+    return Finding(check_name, WRONG, found, cure, where)
 
 
-def packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[Finding]:
     """Every package that daskinfer requires is there, and new enough."""
     wrong, shown = 0, [f"Python {sys.version.split()[0]}", f"daskinfer {metadata.version('daskinfer')}"]
     for required in map(Requirement, metadata.requires("daskinfer") or ()):
         if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
-        found = _version(required.name)
+        found = _get_version(required.name)
         shown.append(f"{required.name} {found}")
         if not found or not required.specifier.contains(found, prereleases=True):
             wrong += 1
-            state = WARNING if required.name in _ONLY_SHOWN else WRONG
+            state = WARNING if required.name in _DISPLAY_PACKAGES else WRONG
             said = f"{required.name} {found or 'is not installed'}; {required.specifier} is needed"
             yield Finding("packages", state, said, f'pip install "{required.name}{required.specifier}"')
-    if _version("dask") != _version("distributed"):
+    if _get_version("dask") != _get_version("distributed"):
         wrong += 1
-        said = f"dask {_version('dask')} and distributed {_version('distributed')}; the two have to be of one release"
+        said = (
+            f"dask {_get_version('dask')} and distributed {_get_version('distributed')}; the two have to be of one release"
+        )
         yield Finding("packages", WRONG, said, 'pip install "dask[array,distributed]"')
     if not wrong:
         yield Finding("packages", OK, ", ".join(shown))
 
 
-def _version(name: str) -> str:
+def _get_version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def gpus() -> Iterator[Finding]:
+def check_gpus() -> Iterator[Finding]:
     """GPUs as NVML sees them, against torch's build and the driver, and whether torch can drive them."""
-    here = machine()
+    here = inspect_machine()
     if not here.gpus:
-        yield _without_gpus(here)
+        yield _explain_no_gpus(here)
         return
     names = ", ".join(f"{gpu.name} ({gpu.label})" for gpu in here.gpus)
     yield Finding("GPUs", OK, f"{names}; driver {here.driver or 'unknown'}")
     try:
         check_drivable(here.gpus, torch.version.cuda, here)
     except DaskInferError as error:
-        yield of_error("torch and driver", error)
+        yield make_error_finding("torch and driver", error)
         return
     yield Finding("torch and driver", OK, f"torch {torch.__version__} is built for CUDA {torch.version.cuda}")
-    yield from _driven([gpu.uuid for gpu in here.gpus])
+    yield from _check_torch_on_gpus([gpu.uuid for gpu in here.gpus])
 
 
-def _without_gpus(here: Machine) -> Finding:
-    cores = f"{here.n_cores} cores ({here.cpu_label})"
-    if here.hidden_gpus:
-        said = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} hides {here.hidden_gpus}"
+def _explain_no_gpus(host: Machine) -> Finding:
+    cores = f"{host.n_cores} cores ({host.cpu_label})"
+    if host.n_hidden_gpus:
+        said = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} hides {host.n_hidden_gpus}"
         return Finding("GPUs", WARNING, f"{said}; runs use {cores}", "unset it, or name the GPUs in it")
-    if here.driver:
-        said = f"none, though there is a driver ({here.driver}); runs use {cores}"
+    if host.driver:
+        said = f"none, though there is a driver ({host.driver}); runs use {cores}"
         return Finding("GPUs", WARNING, said, "see what nvidia-smi says")
     return Finding("GPUs", OK, f"none, NVML finds no driver; runs use {cores}")
 
 
-def _driven(uuids: list[str]) -> Iterator[Finding]:
+def _check_torch_on_gpus(uuids: list[str]) -> Iterator[Finding]:
     """What torch says in a process that sees all these GPUs."""
     try:
-        told = in_child("torch_drives", environment={"CUDA_VISIBLE_DEVICES": ",".join(uuids)})
+        told = run_in_child("torch_drives", environment={"CUDA_VISIBLE_DEVICES": ",".join(uuids)})
     except ChildError as error:
         said = f"a process in which torch computes on the GPUs failed ({error})"
         yield Finding("torch on GPUs", WRONG, said, "see what nvidia-smi says; restart the machine or the container")
@@ -147,70 +149,70 @@ def _driven(uuids: list[str]) -> Iterator[Finding]:
         yield Finding("torch on GPUs", OK, f"torch computes on {', '.join(told)}")
 
 
-def torch_drives() -> list[str]:
+def find_usable_gpus() -> list[str]:
     """Compute on every GPU that torch sees; for a process of its own."""
     found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [f"cuda:{d.index}" for d in found if float(torch.ones(8, device=d).sum()) == 8]
 
 
-def cuda_packages() -> Iterator[Finding]:
+def check_cuda_packages() -> Iterator[Finding]:
     """dask-cuda and CuPy can be imported, and are of torch's CUDA."""
-    has_gpu = bool(machine().gpus)
+    has_gpu = bool(inspect_machine().gpus)
     for name in _CUDA_PACKAGES:
         needed = has_gpu and name == "dask_cuda"
         if importlib.util.find_spec(name) is None:
             state = WRONG if needed else OK
             said = "not installed" + ("; every GPU's worker needs it" if needed else "; nothing here needs it")
-            yield Finding(name, state, said, _extra() if needed else "")
+            yield Finding(name, state, said, _get_install_command() if needed else "")
             continue
         try:
-            version = in_child("imported", name)
+            version = run_in_child("imported", name)
         except ChildError as error:
             state = WRONG if needed else WARNING
-            yield Finding(name, state, f"cannot be imported ({error})", _extra())
+            yield Finding(name, state, f"cannot be imported ({error})", _get_install_command())
             continue
         yield Finding(name, OK, f"{name} {version} can be imported")
-    yield from _misfits()
+    yield from _check_cuda_versions()
 
 
-def _extra() -> str:
+def _get_install_command() -> str:
     major = (torch.version.cuda or "13").partition(".")[0]
     return f'pip install "daskinfer[cuda{major}]"'
 
 
-def _misfits() -> Iterator[Finding]:
+def _check_cuda_versions() -> Iterator[Finding]:
     """Packages that say for which CUDA, or which Dask, they are."""
     ours = (torch.version.cuda or "").partition(".")[0]
     for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x"):
-        if ours and _version(name) and not name.startswith(f"cupy-cuda{ours}"):
-            yield Finding("cupy", WARNING, f"{name} is there, torch is built for CUDA {ours}", _extra())
-    if not _version("rapids-dask-dependency"):
+        if ours and _get_version(name) and not name.startswith(f"cupy-cuda{ours}"):
+            yield Finding("cupy", WARNING, f"{name} is there, torch is built for CUDA {ours}", _get_install_command())
+    if not _get_version("rapids-dask-dependency"):
         return
     for required in map(Requirement, metadata.requires("rapids-dask-dependency") or ()):
-        found = _version(required.name)
+        found = _get_version(required.name)
         if found and not required.specifier.contains(found, prereleases=True):
             said = f"dask-cuda needs {required.name}{required.specifier}; {found} is there"
             yield Finding("dask_cuda", WARNING, said, f'pip install "{required.name}{required.specifier}"')
 
 
-def imported(name: str) -> str:
+def import_package(name: str) -> str:
     """Import a package, and say its version; for a process of its own."""
     return str(getattr(importlib.import_module(name), "__version__", ""))
 
 
-def shared_memory() -> Iterator[Finding]:
+def check_shared_memory() -> Iterator[Finding]:
     """Rows and answers get from this process to another of this host, and there is room for those in flight."""
-    n_workers = max(1, len(machine().gpus) or machine().n_cores)
-    needed = n_workers * (N_TASKS // 2) * CHUNK_NBYTES
-    arena, memory = Arena(1 << 20, 1), own_memory()
+    n_workers = max(1, len(inspect_machine().gpus) or inspect_machine().n_cores)
+    needed = n_workers * (MAX_TASKS_IN_FLIGHT // 2) * CHUNK_NBYTES
+    arena, memory = SharedMemoryPool(1 << 20, 1), advertise_process_memory()
     unnamed = arena.ref.path.startswith("/proc/")
     try:
-        seen = in_child(
+        seen = run_in_child(
             "sees", arena.ref.path, arena.ref.token, arena.ref.nbytes, memory.pid, memory.address, memory.token.decode()
         )
     finally:
         arena.close()
-    size = _shm_nbytes()
+    size = _get_shm_nbytes()
     shm = f"/dev/shm, {format_nbytes(size)}, is not used" if unnamed and size is not None else ""
     room = psutil.virtual_memory().available if unnamed else shutil.disk_usage(tempfile.gettempdir()).free
     kind = "memory without a name (memfd)" if unnamed else f"files in {tempfile.gettempdir()}"
@@ -233,22 +235,22 @@ def shared_memory() -> Iterator[Finding]:
         )
 
 
-def sees(path: str, token: str, nbytes: int, pid: int, address: int, own_token: str) -> dict[str, bool]:
+def check_memory_access(path: str, token: str, nbytes: int, pid: int, address: int, memory_token: str) -> dict[str, bool]:
     """Whether this process sees an arena and a process's memory; for a process of its own."""
-    memory = MemoryRef(pid, address, own_token.encode())
-    return {"arena": reaches(ArenaRef(path, token, nbytes)), "memory": readable(memory)}
+    memory = ProcessMemoryRef(pid, address, memory_token.encode())
+    return {"arena": can_attach(PoolRef(path, token, nbytes)), "memory": can_read_memory(memory)}
 
 
-def _shm_nbytes() -> int | None:
+def _get_shm_nbytes() -> int | None:
     try:
         return shutil.disk_usage("/dev/shm").total
     except OSError:
         return None
 
 
-def host_memory() -> Iterator[Finding]:
+def check_host_memory() -> Iterator[Finding]:
     """A worker per device has room for torch."""
-    here = machine()
+    here = inspect_machine()
     n_workers = len(here.gpus) or here.n_cores
     share = memory_per_worker(n_workers, here.memory_nbytes)
     said = f"{format_nbytes(share)} for each of {n_workers} workers"
@@ -260,7 +262,7 @@ def host_memory() -> Iterator[Finding]:
         yield Finding("memory", OK, said)
 
 
-def loopback() -> Iterator[Finding]:
+def check_loopback() -> Iterator[Finding]:
     """Processes of this host can talk to each other."""
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
@@ -272,12 +274,14 @@ def loopback() -> Iterator[Finding]:
                 assert other.recv(1) == b"x"
     except OSError as error:
         said = f"a process cannot be reached on {LOOPBACK} ({error})"
-        yield Finding(NETWORK, WRONG, said, "allow sockets on the loopback interface; in a container: ip link set lo up")
+        yield Finding(
+            LOOPBACK_CHECK, WRONG, said, "allow sockets on the loopback interface; in a container: ip link set lo up"
+        )
         return
-    yield Finding(NETWORK, OK, f"{LOOPBACK}:{port} was opened and reached")
+    yield Finding(LOOPBACK_CHECK, OK, f"{LOOPBACK}:{port} was opened and reached")
 
 
-def temporary_folder() -> Iterator[Finding]:
+def check_temporary_folder() -> Iterator[Finding]:
     """There is a temporary folder that can be written, with room."""
     cure = "set TMPDIR to a folder on a local disk that can be written"
     try:
@@ -299,12 +303,12 @@ def temporary_folder() -> Iterator[Finding]:
         yield Finding("temporary folder", OK, said)
 
 
-def open_files() -> Iterator[Finding]:
+def check_open_files() -> Iterator[Finding]:
     """A process may open as many files as a run with all devices needs."""
     import resource
 
-    here = machine()
-    needed = FILES_OF_THE_CLIENT + FILES_PER_WORKER * (len(here.gpus) or here.n_cores)
+    here = inspect_machine()
+    needed = CLIENT_FILES + FILES_PER_WORKER * (len(here.gpus) or here.n_cores)
     allowed, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= allowed < needed:
         cure = f"ulimit -n {needed}" + (
@@ -319,33 +323,33 @@ Check = Callable[[], Iterator[Finding]]
 
 # By what they look at, in the order in which they are told.
 CHECKS: dict[str, Check] = {
-    "packages": packages,
-    "GPUs": gpus,
-    "CUDA packages": cuda_packages,
-    "memory": host_memory,
-    "shared memory": shared_memory,
-    NETWORK: loopback,
-    "temporary folder": temporary_folder,
-    "open files": open_files,
+    "packages": check_packages,
+    "GPUs": check_gpus,
+    "CUDA packages": check_cuda_packages,
+    "memory": check_host_memory,
+    "shared memory": check_shared_memory,
+    LOOPBACK_CHECK: check_loopback,
+    "temporary folder": check_temporary_folder,
+    "open files": check_open_files,
 }
-_ON_WORKERS = ("packages", "temporary folder", "open files")
+_WORKER_CHECKS = ("packages", "temporary folder", "open files")
 
 
-def tried(what: str, check: Check) -> list[Finding]:
+def run_check(name: str, check: Check) -> list[Finding]:
     """What a check finds; one that raises could not be made, and says so."""
     try:
         return list(check())
     except Exception as error:
-        return [Finding(what, UNKNOWN, f"could not be looked at: {type(error).__name__}: {error}")]
+        return [Finding(name, UNKNOWN, f"could not be looked at: {type(error).__name__}: {error}")]
 
 
-def on_worker() -> list[Finding]:
+def run_worker_checks() -> list[Finding]:
     """What is wrong on the machine of a worker, which runs this."""
-    found = [finding for what in _ON_WORKERS for finding in tried(what, CHECKS[what])]
+    found = [finding for what in _WORKER_CHECKS for finding in run_check(what, CHECKS[what])]
     return [finding for finding in found if finding.state != OK]
 
 
-def at(where: str, findings: list[Finding]) -> list[Finding]:
+def locate_findings(where: str, findings: list[Finding]) -> list[Finding]:
     """The same, found on a worker."""
     return [replace(finding, where=where) for finding in findings]
 
@@ -354,7 +358,9 @@ class ChildError(Exception):
     """A process that looked at something did not answer."""
 
 
-def in_child(function: str, *arguments: Any, room: str = "cli.checks", environment: dict[str, str] | None = None) -> Any:
+def run_in_child(
+    function: str, *arguments: Any, module: str = "cli.checks", environment: dict[str, str] | None = None
+) -> Any:
     """What a function of ours answers in a process of its own.
 
     Raises
@@ -362,7 +368,9 @@ def in_child(function: str, *arguments: Any, room: str = "cli.checks", environme
     ChildError
         Where it ends without an answer, or takes longer than ``CHILD_SECONDS``.
     """
-    code = f"import json, sys; from daskinfer.{room} import {function} as f; print(json.dumps(f(*json.loads(sys.argv[1]))))"
+    code = (
+        f"import json, sys; from daskinfer.{module} import {function} as f; print(json.dumps(f(*json.loads(sys.argv[1]))))"
+    )
     command = [sys.executable, "-P", "-c", code, json.dumps(arguments)]
     try:
         done = subprocess.run(

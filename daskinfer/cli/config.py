@@ -16,10 +16,10 @@ import tomli_w
 
 from daskinfer.errors import OptionError
 
-_OF_THE_COMMAND_LINE = frozenset({"config", "print_config", "help"})  # what a file cannot say
+_COMMAND_LINE_ONLY = frozenset({"config", "print_config", "help"})  # what a file cannot say
 
 # By click's type: the TOML types it may have, and how these are called. Our own types say it themselves (``natural``).
-_NATURAL: Mapping[type, tuple[tuple[type, ...], str]] = {
+_TOML_TYPES: Mapping[type, tuple[tuple[type, ...], str]] = {
     type(click.BOOL): ((bool,), "true or false"),
     type(click.INT): ((int,), "a whole number"),
     type(click.FLOAT): ((float, int), "a number"),
@@ -29,7 +29,7 @@ _NATURAL: Mapping[type, tuple[tuple[type, ...], str]] = {
 }
 
 
-def read(path: str, parameters: Iterable[click.Parameter], context: click.Context) -> dict[str, Any]:
+def read_config(path: str, parameters: Iterable[click.Parameter], context: click.Context) -> dict[str, Any]:
     """The values of a job file, by the parameters' names.
 
     Raises
@@ -37,14 +37,14 @@ def read(path: str, parameters: Iterable[click.Parameter], context: click.Contex
     OptionError
         Where the file cannot be read, or a key or value is not of this command.
     """
-    keys = _keys(parameters)
+    keys = _collect_keys(parameters)
     found: dict[str, Any] = {}
     said: dict[str, str] = {}
-    for key, value in _table(path).items():
+    for key, value in _load_toml(path).items():
         name = key.replace("_", "-")
         if name not in keys:
             raise OptionError(
-                f"the job file {path!r} has the key {key!r}; allowed are {', '.join(keys)}. {_cure(name, keys)}"
+                f"the job file {path!r} has the key {key!r}; allowed are {', '.join(keys)}. {_suggest_key(name, keys)}"
             )
         parameter, negated = keys[name]
         assert parameter.name is not None
@@ -54,12 +54,12 @@ def read(path: str, parameters: Iterable[click.Parameter], context: click.Contex
                 "Take the other out."
             )
         said[parameter.name] = key
-        _check(path, key, value, parameter, context)
+        _check_value(path, key, value, parameter, context)
         found[parameter.name] = not value if negated else value
     return found
 
 
-def write(values: Mapping[str, Any], parameters: Iterable[click.Parameter]) -> str:
+def dump_config(values: Mapping[str, Any], parameters: Iterable[click.Parameter]) -> str:
     """The job file that says what a command was given, defaults included; what nobody gave and has no default is not in it.
 
     Raises
@@ -69,7 +69,7 @@ def write(values: Mapping[str, Any], parameters: Iterable[click.Parameter]) -> s
     """
     told = {
         key: values[parameter.name]
-        for key, (parameter, negated) in _keys(parameters).items()
+        for key, (parameter, negated) in _collect_keys(parameters).items()
         if not negated and parameter.name is not None and values.get(parameter.name) is not None
     }
     try:
@@ -81,11 +81,11 @@ def write(values: Mapping[str, Any], parameters: Iterable[click.Parameter]) -> s
         ) from error
 
 
-def _keys(parameters: Iterable[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:
+def _collect_keys(parameters: Iterable[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:
     """By key: what it stands for, and whether it says the opposite (``no-pad``)."""
     found: dict[str, tuple[click.Parameter, bool]] = {}
     for parameter in parameters:
-        if parameter.name in _OF_THE_COMMAND_LINE:
+        if parameter.name in _COMMAND_LINE_ONLY:
             continue
         if isinstance(parameter, click.Argument):
             found[str(parameter.name)] = (parameter, False)
@@ -94,7 +94,7 @@ def _keys(parameters: Iterable[click.Parameter]) -> dict[str, tuple[click.Parame
     return found
 
 
-def _table(path: str) -> dict[str, Any]:
+def _load_toml(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
@@ -106,14 +106,14 @@ def _table(path: str) -> dict[str, Any]:
         raise OptionError(f"the job file {path!r} is no TOML: {error}; every line has to be. Mend it there.") from error
 
 
-def _cure(name: str, keys: Iterable[str]) -> str:
+def _suggest_key(name: str, keys: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, keys, n=1)
     return f"Did you mean {near[0]!r}?" if near else "Take it out."
 
 
-def _check(path: str, key: str, value: Any, parameter: click.Parameter, context: click.Context) -> None:
+def _check_value(path: str, key: str, value: Any, parameter: click.Parameter, context: click.Context) -> None:
     """Refuse what click would turn into text, or what it cannot read, naming the file."""
-    kinds, allowed = getattr(parameter.type, "natural", None) or _NATURAL[type(parameter.type)]
+    kinds, allowed = getattr(parameter.type, "toml_types", None) or _TOML_TYPES[type(parameter.type)]
     why = f"it may be {allowed}"
     if type(value) in kinds:
         try:

@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from daskinfer.cli.logging import say_error, speak, speaks_json
+from daskinfer.cli.logging import configure_logging, is_json_format, log_error
 from daskinfer.errors import ChunkError, ClusterError, DaskInferError, OutputLocked
 
 FAILED, REFUSED, ROWS_MISSING, LOCKED = 1, 2, 3, 4  # exit codes
 
-_FAILED_WHILE_RUNNING = (ChunkError, ClusterError)
+_RUN_ERRORS = (ChunkError, ClusterError)
 
 
 class Command(click.Command):
@@ -29,12 +29,12 @@ class Command(click.Command):
             return super().make_context(info_name, args, parent, **extra)
         debug = parent is not None and parent.find_root().params.get("debug", False)
         # Before click reads them, since it may refuse what it reads.
-        speak("json" if "--log-format=json" in "=".join(args) else "text", debug=debug)
-        with _explained(debug):
+        configure_logging("json" if "--log-format=json" in "=".join(args) else "text", debug=debug)
+        with _report_errors(debug):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _explained(ctx.find_root().params.get("debug", False)):
+        with _report_errors(ctx.find_root().params.get("debug", False)):
             return super().invoke(ctx)
 
 
@@ -45,7 +45,7 @@ class Group(click.Group):
 
 
 @contextlib.contextmanager
-def _explained(debug: bool) -> Iterator[None]:
+def _report_errors(debug: bool) -> Iterator[None]:
     ended: BaseException
     said = ""
     try:
@@ -54,26 +54,26 @@ def _explained(debug: bool) -> Iterator[None]:
     except click.exceptions.Exit:
         raise
     except click.ClickException as error:
-        if not speaks_json():
+        if not is_json_format():
             raise  # click shows it with the command's usage
         ended, code, said = error, error.exit_code, error.format_message()
     except KeyboardInterrupt as error:
         ended, code = error, 128 + getattr(error, "signal_number", signal.SIGINT)
     except Exception as error:
-        ended, code = error, _exit_code(error)
-    say_error(ended, code, said=said, with_traceback=debug)
+        ended, code = error, _get_exit_code(error)
+    log_error(ended, code, message=said, with_traceback=debug)
     raise click.exceptions.Exit(code)
 
 
-def _exit_code(error: Exception) -> int:
+def _get_exit_code(error: Exception) -> int:
     if isinstance(error, OutputLocked):
         return LOCKED
-    refused = isinstance(error, DaskInferError) and not isinstance(error, _FAILED_WHILE_RUNNING)
+    refused = isinstance(error, DaskInferError) and not isinstance(error, _RUN_ERRORS)
     return REFUSED if refused else FAILED
 
 
 @contextlib.contextmanager
-def results_only() -> Iterator[None]:
+def reserve_stdout() -> Iterator[None]:
     """Keep stdout for the result: what a network prints meanwhile, or a worker that starts now, goes to stderr."""
     if sys.stdout is None or sys.stderr is None:  # the caller closed it: its number is another file's by now
         yield

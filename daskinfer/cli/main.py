@@ -28,24 +28,24 @@ from click.shell_completion import get_completion_class
 
 from daskinfer.cli import config
 from daskinfer.cli.exit_codes import FAILED, ROWS_MISSING, Command, Group
-from daskinfer.cli.logging import adopt, say_rows_missing
+from daskinfer.cli.logging import adopt_dask_loggers, log_missing_rows
 from daskinfer.cli.options import (
     INPUT,
     MODEL,
-    PORTS,
+    PATHS_TYPE,
     PROBE,
-    call,
+    add_output_options,
+    add_run_options,
+    add_scheduler_options,
+    call_api,
     check_report,
     check_wait,
-    client_of,
-    how,
-    paths,
-    printed,
-    progress_of,
-    scheduled,
+    connect_client,
+    list_paths,
+    make_progress,
 )
 from daskinfer.errors import StorageError
-from daskinfer.storage.paths import Shard, suffix
+from daskinfer.storage.paths import Shard, format_shard_suffix
 
 _SHELLS = ("bash", "zsh", "fish")
 
@@ -60,10 +60,10 @@ def main(debug: bool) -> None:
 @main.command()
 @MODEL
 @INPUT
-@click.argument("output", type=PORTS)
-@how
+@click.argument("output", type=PATHS_TYPE)
+@add_run_options
 @click.pass_context
-def run(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **given: Any) -> None:
+def run(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **options: Any) -> None:
     """Apply MODEL to INPUT and write the answer to OUTPUT; the same command again goes on where it was left.
 
     MODEL is weights (.safetensors, .pt, .pth) with --factory, a .pt2 program with --trust-model, or a factory pkg.mod:make.
@@ -71,33 +71,35 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
     has to be of the same command.
     """
     if print_config:
-        click.echo(config.write(context.params, context.command.params), nl=False)
+        click.echo(config.dump_config(context.params, context.command.params), nl=False)
         return
     check_report(report)
 
-    def stored(source: Any, **keywords: Any) -> Any:
+    def run_stored(source: Any, **keywords: Any) -> Any:
         from daskinfer import run
 
-        where = {"fresh": given["fresh"], "shard": given["shard"], "progress": progress_of(given["progress"])}
-        return run(source, given["input"], given["output"], **where, **keywords)
+        where = {"overwrite": options["overwrite"], "shard": options["shard"], "progress": make_progress(options["progress"])}
+        return run(source, options["input"], options["output"], **where, **keywords)
 
-    done = call(stored, given)
+    done = call_api(run_stored, options)
     if report is not None:
-        _write(done, report, given["shard"])
+        _write_report(done, report, options["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
     if done.failed_rows:
-        say_rows_missing(len(done.failed_rows), ROWS_MISSING, paths(given["output"])[0], sharded=given["shard"] is not None)
+        log_missing_rows(
+            len(done.failed_rows), ROWS_MISSING, list_paths(options["output"])[0], sharded=options["shard"] is not None
+        )
         context.exit(ROWS_MISSING)
 
 
-def _write(done: Any, report: str, shard: Shard | None) -> None:
+def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> None:
     """Write the report, each shard its own; that of the run that did the work is not replaced by one of nothing done."""
-    path = Path(report)
-    path = path.with_stem(f"{path.stem}{suffix(shard)}")
-    if not done.rows and path.exists():
+    path = Path(report_path)
+    path = path.with_stem(f"{path.stem}{format_shard_suffix(shard)}")
+    if not run_report.rows and path.exists():
         return
     try:
-        done.to_html(path)
+        run_report.to_html(path)
     except OSError as error:
         raise StorageError(
             f"the report {str(path)!r} cannot be written: {error.strerror}; the output itself is stored. Make room, or "
@@ -112,26 +114,26 @@ infer = Command("infer", params=run.params, callback=run.callback, help=run.help
 @main.command()
 @MODEL
 @INPUT
-@click.argument("output", type=PORTS, required=False)
-@how
+@click.argument("output", type=PATHS_TYPE, required=False)
+@add_run_options
 @click.pass_context
-def plan(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **given: Any) -> None:
+def plan(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **options: Any) -> None:
     """Show what `run` would do with the same arguments, and refuse what cannot work; OUTPUT stays as it is.
 
     The first rows are computed on every device, to tell the time to expect; --no-probe starts nothing.
     """
     if print_config:
-        click.echo(config.write(context.params, context.command.params), nl=False)
+        click.echo(config.dump_config(context.params, context.command.params), nl=False)
         return
     check_report(report)
 
-    def planned(source: Any, **keywords: Any) -> Any:
+    def make_plan(source: Any, **keywords: Any) -> Any:
         from daskinfer import plan
 
-        where = {name: given[name] for name in ("fresh", "shard", "probe")}
-        return plan(source, given["input"], target=given["output"], **where, **keywords)
+        where = {name: options[name] for name in ("overwrite", "shard", "probe")}
+        return plan(source, options["input"], target=options["output"], **where, **keywords)
 
-    found = call(planned, given)
+    found = call_api(make_plan, options)
     click.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
@@ -140,7 +142,7 @@ plan.params.append(PROBE)
 
 @main.command()
 @click.argument("output", type=click.Path())
-@printed
+@add_output_options
 def verify(output: str, as_json: bool, log_format: str) -> None:
     """Read OUTPUT, which `run` wrote, again, and say what is not as it was written."""
     from daskinfer.storage.verify import verify as verified
@@ -152,33 +154,33 @@ def verify(output: str, as_json: bool, log_format: str) -> None:
 
 
 @main.command()
-@printed
+@add_output_options
 def devices(as_json: bool, log_format: str) -> None:
     """List the devices of this machine."""
-    from daskinfer.hardware.device_spec import here
+    from daskinfer.hardware.device_spec import find_local_devices
 
-    found = here()
+    found = find_local_devices()
     click.echo(json.dumps(found.to_dicts()) if as_json else str(found))
 
 
 @main.command()
-@scheduled
-@printed
-def doctor(as_json: bool, log_format: str, **given: Any) -> None:
+@add_scheduler_options
+@add_output_options
+def doctor(as_json: bool, log_format: str, **options: Any) -> None:
     """Say what works here, and on each worker of --scheduler, and how to mend what does not.
 
     Ends with 1 where a run would fail.
     """
-    from daskinfer.cli.doctor import CONNECT_SECONDS, examine, is_well
+    from daskinfer.cli.doctor import CONNECT_SECONDS, examine, is_healthy
 
-    check_wait(given)
-    adopt()
+    check_wait(options)
+    adopt_dask_loggers()
     found = []
-    for finding in examine(partial(client_of, given, CONNECT_SECONDS) if given["scheduler"] else None):
+    for finding in examine(partial(connect_client, options, CONNECT_SECONDS) if options["scheduler"] else None):
         found.append(finding)
         if not as_json:
             click.echo(str(finding))
-    well = is_well(found)
+    well = is_healthy(found)
     if as_json:
         click.echo(json.dumps({"well": well, "findings": [asdict(finding) for finding in found]}))
     else:
@@ -207,17 +209,17 @@ def completion(shell: str) -> None:
 )
 def demo(rows: int, devices: str, folder: Path | None) -> None:
     """Watch a trained network classify handwritten digits on all devices of this machine."""
-    from daskinfer.demo.show import show
+    from daskinfer.demo.show import run_demo
 
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="daskinfer-demo-"))
     else:
-        _make(folder)
-    for line in show(folder, rows, devices):
+        _make_folder(folder)
+    for line in run_demo(folder, rows, devices):
         click.echo(line)
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:

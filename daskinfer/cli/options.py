@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daskinfer.cli import config, logging
-from daskinfer.cli.exit_codes import results_only
-from daskinfer.cli.types import Count, Devices, Keywords, Names, Part, Ports, Weights
-from daskinfer.errors import ClusterError, OptionError, Refusals
+from daskinfer.cli.exit_codes import reserve_stdout
+from daskinfer.cli.types import CountType, DevicesType, DtypesType, KeywordsType, PathsType, ShardType, WeightsType
+from daskinfer.errors import ClusterError, ErrorCollector, OptionError
 
 if TYPE_CHECKING:
     from daskinfer.diagnostics.status import Status
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def _read_config(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     if path is not None:
         # ``run`` and ``plan`` read the same file: what only the other has is no mistake.
-        context.default_map = config.read(path, [*context.command.params, PROBE], context)
+        context.default_map = config.read_config(path, [*context.command.params, PROBE], context)
 
 
 def _choose_format(context: click.Context, parameter: click.Parameter, log_format: str) -> str:
-    logging.speak(log_format)
+    logging.configure_logging(log_format)
     return log_format
 
 
@@ -40,10 +40,10 @@ PROBE = click.Option(
 )
 
 MODEL = click.argument("model", type=click.Path())
-PORTS = Ports()
-INPUT = click.argument("input", type=PORTS)
+PATHS_TYPE = PathsType()
+INPUT = click.argument("input", type=PATHS_TYPE)
 
-_HOW = (
+_RUN_OPTIONS = (
     click.option(
         "--config",
         type=click.Path(),
@@ -54,19 +54,21 @@ _HOW = (
         "paths in it are relative to where the command is run.",
     ),
     click.option("--print-config", is_flag=True, help="Print what such a file and the command line say together, and end."),
-    click.option("--devices", type=Devices(), default="auto", show_default=True, help="auto, cuda, cuda:1, cpu, cpu*4, …"),
+    click.option(
+        "--devices", type=DevicesType(), default="auto", show_default=True, help="auto, cuda, cuda:1, cpu, cpu*4, …"
+    ),
     click.option(
         "--device-weights",
-        type=Weights(),
+        type=WeightsType(),
         default="auto",
         show_default=True,
         help="Share of rows per device: even, 1,1,8 or cuda=8,cpu=1.",
     ),
-    click.option("--batch-size", type=Count(), default="auto", show_default=True, help="Rows of a micro-batch."),
+    click.option("--batch-size", type=CountType(), default="auto", show_default=True, help="Rows of a micro-batch."),
     click.option("--factory", help="pkg.mod:make, which makes the network for a file of weights."),
-    click.option("--kwargs", type=Keywords(), help="Keywords of the factory, as a JSON object."),
-    click.option("--dtype", type=Names(), help="Cast the input: float32, or image=float32,meta=int64 per port."),
-    click.option("--readers", type=int, default=1, show_default=True, help="Chunks read ahead for each device, 1 to 6."),
+    click.option("--kwargs", type=KeywordsType(), help="Keywords of the factory, as a JSON object."),
+    click.option("--dtype", type=DtypesType(), help="Cast the input: float32, or image=float32,meta=int64 per port."),
+    click.option("--prefetch", type=int, default=1, show_default=True, help="Chunks read ahead for each device, 1 to 6."),
     click.option(
         "--on-error",
         type=click.Choice(["raise", "skip"]),
@@ -75,7 +77,9 @@ _HOW = (
         help="What a row that fails does: end the run, or be filled and listed (exit code 3).",
     ),
     click.option("--fill-value", type=float, help="With --on-error skip: what stands where rows failed. [default: NaN]"),
-    click.option("--max-failed-rows", type=Count(), help="With --on-error skip: how many rows may fail, a number or 1%."),
+    click.option(
+        "--max-failed-rows", type=CountType(), help="With --on-error skip: how many rows may fail, a number or 1%."
+    ),
     click.option("--nan-is-failure/--no-nan-is-failure", help="A row whose answer holds a NaN has failed."),
     click.option("--retries", type=int, default=2, show_default=True, help="How often what raised is tried again."),
     click.option("--chunk-timeout", type=float, metavar="SECONDS", help="Replace a worker whose chunk takes longer."),
@@ -99,8 +103,8 @@ _HOW = (
         metavar="TEXT",
         help="Which network this is, for those whose content cannot be read stably; change it when the network changes.",
     ),
-    click.option("--fresh/--no-fresh", help="Remove what lies at OUTPUT already, and start over."),
-    click.option("--shard", type=Part(), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."),
+    click.option("--overwrite/--no-overwrite", help="Remove what lies at OUTPUT already, and start over."),
+    click.option("--shard", type=ShardType(), help="3/64: compute the third of 64 parts, counted from 1, of one OUTPUT."),
     click.option(
         "--progress/--no-progress",
         default=None,
@@ -114,7 +118,7 @@ _HOW = (
     ),
 )
 
-_SCHEDULER = (
+_SCHEDULER_OPTIONS = (
     click.option("--scheduler", type=click.Path(), help="Address of a running Dask scheduler, or its scheduler file."),
     click.option(
         "--tls-ca-file", type=click.Path(), help="Certificate authority of a scheduler at tls://, as for `dask worker`."
@@ -129,7 +133,7 @@ _SCHEDULER = (
     ),
 )
 
-_PRINTED = (
+_OUTPUT_OPTIONS = (
     click.option("--json/--no-json", "as_json", help="Print the result as one line of JSON."),
     click.option(
         "--log-format",
@@ -142,83 +146,85 @@ _PRINTED = (
     ),
 )
 
-_OPTIONS = (
-    *("device_weights", "batch_size", "dtype", "autocast", "readers", "on_error", "fill_value", "max_failed_rows"),
+_API_KEYWORDS = (
+    *("device_weights", "batch_size", "dtype", "autocast", "prefetch", "on_error", "fill_value", "max_failed_rows"),
     *("nan_is_failure", "retries", "chunk_timeout", "restart_workers", "pad", "memory_format"),
 )
 
-Decorated = Callable[..., Any]
+CommandFunction = Callable[..., Any]
 
 
-def printed(command: Decorated) -> Decorated:
+def add_output_options(command: CommandFunction) -> CommandFunction:
     """The options on how results and lines are printed."""
-    return _with(_PRINTED, command)
+    return _add_options(_OUTPUT_OPTIONS, command)
 
 
-def scheduled(command: Decorated) -> Decorated:
+def add_scheduler_options(command: CommandFunction) -> CommandFunction:
     """The options that name a scheduler."""
-    return _with(_SCHEDULER, command)
+    return _add_options(_SCHEDULER_OPTIONS, command)
 
 
-def how(command: Decorated) -> Decorated:
+def add_run_options(command: CommandFunction) -> CommandFunction:
     """The options that ``run`` and ``plan`` share."""
-    return _with(_HOW, scheduled(printed(command)))
+    return _add_options(_RUN_OPTIONS, add_scheduler_options(add_output_options(command)))
 
 
-def _with(options: tuple[Callable[[Decorated], Decorated], ...], command: Decorated) -> Decorated:
+def _add_options(
+    options: tuple[Callable[[CommandFunction], CommandFunction], ...], command: CommandFunction
+) -> CommandFunction:
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+def call_api(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """Call a function of the api with the network and the keywords that the options say."""
-    _refuse_early(given)
+    _validate_early(options)
     # A factory "my_nets:make" is meant to be found where the command is given, as with python -m.
     sys.path.insert(0, os.getcwd())
     from daskinfer import Model
 
-    logging.adopt()
+    logging.adopt_dask_loggers()
     source = Model(
-        given["model"],
-        factory=given["factory"],
-        kwargs=given["kwargs"] or None,
-        trust=given["trust_model"],
-        sha256=given["model_sha256"],
-        version=given["model_version"],
+        options["model"],
+        factory=options["factory"],
+        kwargs=options["kwargs"] or None,
+        trust=options["trust_model"],
+        sha256=options["model_sha256"],
+        version=options["model_version"],
     )
-    keywords = {name: given[name] for name in _OPTIONS}
-    with results_only(), ExitStack() as stack:
-        if given["scheduler"]:
-            keywords["client"] = stack.enter_context(client_of(given))
-        return function(source, devices=given["devices"], **keywords)
+    keywords = {name: options[name] for name in _API_KEYWORDS}
+    with reserve_stdout(), ExitStack() as stack:
+        if options["scheduler"]:
+            keywords["client"] = stack.enter_context(connect_client(options))
+        return function(source, devices=options["devices"], **keywords)
 
 
-def _refuse_early(given: Mapping[str, Any]) -> None:
+def _validate_early(options: Mapping[str, Any]) -> None:
     """Say what is most often mistyped, all of it, before torch is imported, which takes seconds."""
-    from daskinfer.hardware.device_spec import parse
-    from daskinfer.hardware.discovery import machine
+    from daskinfer.hardware.device_spec import parse_devices
+    from daskinfer.hardware.discovery import inspect_machine
     from daskinfer.models.paths import check_reference
-    from daskinfer.storage.formats import check_path, open_source
+    from daskinfer.storage.formats import check_output_path, open_source
 
-    refusals = Refusals()
+    refusals = ErrorCollector()
     with refusals.collect():
-        check_reference(given["model"], has_factory=given["factory"] is not None)
-    for path in paths(given["input"]):
+        check_reference(options["model"], has_factory=options["factory"] is not None)
+    for path in list_paths(options["input"]):
         with refusals.collect():
             open_source(path)
-    for path in paths(given["output"]):
+    for path in list_paths(options["output"]):
         with refusals.collect():
-            check_path(path)
+            check_output_path(path)
     with refusals.collect():
-        if not given["scheduler"]:
-            parse(given["devices"], machine())
+        if not options["scheduler"]:
+            parse_devices(options["devices"], inspect_machine())
     with refusals.collect():
-        check_wait(given)
+        check_wait(options)
     refusals.raise_if_any()
 
 
-def check_wait(given: Mapping[str, Any]) -> None:
+def check_wait(options: Mapping[str, Any]) -> None:
     """Refuse to wait for workers of no scheduler, or for less than one.
 
     Raises
@@ -226,41 +232,41 @@ def check_wait(given: Mapping[str, Any]) -> None:
     OptionError
         Which it is.
     """
-    asked = given["wait_for_workers"]
+    asked = options["wait_for_workers"]
     if asked is not None and asked < 1:
         raise OptionError(f"--wait-for-workers is {asked}; it may be a number from 1. Pass one, or leave it out.")
-    if asked is not None and not given["scheduler"]:
+    if asked is not None and not options["scheduler"]:
         raise OptionError(
             f"--wait-for-workers {asked} was given without --scheduler, whose workers it is for; daskinfer's own are waited "
             "for anyhow. Leave it out, or name a scheduler."
         )
 
 
-def paths(ports: str | Mapping[str, str] | None) -> list[str]:
+def list_paths(ports: str | Mapping[str, str] | None) -> list[str]:
     """The paths of INPUT or OUTPUT, none where it was not given."""
     if ports is None:
         return []
     return [ports] if isinstance(ports, str) else list(ports.values())
 
 
-def progress_of(asked: bool | None) -> Any:
+def make_progress(progress: bool | None) -> Any:
     """What ``progress=`` is to be: False, a bar where a terminal shows it, else lines of the log every few seconds."""
-    from daskinfer.diagnostics.progress import lines
-    from daskinfer.diagnostics.status_text import sentence
+    from daskinfer.diagnostics.progress import make_line_listener
+    from daskinfer.diagnostics.status_text import format_status
 
-    def say(status: Status) -> None:
+    def log_status(status: Status) -> None:
         if status.ended and status.seconds is None and status.error:
             return  # the command's own last line says it
-        logging.progress_logger.info("%s", sentence(status), extra={"fields": asdict(status)})
+        logging.progress_logger.info("%s", format_status(status), extra={"fields": asdict(status)})
 
-    if asked is False:
+    if progress is False:
         return False
-    if not logging.speaks_json() and sys.stderr is not None and sys.stderr.isatty():
-        return asked
-    return lines(say)
+    if not logging.is_json_format() and sys.stderr is not None and sys.stderr.isatty():
+        return progress
+    return make_line_listener(log_status)
 
 
-def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
+def connect_client(options: Mapping[str, Any], timeout: float | None = None) -> Any:
     """A client of the scheduler that the options name, once it has the workers that they ask for.
 
     ``timeout`` in seconds for the scheduler; None: Dask's own.
@@ -272,14 +278,14 @@ def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
     """
     from distributed import Client
 
-    scheduler, n_workers = given["scheduler"], given["wait_for_workers"]
+    scheduler, n_workers = options["scheduler"], options["wait_for_workers"]
     # Dask waits for a file that is to come.
     is_file = os.path.exists(scheduler) or (n_workers is not None and scheduler.endswith(".json"))
     where: dict[str, Any] = {"scheduler_file": scheduler} if is_file else {"address": scheduler}
     if timeout is not None:
         where["timeout"] = timeout
     try:
-        client = Client(**where, security=_security(given), set_as_default=False)
+        client = Client(**where, security=_make_security(options), set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:  # the last two: of its certificates
         raise ClusterError(
             f"the scheduler {scheduler!r} cannot be reached ({error}); the address of a running one, or its file, is "
@@ -296,11 +302,15 @@ def client_of(given: Mapping[str, Any], timeout: float | None = None) -> Any:
     return client
 
 
-def _security(given: Mapping[str, Any]) -> Any:
+def _make_security(options: Mapping[str, Any]) -> Any:
     """Certificates where they were named, else None: Dask's configuration may name some."""
     from distributed import Security
 
-    named = {"tls_ca_file": given["tls_ca_file"], "tls_client_cert": given["tls_cert"], "tls_client_key": given["tls_key"]}
+    named = {
+        "tls_ca_file": options["tls_ca_file"],
+        "tls_client_cert": options["tls_cert"],
+        "tls_client_key": options["tls_key"],
+    }
     named = {name: path for name, path in named.items() if path}
     return Security(require_encryption=True, **named) if named else None
 

@@ -10,32 +10,32 @@ from typing import Any, ClassVar
 import click
 from click.shell_completion import CompletionItem
 
-_Natural = tuple[tuple[type, ...], str]
+_TomlTypes = tuple[tuple[type, ...], str]
 
 
-class Value(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 has no type argument
-    """A value that is ``natural`` in TOML, or text; :meth:`parsed` reads the text and checks the rest."""
+class OptionType(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 has no type argument
+    """A value that is ``toml_types`` in TOML, or text; :meth:`parse` reads the text and checks the rest."""
 
-    natural: ClassVar[_Natural]
+    toml_types: ClassVar[_TomlTypes]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return self.parsed(value)
+            return self.parse(value)
         except ValueError as error:
             return self.fail(str(error), param, ctx)
 
     @abstractmethod
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         """The value; a ValueError says why it is none."""
 
 
-class Ports(Value):
+class PathsType(OptionType):
     """A path, or ``image=a.npy,meta=b.npy`` as a dict."""
 
     name = "path"
-    natural = ((str, dict), "a path, or a table of paths by port")
+    toml_types = ((str, dict), "a path, or a table of paths by port")
 
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         found = value
         # A folder's name may hold one: /data/date=2026-11-27/images.zarr.
         if isinstance(value, str) and "=" in value and "/" not in value.partition("=")[0]:
@@ -49,42 +49,42 @@ class Ports(Value):
         return [CompletionItem(incomplete, type="file")]
 
 
-class Names(Ports):
+class DtypesType(PathsType):
     """A dtype, or ``image=float32,meta=int64`` as a dict."""
 
     name = "text"
-    natural = ((str, dict), "a dtype, or a table of dtypes by port")
+    toml_types = ((str, dict), "a dtype, or a table of dtypes by port")
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
         return []
 
 
-class Devices(Value):
+class DevicesType(OptionType):
     """``cuda,cpu*2``, or a list."""
 
     name = "text"
-    natural = ((str, list), "text, or a list of texts")
+    toml_types = ((str, list), "text, or a list of texts")
 
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         return value  # checked when the call is planned
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
         """The devices of this machine, after those that stand there already."""
-        from daskinfer.hardware.device_spec import here
+        from daskinfer.hardware.device_spec import find_local_devices
 
         before, comma, last = incomplete.rpartition(",")
         found = {"auto": "every GPU, else CPUs", "cuda": "every GPU", "cpu": "a CPU worker", "inline": "this process"}
-        found |= {device.name: device.label for device in here() if device.kind == "cuda"}
+        found |= {device.name: device.label for device in find_local_devices() if device.kind == "cuda"}
         return [CompletionItem(f"{before}{comma}{n}", help=label) for n, label in found.items() if n.startswith(last)]
 
 
-class Weights(Value):
+class WeightsType(OptionType):
     """``auto``, ``even``, ``1,1,8`` or ``cuda=8,cpu=1``."""
 
     name = "text"
-    natural = ((str, list, dict), "auto, even, a list of numbers, or a table of numbers by device")
+    toml_types = ((str, list, dict), "auto, even, a list of numbers, or a table of numbers by device")
 
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         if value in ("auto", "even"):
             return value
         try:
@@ -97,36 +97,36 @@ class Weights(Value):
             raise ValueError(f"{value!r} is neither auto, even, 1,1,8 nor cuda=8,cpu=1") from None
 
 
-class Count(Value):
+class CountType(OptionType):
     """A number, or a word."""
 
     name = "number"
-    natural = ((int, str), "a whole number, or text")
+    toml_types = ((int, str), "a whole number, or text")
 
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
 
 
-class Part(Value):
+class ShardType(OptionType):
     """``3/64``."""
 
     name = "i/n"
-    natural = ((str, list), "text such as '3/64', or a list of two numbers")
+    toml_types = ((str, list), "text such as '3/64', or a list of two numbers")
 
-    def parsed(self, value: Any) -> tuple[int, int]:
+    def parse(self, value: Any) -> tuple[int, int]:
         numbers = value.split("/") if isinstance(value, str) else value
         if len(numbers) != 2 or not all(str(n).isdecimal() for n in numbers):
             raise ValueError(f"{value!r} is no part such as 3/64")
         return int(numbers[0]), int(numbers[1])
 
 
-class Keywords(Value):
+class KeywordsType(OptionType):
     """A JSON object, or a table."""
 
     name = "json"
-    natural = ((str, dict), "a table, or text that is a JSON object")
+    toml_types = ((str, dict), "a table, or text that is a JSON object")
 
-    def parsed(self, value: Any) -> Any:
+    def parse(self, value: Any) -> Any:
         try:
             found = json.loads(value) if isinstance(value, str) else value
         except json.JSONDecodeError as error:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from daskinfer.cluster.nanny import NannyProcess
-from daskinfer.cluster.shutdown import ended_on_failure
-from daskinfer.cluster.worker_spec import LOOPBACK, Start
+from daskinfer.cluster.shutdown import close_on_failure
+from daskinfer.cluster.worker_spec import LOOPBACK, WorkerSpec
 from daskinfer.errors import MissingExtra
 from daskinfer.hardware.discovery import Device
 
@@ -29,14 +29,14 @@ except ImportError as error:
     ) from error
 
 
-def start(gpus: Sequence[Device], cpu_workers: dict[str, Any], with_: Start) -> Any:
+def start_cuda_cluster(gpus: Sequence[Device], cpu_workers: dict[str, Any], spec: WorkerSpec) -> Any:
     """Start a LocalCUDACluster of ``gpus`` and ``cpu_workers`` (worker specs by name)."""
-    with _environment_kept():
-        return _DeviceCUDACluster(gpus, cpu_workers, with_)
+    with _preserve_environment():
+        return _DeviceCUDACluster(gpus, cpu_workers, spec)
 
 
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
+def _preserve_environment() -> Iterator[None]:
     """Leave this process's environment as it was: dask-cuda writes into it."""
     before = dict(os.environ)
     try:
@@ -48,20 +48,20 @@ def _environment_kept() -> Iterator[None]:
 
 
 class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda ships no annotations
-    def __init__(self, gpus: Sequence[Device], cpu_workers: dict[str, Any], with_: Start) -> None:
+    def __init__(self, gpus: Sequence[Device], cpu_workers: dict[str, Any], spec: WorkerSpec) -> None:
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
         self._cpu_workers = cpu_workers
-        self._with = with_
-        with ended_on_failure(self):
+        self._spec = spec
+        with close_on_failure(self):
             super().__init__(
                 CUDA_VISIBLE_DEVICES=[gpu.uuid for gpu in gpus],
                 n_workers=len(gpus) + len(cpu_workers),
-                memory_limit=with_.memory_limit,
-                local_directory=with_.scratch,
+                memory_limit=spec.memory_limit,
+                local_directory=spec.scratch_path,
                 host=LOOPBACK,
-                security=with_.security,
-                dashboard_address=with_.dashboard_address,
-                scheduler_kwargs=with_.scheduler_options(),
+                security=spec.security,
+                dashboard_address=spec.dashboard_address,
+                scheduler_kwargs=spec.scheduler_options(),
                 name="LocalDeviceCluster",
                 silence_logs=logging.CRITICAL,  # a worker that ends is the call's to speak of
             )
@@ -81,20 +81,20 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
         """dask-cuda's spec of the next GPU with what is ours, then the CPU workers', so that all start at once."""
         if self._gpus.keys() <= self.worker_spec.keys():
             name = next(name for name in self._cpu_workers if name not in self.worker_spec)
-            return {name: self._beside(self._cpu_workers[name])}
+            return {name: self._make_cpu_worker_spec(self._cpu_workers[name])}
         ((uuid, spec),) = super().new_worker_spec().items()
-        _stay_on_own_cores(spec["options"]["plugins"])
-        theirs, ours = spec["options"], self._with.nanny_options(self._gpus[uuid], n_threads=1)
+        _limit_to_allowed_cores(spec["options"]["plugins"])
+        theirs, ours = spec["options"], self._spec.nanny_options(self._gpus[uuid], n_threads=1)
         both = {"preload": theirs["preload"] + ours["preload"], "env": {**theirs["env"], **ours["env"]}}
         return {uuid: {"cls": NannyProcess, "options": {**theirs, **ours, **both}}}
 
-    def _beside(self, spec: dict[str, Any]) -> dict[str, Any]:
+    def _make_cpu_worker_spec(self, spec: dict[str, Any]) -> dict[str, Any]:
         """A CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""
         shared = {name: self.new_spec["options"][name] for name in ("security", "protocol", "config")}
         return {**spec, "options": {**shared, **spec["options"]}}
 
 
-def _stay_on_own_cores(plugins: Iterable[Any]) -> None:
+def _limit_to_allowed_cores(plugins: Iterable[Any]) -> None:
     """Of the cores near a GPU, take those that this process may use: a batch job may have been given fewer."""
     allowed = os.sched_getaffinity(0)
     for plugin in plugins:

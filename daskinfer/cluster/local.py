@@ -32,9 +32,9 @@ from distributed import Client, Scheduler, Security
 from distributed.deploy.spec import SpecCluster
 
 from daskinfer.cluster.nanny import NannyProcess
-from daskinfer.cluster.shutdown import CLOSE_SECONDS, end, ended_on_failure
-from daskinfer.cluster.worker_spec import LOOPBACK, Start, housekeeping, memory_per_worker, security_of
-from daskinfer.core.scratch import Scratch
+from daskinfer.cluster.shutdown import CLOSE_SECONDS, close_cluster, close_on_failure
+from daskinfer.cluster.worker_spec import LOOPBACK, WorkerSpec, dask_config, memory_per_worker, resolve_security
+from daskinfer.core.scratch import ScratchDir
 from daskinfer.errors import ClusterError, DaskInferError, OptionError
 from daskinfer.hardware import device_spec as device_room
 from daskinfer.hardware.discovery import Device
@@ -96,23 +96,23 @@ class LocalDeviceCluster:
         start_timeout: float = START_SECONDS,
         close_timeout: float = CLOSE_SECONDS,
     ) -> None:
-        machine = device_room.machine()
-        self.devices = device_room.parse(devices, machine)
+        machine = device_room.inspect_machine()
+        self.devices = device_room.parse_devices(devices, machine)
         if any(d.kind == "inline" for d in self.devices):
             raise ClusterError("devices='inline' has no workers; a cluster needs 'cpu' or 'cuda' devices. Name some.")
         device_room.check_drivable(self.devices, torch.version.cuda, machine)
-        n_threads = _torch_threads(threads_per_worker, self.devices, machine.n_cores)
-        memory = _memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
-        certificates = security_of(security)
-        scratch = Scratch()
-        start = Start(memory, scratch.path, dashboard_address, start_timeout, certificates)
-        with _cleaned_up(self.devices, scratch, start_timeout), dask.config.set(housekeeping()):
-            cluster = _started(self.devices, n_threads, start)
+        n_threads = _resolve_n_threads(threads_per_worker, self.devices, machine.n_cores)
+        memory = _resolve_memory_limit(memory_limit, len(self.devices), machine.memory_nbytes)
+        certificates = resolve_security(security)
+        scratch = ScratchDir()
+        start = WorkerSpec(memory, scratch.path, dashboard_address, start_timeout, certificates)
+        with _clean_up_on_failure(self.devices, scratch, start_timeout), dask.config.set(dask_config()):
+            cluster = _start_cluster(self.devices, n_threads, start)
         self._cluster: Any = cluster
         self.close_timeout = close_timeout
         # Also run when the last reference goes, and when the interpreter exits.
-        self._end = weakref.finalize(self, _end_wherever, cluster, scratch, close_timeout)
-        _open.add(self)
+        self._finalizer = weakref.finalize(self, _close_from_any_thread, cluster, scratch, close_timeout)
+        _open_clusters.add(self)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -131,10 +131,10 @@ class LocalDeviceCluster:
         return str(self._cluster.dashboard_link) if has_one else ""
 
     @property
-    def whole(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether every device still has its worker, or a nanny that brings it back."""
         nannies = self._cluster.workers.values()
-        return self._end.alive and len(nannies) == len(self.devices) and all(nanny.running for nanny in nannies)
+        return self._finalizer.alive and len(nannies) == len(self.devices) and all(nanny.running for nanny in nannies)
 
     def get_client(self) -> Client:
         """A new client of this cluster; it becomes the current one."""
@@ -154,7 +154,7 @@ class LocalDeviceCluster:
 
         None: the ``close_timeout`` of the constructor.
         """
-        if (ending := self._end.detach()) is not None:
+        if (ending := self._finalizer.detach()) is not None:
             _, ender, (inner, scratch, usual), _ = ending
             ender(inner, scratch, usual if timeout is None else timeout)
 
@@ -167,7 +167,7 @@ class LocalDeviceCluster:
         self.close()
 
     def __repr__(self) -> str:
-        address = self._cluster.scheduler_address if self._end.alive else "closed"
+        address = self._cluster.scheduler_address if self._finalizer.alive else "closed"
         return f"LocalDeviceCluster({', '.join(d.name for d in self.devices)}; {address})"
 
     def _repr_html_(self) -> str:
@@ -175,18 +175,18 @@ class LocalDeviceCluster:
 
 
 class _DeviceSpecCluster(SpecCluster):  # type: ignore[misc]  # distributed ships no annotations
-    def __init__(self, workers: dict[str, Any], start: Start) -> None:
-        with ended_on_failure(self):
+    def __init__(self, workers: dict[str, Any], spec: WorkerSpec) -> None:
+        with close_on_failure(self):
             super().__init__(
                 workers=workers,
-                scheduler={"cls": Scheduler, "options": start.scheduler_options()},
-                security=start.security,
+                scheduler={"cls": Scheduler, "options": spec.scheduler_options()},
+                security=spec.security,
                 name=LocalDeviceCluster.__name__,
                 silence_logs=logging.CRITICAL,  # a worker that ends is the call's to speak of
             )
 
 
-def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
+def _start_cluster(devices: Sequence[Device], n_threads: int, spec: WorkerSpec) -> Any:
     """Start the Dask cluster and wait for all its workers."""
     # Not by the workers' names: Dask forgets a nanny for good once a worker of its name is away for 15 s, and under load a
     # restart takes longer.
@@ -194,26 +194,26 @@ def _started(devices: Sequence[Device], n_threads: int, start: Start) -> Any:
         f"nanny of {d.name}": {
             "cls": NannyProcess,
             "options": {
-                **start.nanny_options(d, n_threads),
-                "environment": {**start.environment, "CUDA_VISIBLE_DEVICES": ""},
+                **spec.nanny_options(d, n_threads),
+                "environment": {**spec.environment, "CUDA_VISIBLE_DEVICES": ""},
             },
         }
         for d in devices
         if d.kind == "cpu"
     }
     if len(workers) == len(devices):
-        cluster = _DeviceSpecCluster(workers, start)
+        cluster = _DeviceSpecCluster(workers, spec)
     else:
         from daskinfer.cluster import cuda
 
-        cluster = cuda.start([d for d in devices if d.kind == "cuda"], workers, start)
+        cluster = cuda.start_cuda_cluster([d for d in devices if d.kind == "cuda"], workers, spec)
     with contextlib.suppress(ValueError):
         sys.path.remove(cluster.scheduler.local_directory)  # every server of Dask's puts its folder in front
     return cluster
 
 
 @contextlib.contextmanager
-def _cleaned_up(devices: Sequence[Device], scratch: Scratch, timeout: float) -> Iterator[None]:
+def _clean_up_on_failure(devices: Sequence[Device], scratch: ScratchDir, timeout: float) -> Iterator[None]:
     """Where starting fails, leave no folder, and say which workers failed."""
     try:
         yield
@@ -227,45 +227,47 @@ def _cleaned_up(devices: Sequence[Device], scratch: Scratch, timeout: float) -> 
         ) from error
 
 
-def _torch_threads(asked: int | str, devices: Sequence[Device], n_cores: int) -> int:
-    if asked == "auto":
+def _resolve_n_threads(threads_per_worker: int | str, devices: Sequence[Device], n_cores: int) -> int:
+    if threads_per_worker == "auto":
         n_gpus = sum(d.kind == "cuda" for d in devices)
         return max(1, (n_cores - n_gpus) // max(1, len(devices) - n_gpus))
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise OptionError(f"threads_per_worker is {asked!r}; it may be a number from 1 or 'auto'. Pass one of these.")
-    return asked
+    if isinstance(threads_per_worker, bool) or not isinstance(threads_per_worker, int) or threads_per_worker < 1:
+        raise OptionError(
+            f"threads_per_worker is {threads_per_worker!r}; it may be a number from 1 or 'auto'. Pass one of these."
+        )
+    return threads_per_worker
 
 
-def _memory_limit(asked: int | str, n_workers: int, memory_nbytes: int) -> int:
-    if asked == "auto":
+def _resolve_memory_limit(memory_limit: int | str, n_workers: int, memory_nbytes: int) -> int:
+    if memory_limit == "auto":
         return memory_per_worker(n_workers, memory_nbytes)
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise OptionError(f"memory_limit is {asked!r}; it may be a number of bytes or 'auto'. Pass one of these.")
-    return asked
+    if isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 1:
+        raise OptionError(f"memory_limit is {memory_limit!r}; it may be a number of bytes or 'auto'. Pass one of these.")
+    return memory_limit
 
 
-_open: weakref.WeakSet[LocalDeviceCluster] = weakref.WeakSet()
+_open_clusters: weakref.WeakSet[LocalDeviceCluster] = weakref.WeakSet()
 
 
-def _disown() -> None:
+def _detach_after_fork() -> None:
     """A forked child has a copy of every cluster, but the workers, sockets and folders are its parent's."""
-    for cluster in list(_open):
-        cluster._end.detach()
+    for cluster in list(_open_clusters):
+        cluster._finalizer.detach()
         cluster._cluster.shutdown_on_close = False
         with contextlib.suppress(AttributeError):  # Dask's own; without it the child removes the scheduler's folder
             cluster._cluster.scheduler._workdir._finalizer.detach()
 
 
-os.register_at_fork(after_in_child=_disown)
+os.register_at_fork(after_in_child=_detach_after_fork)
 
 
-def _end_wherever(cluster: Any, scratch: Scratch, timeout: float) -> None:
+def _close_from_any_thread(cluster: Any, scratch: ScratchDir, timeout: float) -> None:
     """End the cluster in this thread, unless it is the one that would have to do it meanwhile."""
     if cluster.called_from_running_loop:
         # The garbage collector runs wherever it likes; on the event loop, waiting for the loop would never end.
-        threading.Thread(target=_end_wherever, args=(cluster, scratch, timeout), name="daskinfer-end").start()
+        threading.Thread(target=_close_from_any_thread, args=(cluster, scratch, timeout), name="daskinfer-end").start()
         return
     try:
-        end(cluster, timeout)
+        close_cluster(cluster, timeout)
     finally:
         scratch.remove()

@@ -37,13 +37,13 @@ GRACE_SECONDS = 3.0
 
 # The client's module path comes first of all: started by "-m", a random.py in the working directory would be imported in
 # place of Python's, although the client's own path does not hold that directory.
-_START = (
+_BOOTSTRAP_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline() or 'null') or sys.path; "
     "from daskinfer.cluster.nanny import main; main()"
 )
 _LENGTH_NBYTES = 8
 _POLL_SECONDS = 0.005
-_CURRENT_CLIENT = "scheduler"  # what a current Client sets in the configuration: not for the workers of another cluster
+_CURRENT_CLIENT_KEY = "scheduler"  # what a current Client sets in the configuration: not for the workers of another cluster
 
 
 class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships no annotations
@@ -76,27 +76,27 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         self.environment = environment or {}
         self.options = options
         self.process: asyncio.subprocess.Process | None = None
-        self._given_up = False
+        self._aborted = False
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether the process is there; its worker may be on its way back."""
         return self.process is not None and self.process.returncode is None
 
     async def start(self) -> None:
         """Start the process and wait until its worker has joined the scheduler."""
-        if not self._given_up:
-            await self._start()
+        if not self._aborted:
+            await self._launch_process()
         await super().start()
 
-    async def _start(self) -> None:
-        message = self._message()
+    async def _launch_process(self) -> None:
+        message = self._encode_message()
         environment = {**os.environ, **self.environment}
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-c",
-            _START,
+            _BOOTSTRAP_CODE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: value for name, value in environment.items() if value is not None},
@@ -104,31 +104,31 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         )
         assert self.process.stdin is not None
         self.process.stdin.write(message)
-        if self._given_up:  # while the process was made
+        if self._aborted:  # while the process was made
             self.process.stdin.close()
         try:
-            await asyncio.wait_for(self._ready(), self.start_timeout)
+            await asyncio.wait_for(self._wait_until_ready(), self.start_timeout)
         except TimeoutError:
             await self.close()
             raise RuntimeError(f"the worker {self.name} was not there within {self.start_timeout:g} s") from None
         except BaseException as error:
             await self.close()
-            if not self._given_up or not isinstance(error, Exception):
+            if not self._aborted or not isinstance(error, Exception):
                 raise
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Ask the nanny to end though it may be starting still: that it does is no failure. For the cluster's loop."""
-        self._given_up = True
+        self._aborted = True
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
 
-    def _message(self) -> bytes:
-        config = {key: value for key, value in dask.config.config.items() if key != _CURRENT_CLIENT}
+    def _encode_message(self) -> bytes:
+        config = {key: value for key, value in dask.config.config.items() if key != _CURRENT_CLIENT_KEY}
         content = cloudpickle.dumps({"scheduler": self.scheduler, "options": self.options, "config": config})
         path = json.dumps([str(entry) for entry in sys.path]).encode()
         return path + b"\n" + len(content).to_bytes(_LENGTH_NBYTES, "little") + bytes(content)
 
-    async def _ready(self) -> None:
+    async def _wait_until_ready(self) -> None:
         assert self.process is not None and self.process.stdout is not None
         line = await self.process.stdout.readline()
         answer: dict[str, str] = json.loads(line) if line else {"error": "its process ended; its log is on stderr"}
@@ -137,19 +137,19 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
     async def close(self) -> None:
         """Ask the nanny to end by closing its input; kill what is left of it after its own grace."""
-        if self.process is not None and self.running:
-            family = self.processes()
+        if self.process is not None and self.is_running:
+            family = self.list_processes()
             assert self.process.stdin is not None
             self.process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.process.wait(), GRACE_SECONDS)
-            kill(family)
+            kill_processes(family)
             await self.process.wait()
         await super().close()
 
-    def processes(self) -> list[psutil.Process]:
+    def list_processes(self) -> list[psutil.Process]:
         """The nanny's process and everything that it started."""
-        if self.process is None or not self.running:
+        if self.process is None or not self.is_running:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
             nanny = psutil.Process(self.process.pid)
@@ -157,7 +157,7 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         return []
 
 
-def kill(processes: Sequence[psutil.Process]) -> None:
+def kill_processes(processes: Sequence[psutil.Process]) -> None:
     """Kill those that are still there and all that they have started, but let Python's trackers of semaphores be.
 
     Those remove the semaphores of the killed and end by themselves. Each process is stopped before its children are
@@ -166,20 +166,20 @@ def kill(processes: Sequence[psutil.Process]) -> None:
     doomed: list[psutil.Process] = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not _is_tracker(process):
+            if not _is_resource_tracker(process):
                 process.suspend()
                 doomed += [process, *process.children(recursive=True)]
     for process in reversed(doomed):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not _is_tracker(process):
+            if not _is_resource_tracker(process):
                 process.kill()
 
 
-def _is_tracker(process: psutil.Process) -> bool:
+def _is_resource_tracker(process: psutil.Process) -> bool:
     return any("resource_tracker" in word for word in process.cmdline())
 
 
-async def _serve(scheduler: str, options: dict[str, Any], answers: int) -> None:
+async def _serve(scheduler: str, options: dict[str, Any], reply_fd: int) -> None:
     """Run the nanny until the client closes the pipe or the nanny ends."""
     loop = asyncio.get_running_loop()
     closed = loop.create_future()
@@ -193,32 +193,32 @@ async def _serve(scheduler: str, options: dict[str, Any], answers: int) -> None:
     try:
         nanny = Nanny(scheduler, **options)
     except Exception as error:
-        _answer(answers, error=f"{type(error).__name__}: {error}")
+        _send_reply(reply_fd, error=f"{type(error).__name__}: {error}")
         return
-    started = asyncio.ensure_future(_started(nanny))
+    started = asyncio.ensure_future(_await_nanny(nanny))
     await asyncio.wait([started, closed], return_when=asyncio.FIRST_COMPLETED)
     if not started.done():
         started.cancel()
         await asyncio.wait([started], timeout=GRACE_SECONDS)
-        await _spawned(nanny)
+        await _wait_for_spawn(nanny)
         return  # a nanny cannot be closed while it starts: main() kills what it started
     if failure := started.exception():
         while failure.__cause__ is not None:  # Dask's own says no more than that the nanny failed to start
             failure = failure.__cause__
-        _answer(answers, error=f"{type(failure).__name__}: {failure}")
+        _send_reply(reply_fd, error=f"{type(failure).__name__}: {failure}")
         return
-    _answer(answers, ready=nanny.worker_address)
+    _send_reply(reply_fd, ready=nanny.worker_address)
     ended = asyncio.ensure_future(nanny.finished())
     await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(nanny.close(timeout=GRACE_SECONDS / 2), GRACE_SECONDS)
 
 
-async def _started(nanny: Nanny) -> None:
+async def _await_nanny(nanny: Nanny) -> None:
     await nanny
 
 
-async def _spawned(nanny: Nanny) -> None:
+async def _wait_for_spawn(nanny: Nanny) -> None:
     """Let a worker's process that a thread is just starting be there, so that it can be killed.
 
     Started any later, it would look for semaphores that have gone with this process, and say so on stderr.
@@ -230,8 +230,8 @@ async def _spawned(nanny: Nanny) -> None:
         await asyncio.sleep(_POLL_SECONDS)
 
 
-def _answer(answers: int, **said: str) -> None:
-    os.write(answers, json.dumps(said).encode() + b"\n")
+def _send_reply(reply_fd: int, **fields: str) -> None:
+    os.write(reply_fd, json.dumps(fields).encode() + b"\n")
 
 
 def main() -> None:
@@ -250,4 +250,4 @@ def main() -> None:
     with asyncio.Runner() as runner:
         runner.run(_serve(message["scheduler"], message["options"], answers))
         # Before the runner waits for tasks that wait for these.
-        kill(psutil.Process().children(recursive=True))
+        kill_processes(psutil.Process().children(recursive=True))

@@ -21,14 +21,14 @@ import torch
 from distributed import Client
 from distributed.comm import CommClosedError
 
-from daskinfer.cluster.worker_spec import memory_per_worker, resource
+from daskinfer.cluster.worker_spec import memory_per_worker, resource_name
 from daskinfer.errors import ClusterError, DeviceError
-from daskinfer.hardware.device_spec import Device, check_drivable, machine, parse
+from daskinfer.hardware.device_spec import Device, check_drivable, inspect_machine, parse_devices
 from daskinfer.worker import current_device
 
 logger = logging.getLogger(__name__)
 
-_checked: weakref.WeakSet[Client] = weakref.WeakSet()  # clients whose cluster has daskinfer
+_checked_clients: weakref.WeakSet[Client] = weakref.WeakSet()  # clients whose cluster has daskinfer
 
 
 @dataclass(frozen=True)
@@ -37,46 +37,46 @@ class Placement:
 
     ``client`` is None where no cluster of somebody else's is used; ``addresses`` are then empty. ``nannies`` are the
     addresses of those that bring a worker back, empty where there is none, and None for workers of a cluster of ours.
-    ``automatic``: nobody asked for workers, and there are CPUs only, so this process may compute as well.
+    ``can_choose_executor``: nobody asked for workers, and there are CPUs only, so this process may compute as well.
     """
 
     devices: tuple[Device, ...]
     client: Client | None = None
     addresses: tuple[str, ...] = ()
     nannies: tuple[str | None, ...] = ()
-    automatic: bool = False
+    can_choose_executor: bool = False
 
     @property
-    def inline(self) -> bool:
+    def is_inline(self) -> bool:
         """Whether the work is done in this process."""
         return self.devices[0].kind == "inline"
 
     @property
-    def limits(self) -> tuple[int, ...]:
+    def memory_limits(self) -> tuple[int, ...]:
         """Bytes that a chunk and the network may take on each device; 0 where that is unknown."""
         return tuple(d.free_nbytes or d.memory_nbytes for d in self.devices)
 
-    def restriction(self, device: int) -> dict[str, Any]:
+    def get_compute_kwargs(self, device_index: int) -> dict[str, Any]:
         """Keywords of ``client.compute`` that keep a task on a device.
 
         Our own workers have a resource each, which comes back when one is restarted; others are known by address only.
         """
-        if self.addresses and self.nannies[device] is not None:
-            return {"workers": [self.addresses[device]]}
-        return {"resources": {resource(self.devices[device].name): 1}}
+        if self.addresses and self.nannies[device_index] is not None:
+            return {"workers": [self.addresses[device_index]]}
+        return {"resources": {resource_name(self.devices[device_index].name): 1}}
 
 
-def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+def fetch_workers(client: Client) -> dict[str, dict[str, Any]]:
     """What the scheduler says of every worker, by address.
 
-    Not ``client.scheduler_info(n_workers=-1)``: the record that it returns is overwritten by one without workers each time
+    Not ``acquire_client.scheduler_info(n_workers=-1)``: the record that it returns is overwritten by one without workers each time
     the client refreshes it, from another thread (seen once in a run of all tests, as a worker that was missing).
     """
     found: dict[str, dict[str, Any]] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return found
 
 
-def place(devices: str | Sequence[str], client: Client | None) -> Placement:
+def resolve_placement(devices: str | Sequence[str], client: Client | None) -> Placement:
     """Find the devices of a call; starts nothing.
 
     Raises
@@ -93,23 +93,23 @@ def place(devices: str | Sequence[str], client: Client | None) -> Placement:
                 f"devices={devices!r} was given beside client=; a client's devices are its workers. Leave one of them out "
                 "(beside --scheduler: --devices auto, which goes over a job file's)."
             )
-        return _of_client(client)
-    current = _current_client() if automatic else None
+        return _resolve_client_placement(client)
+    current = _find_current_client() if automatic else None
     if current is not None:
-        placement = _of_client(current)
+        placement = _resolve_client_placement(current)
         _warn_of_unused_gpus(placement)
         return placement
-    here = machine()
-    found = parse(devices, here)
+    here = inspect_machine()
+    found = parse_devices(devices, here)
     check_drivable(found, torch.version.cuda, here)
     if found[0].kind == "inline":
         return Placement((replace(found[0], label=here.cpu_label, memory_nbytes=here.memory_nbytes),))
     share = memory_per_worker(len(found), here.memory_nbytes)
     sized = tuple(d if d.kind == "cuda" else replace(d, memory_nbytes=share) for d in found)
-    return Placement(sized, automatic=automatic and all(d.kind == "cpu" for d in sized))
+    return Placement(sized, can_choose_executor=automatic and all(d.kind == "cpu" for d in sized))
 
 
-def _of_client(client: Client) -> Placement:
+def _resolve_client_placement(client: Client) -> Placement:
     if not isinstance(client, Client):
         raise ClusterError(
             f"client is a {type(client).__name__}; a distributed.Client is needed. Make one with Client(…) of "
@@ -119,21 +119,21 @@ def _of_client(client: Client) -> Placement:
         state = "asynchronous" if client.asynchronous else client.status
         raise ClusterError(f"the client is {state}; a running synchronous one is needed. Make one with Client(cluster).")
     check_installed(client)
-    found = _described(client)
+    found = _query_devices(client)
     if not found:
         raise ClusterError(
             f"the client of {client.scheduler.address} has no workers; at least one is needed. Start one, or wait for it "
             "with client.wait_for_workers(1) (--wait-for-workers 1)."
         )
     ordered = sorted(found.items(), key=lambda pair: (pair[1].kind != "cuda", pair[1].name))
-    there = workers_of(client)
-    nannies = tuple(_nanny(there.get(address, {}), device) for address, device in ordered)
+    there = fetch_workers(client)
+    nannies = tuple(_get_nanny_address(there.get(address, {}), device) for address, device in ordered)
     return Placement(tuple(d for _, d in ordered), client, tuple(address for address, _ in ordered), nannies)
 
 
-def _described(client: Client) -> dict[str, Device]:
+def _query_devices(client: Client) -> dict[str, Device]:
     """The device of every worker; those that go while they are asked are none."""
-    found: dict[str, Any] = client.run(current_device.describe, on_error="return")
+    found: dict[str, Any] = client.run(current_device.describe_worker_device, on_error="return")
     for answer in found.values():
         if isinstance(answer, Exception) and not isinstance(answer, CommClosedError):
             raise answer
@@ -148,7 +148,7 @@ def check_installed(client: Client) -> None:
     ClusterError
         Where one cannot import it.
     """
-    if client in _checked:
+    if client in _checked_clients:
         return
     imported = client.run(import_module, "daskinfer", on_error="return")
     lacking = {f"the worker {address}": said for address, said in imported.items() if isinstance(said, ImportError)}
@@ -163,15 +163,15 @@ def check_installed(client: Client) -> None:
             f"{who}{more} cannot import daskinfer ({why}); the scheduler and every worker have to. Install there what is "
             "installed here: the same versions of Python, torch, dask and daskinfer."
         )
-    _checked.add(client)
+    _checked_clients.add(client)
 
 
-def _nanny(info: Mapping[str, Any], device: Device) -> str | None:
-    ours = resource(device.name) in info.get("resources", {})
+def _get_nanny_address(info: Mapping[str, Any], device: Device) -> str | None:
+    ours = resource_name(device.name) in info.get("resources", {})
     return None if ours else info.get("nanny") or ""
 
 
-def _current_client() -> Client | None:
+def _find_current_client() -> Client | None:
     with contextlib.suppress(ValueError):
         found: Client = Client.current(allow_global=True)
         return found
@@ -180,7 +180,7 @@ def _current_client() -> Client | None:
 
 def _warn_of_unused_gpus(placement: Placement) -> None:
     used = {d.uuid for d in placement.devices}
-    unused = [d.name for d in machine().gpus if d.uuid not in used]
+    unused = [d.name for d in inspect_machine().gpus if d.uuid not in used]
     if unused:
         warnings.warn(
             f"the current Dask client's workers leave {', '.join(unused)} of this machine unused. Pass devices='cuda' to "

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from distributed import Client
 
 from daskinfer.cluster.local import LocalDeviceCluster
-from daskinfer.execution.result_buffers import results
+from daskinfer.execution.result_buffers import result_pool
 from daskinfer.transport import shared_memory
 
 IDLE_SECONDS = 600.0  # as long as somebody in a notebook thinks about the next cell; arbitrary
 
 
-class KeptCluster:
+class DefaultCluster:
     """At most one cluster and its client, by the devices that were asked for.
 
     Note: threads share it. The lock guards who has it; it is held while a cluster starts, not while one computes. A cluster
@@ -32,22 +32,22 @@ class KeptCluster:
     def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
         self.idle_seconds = idle_seconds
         self._lock = threading.Lock()
-        self._current: _Started | None = None
-        self._of_parent: _Started | None = None
+        self._current: _RunningCluster | None = None
+        self._parent_cluster: _RunningCluster | None = None
 
     @contextlib.contextmanager
-    def client(self, devices: Sequence[str]) -> Iterator[Client]:
+    def acquire_client(self, devices: Sequence[str]) -> Iterator[Client]:
         """A client of the kept cluster of these devices, started if need be."""
-        started = self._enter(tuple(devices))
+        started = self._acquire(tuple(devices))
         try:
             yield started.client
         finally:
-            self._leave(started)
+            self._release(started)
 
-    def has(self, devices: Sequence[str]) -> bool:
+    def is_running(self, devices: Sequence[str]) -> bool:
         """Whether a cluster of these devices is there and can be used."""
         with self._lock:
-            return self._current is not None and self._current.devices == tuple(devices) and self._current.alive()
+            return self._current is not None and self._current.devices == tuple(devices) and self._current.is_usable()
 
     def close(self) -> None:
         """End the cluster now, or as soon as the calls that use it have ended."""
@@ -56,42 +56,42 @@ class KeptCluster:
             if started is not None:
                 started.retire()
 
-    def forget(self) -> None:
+    def reset_after_fork(self) -> None:
         """After a fork: the parent's cluster is not the child's, and the client's end would be told to its scheduler."""
         self._lock = threading.Lock()
-        self._of_parent, self._current = self._current, None
+        self._parent_cluster, self._current = self._current, None
 
-    def _enter(self, devices: tuple[str, ...]) -> _Started:
+    def _acquire(self, devices: tuple[str, ...]) -> _RunningCluster:
         with self._lock:
             current = self._current
-            if current is not None and (current.devices != devices or not current.alive()):
+            if current is not None and (current.devices != devices or not current.is_usable()):
                 current.retire()
                 current = None
-            self._current = current = current or _Started(devices)
-            current.enter()
+            self._current = current = current or _RunningCluster(devices)
+            current.add_user()
             return current
 
-    def _leave(self, started: _Started) -> None:
+    def _release(self, running: _RunningCluster) -> None:
         with self._lock:
-            started.leave()
-            if started is self._current and started.n_users == 0:
-                started.watch(self.idle_seconds, lambda: self._idle(started))
+            running.remove_user()
+            if running is self._current and running.n_users == 0:
+                running.start_idle_timer(self.idle_seconds, lambda: self._close_if_idle(running))
 
-    def _idle(self, started: _Started) -> None:
+    def _close_if_idle(self, running: _RunningCluster) -> None:
         with self._lock:
-            if started is self._current and started.n_users == 0:
+            if running is self._current and running.n_users == 0:
                 self._current = None
-                started.retire()
+                running.retire()
 
 
-class _Started:
+class _RunningCluster:
     """A running cluster, how many calls use it, and the clock that runs while none does."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         self.devices = devices
         self.n_users = 0
         self._retired = False
-        self._clock: threading.Timer | None = None
+        self._idle_timer: threading.Timer | None = None
         self.cluster = LocalDeviceCluster(list(devices))
         try:
             # Not the current client: the user's own dask calls are none of ours.
@@ -100,46 +100,46 @@ class _Started:
             self.cluster.close()
             raise
 
-    def alive(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether the cluster can still be used; the scheduler or a nanny may have been ended by others."""
-        return self.client.status == "running" and self.cluster.whole
+        return self.client.status == "running" and self.cluster.is_healthy
 
-    def enter(self) -> None:
+    def add_user(self) -> None:
         self.n_users += 1
-        self._stop_clock()
+        self._cancel_idle_timer()
 
-    def leave(self) -> None:
+    def remove_user(self) -> None:
         self.n_users -= 1
-        self._end_if_unused()
+        self._close_if_unused()
 
     def retire(self) -> None:
         """No call will enter any more."""
         self._retired = True
-        self._end_if_unused()
+        self._close_if_unused()
 
-    def watch(self, seconds: float, then: Callable[[], None]) -> None:
-        self._stop_clock()
-        self._clock = threading.Timer(seconds, then)
-        self._clock.name = "daskinfer-idle"
-        self._clock.daemon = True
-        self._clock.start()
+    def start_idle_timer(self, seconds: float, on_idle: Callable[[], None]) -> None:
+        self._cancel_idle_timer()
+        self._idle_timer = threading.Timer(seconds, on_idle)
+        self._idle_timer.name = "daskinfer-idle"
+        self._idle_timer.daemon = True
+        self._idle_timer.start()
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
-    def _end_if_unused(self) -> None:
+    def _close_if_unused(self) -> None:
         if self._retired and self.n_users == 0:
-            self._stop_clock()
-            shared_memory.release(self.client)
-            results.release()
+            self._cancel_idle_timer()
+            shared_memory.close_cached_pool(self.client)
+            result_pool.release()
             try:
                 self.client.close()
             finally:
                 self.cluster.close()
 
 
-kept = KeptCluster()
-atexit.register(kept.close)
-os.register_at_fork(after_in_child=kept.forget)
+default_cluster = DefaultCluster()
+atexit.register(default_cluster.close)
+os.register_at_fork(after_in_child=default_cluster.reset_after_fork)

@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 RESTART_SECONDS = 30.0  # until Dask has restarted a worker; arbitrary
 
 
-def note_process() -> None:
+def write_pid_file() -> None:
     """In a worker that starts: leave its number where the client finds it."""
     folder, device = os.environ.get(env.SCRATCH), os.environ.get(env.DEVICE)
     if folder and device:
-        path = _note(folder, device)
+        path = _get_pid_path(folder, device)
         draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(f"{os.getpid()} {psutil.Process().create_time()}")
         draft.replace(path)
 
 
-class Replacer:
+class WorkerRestarter:
     """Ends workers of one call.
 
     Parameters
@@ -46,24 +46,24 @@ class Replacer:
         Whether workers of others may be restarted.
     """
 
-    def __init__(self, client: Client, folders: Mapping[str, str], *, allowed: bool) -> None:
-        self._client, self._folders, self._allowed = client, folders, allowed
+    def __init__(self, client: Client, folders: Mapping[str, str], *, allow_external: bool) -> None:
+        self._client, self._folders, self._allow_external = client, folders, allow_external
 
-    def replace(self, device: str, address: str | None) -> bool:
+    def restart_worker(self, device: str, address: str | None) -> bool:
         """End a device's worker; whether that was possible."""
         folder = self._folders.get(device)
-        if folder and _ended(folder, device):
+        if folder and _kill_recorded_process(folder, device):
             return True
-        if not self._allowed or address is None:
+        if not self._allow_external or address is None:
             return False
         answer = self._client.restart_workers([address], timeout=RESTART_SECONDS, raise_for_error=False)
         return bool(answer.get(address) == "OK")
 
 
-def _ended(folder: str, device: str) -> bool:
+def _kill_recorded_process(folder: str, device: str) -> bool:
     """End the process that a worker noted; whether it is gone, by us or by itself."""
     with contextlib.suppress(OSError, ValueError, psutil.AccessDenied):
-        number, since = _note(folder, device).read_text().split()
+        number, since = _get_pid_path(folder, device).read_text().split()
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(number))
             if process.create_time() == float(since):  # not another that has its number by now
@@ -72,5 +72,5 @@ def _ended(folder: str, device: str) -> bool:
     return False
 
 
-def _note(folder: str, device: str) -> Path:
+def _get_pid_path(folder: str, device: str) -> Path:
     return Path(folder, f"{device}.pid")

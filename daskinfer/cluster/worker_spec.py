@@ -19,14 +19,14 @@ CLIENT_MEMORY_SHARE = 0.1  # left to the client and the scheduler; arbitrary
 
 # By setting: Dask's default, ours. Dask looks after itself on the cores that compute, 30 ms per second in each worker and 16
 # in the client; with these it is 6 and 5 (measured). Its profiler would see our tasks wait for the thread that computes.
-_HOUSEKEEPING = {
+_DASK_SETTINGS = {
     "distributed.worker.profile.enabled": (True, False),
     "distributed.admin.tick.interval": ("20ms", "1s"),
     "distributed.admin.system-monitor.interval": ("500ms", "1s"),
 }
 
 
-def resource(device: str) -> str:
+def resource_name(device: str) -> str:
     """The name of the Dask resource that only the worker of ``device`` has."""
     return f"daskinfer-{device}"
 
@@ -36,12 +36,12 @@ def memory_per_worker(n_workers: int, memory_nbytes: int) -> int:
     return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
 
 
-def housekeeping() -> dict[str, Any]:
+def dask_config() -> dict[str, Any]:
     """Dask's settings for how often it looks after itself, where the user has left them as they come."""
-    return {name: ours for name, (theirs, ours) in _HOUSEKEEPING.items() if dask.config.get(name) == theirs}
+    return {name: ours for name, (theirs, ours) in _DASK_SETTINGS.items() if dask.config.get(name) == theirs}
 
 
-def security_of(asked: bool | Security | None) -> Security:
+def resolve_security(security: bool | Security | None) -> Security:
     """Dask's record of certificates for what a user asked for; without any, what Dask's configuration says.
 
     Raises
@@ -51,7 +51,7 @@ def security_of(asked: bool | Security | None) -> Security:
     MissingExtra
         Where certificates have to be made, and what makes them is not installed.
     """
-    if asked is True:
+    if security is True:
         try:
             return Security.temporary()
         except ImportError as error:
@@ -59,21 +59,21 @@ def security_of(asked: bool | Security | None) -> Security:
                 f"security=True needs cryptography, which makes the certificates ({error}). Install it: "
                 'pip install "daskinfer[tls]"; or pass a distributed.Security with certificates of your own.'
             ) from error
-    if asked is None or asked is False:
+    if security is None or security is False:
         return Security()
-    if isinstance(asked, Security):
-        return asked
-    raise OptionError(f"security is a {type(asked).__name__}; it may be True, a distributed.Security or None. Pass one.")
+    if isinstance(security, Security):
+        return security
+    raise OptionError(f"security is a {type(security).__name__}; it may be True, a distributed.Security or None. Pass one.")
 
 
 @dataclass(frozen=True)
-class Start:
+class WorkerSpec:
     """What the workers and the scheduler of one cluster are started with, whatever their kind."""
 
     memory_limit: int
-    scratch: str
+    scratch_path: str
     dashboard_address: str | None
-    timeout: float
+    start_timeout: float
     security: Security = field(default_factory=Security)
 
     @property
@@ -86,11 +86,11 @@ class Start:
         return {
             "name": device.name,
             # Tasks in flight at most; how many there are is the driver's to say.
-            "nthreads": env.N_TASKS,
-            "resources": {resource(device.name): env.N_TASKS},
+            "nthreads": env.MAX_TASKS_IN_FLIGHT,
+            "resources": {resource_name(device.name): env.MAX_TASKS_IN_FLIGHT},
             "memory_limit": self.memory_limit,
-            "local_directory": self.scratch,
-            "start_timeout": self.timeout,
+            "local_directory": self.scratch_path,
+            "start_timeout": self.start_timeout,
             "host": LOOPBACK,
             "protocol": self.protocol,
             "security": self.security,
@@ -103,7 +103,7 @@ class Start:
                 env.DEVICE: device.name,
                 env.UUID: device.uuid,
                 env.THREADS: str(n_threads),
-                env.SCRATCH: self.scratch,
+                env.SCRATCH: self.scratch_path,
             },
         }
 
@@ -124,7 +124,7 @@ class Start:
             "port": 0,
             "protocol": self.protocol,
             "security": self.security,
-            "local_directory": self.scratch,
+            "local_directory": self.scratch_path,
             "dashboard": self.dashboard_address is not None,
             # Without a dashboard the scheduler still serves its health there, by default on every interface.
             "dashboard_address": self.dashboard_address or f"{LOOPBACK}:0",

@@ -11,14 +11,14 @@ import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-NUMBERS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
+NUMERIC_KINDS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
 
 
 class UnreadableError(OSError):
     """Bytes that lie elsewhere cannot be had."""
 
 
-class Elsewhere(ABC):
+class RemoteArray(ABC):
     """An array whose bytes lie elsewhere and are copied out when asked for; slices of it along axis 0 cost nothing."""
 
     shape: tuple[int, ...]
@@ -28,13 +28,13 @@ class Elsewhere(ABC):
         return self.shape[0]
 
     @abstractmethod
-    def __getitem__(self, rows: slice) -> Elsewhere: ...
+    def __getitem__(self, rows: slice) -> RemoteArray: ...
 
     @abstractmethod
     def read_into(self, out: Array) -> None:
         """Copy all of it into a C-contiguous array of the same shape and dtype."""
 
-    def copier(self, out: Array) -> Callable[[int], None]:
+    def make_copier(self, out: Array) -> Callable[[int], None]:
         """What copies ``len(out)`` rows from a row on into ``out``, of the same dtype; called many times."""
         return lambda begin: self[begin : begin + len(out)].read_into(out)
 
@@ -44,7 +44,7 @@ class Elsewhere(ABC):
         return out if dtype is None else out.astype(dtype, copy=False)
 
 
-class Source(Protocol):
+class ArraySource(Protocol):
     """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone.
 
     ``chunk_shape`` is what a part of the file declares to hold, empty where there are no parts.
@@ -61,22 +61,22 @@ class Source(Protocol):
         """Read rows."""
 
 
-def copy_rows(rows: Array | Elsewhere, out: Array) -> None:
+def copy_rows(rows: Array | RemoteArray, out: Array) -> None:
     """Copy rows into a C-contiguous array of their shape; other dtypes are cast."""
-    if isinstance(rows, Elsewhere) and rows.dtype == out.dtype:
+    if isinstance(rows, RemoteArray) and rows.dtype == out.dtype:
         rows.read_into(out)
     else:
         out[...] = rows
 
 
-def copier(rows: Array | Elsewhere, out: Array) -> Callable[[int], None]:
+def make_row_copier(rows: Array | RemoteArray, out: Array) -> Callable[[int], None]:
     """What copies ``len(out)`` rows from a row on into ``out``, as :func:`copy_rows` does; called many times."""
-    if isinstance(rows, Elsewhere) and rows.dtype == out.dtype:
-        return rows.copier(out)
+    if isinstance(rows, RemoteArray) and rows.dtype == out.dtype:
+        return rows.make_copier(out)
     return lambda begin: copy_rows(rows[begin : begin + len(out)], out)
 
 
-def numpy_of(tensor: torch.Tensor) -> Array:
+def tensor_to_numpy(tensor: torch.Tensor) -> Array:
     """A tensor on any device as an ndarray; bfloat16, which NumPy lacks, as float32."""
     try:
         plain: Array = tensor.numpy()
@@ -92,7 +92,7 @@ def numpy_of(tensor: torch.Tensor) -> Array:
 def to_numpy(array: Any) -> Array:
     """Anything that a network may take or give as an ndarray; without a copy where that can be."""
     if isinstance(array, torch.Tensor):
-        return numpy_of(array)
+        return tensor_to_numpy(array)
     if hasattr(array, "__cuda_array_interface__"):  # CuPy
         array = array.get()  # pragma: no cover - needs a GPU
     return np.asarray(array)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows ``start:stop`` of the input, meant for the device at position ``device`` of the plan."""
+    """Rows ``start:stop`` of the input, meant for the device at position ``device_index`` of the plan."""
 
     index: int
     start: int
     stop: int
-    device: int
+    device_index: int
 
     @property
     def n_rows(self) -> int:
@@ -21,7 +21,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class ChunkStats:
     """What a worker says of a chunk that it finished.
 
     ``batch_size`` is the smallest micro-batch that was used (rows); it is below the plan's where memory ran out.
@@ -49,13 +49,13 @@ class Receipt:
     channels_last: bool = False
 
     @property
-    def given_up(self) -> bool:
+    def is_abandoned(self) -> bool:
         """Whether no attempt came to an answer: nothing is known of when and how it was computed."""
         return not self.began
 
-    def timed(
+    def with_timing(
         self, *, read_began: float, ended: float, read_seconds: float, write_seconds: float, waited_seconds: float
-    ) -> Receipt:
+    ) -> ChunkStats:
         """The same with what was found out around the network."""
         return replace(
             self,
@@ -68,7 +68,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class StoredPart:
     """A part of a stored output that a worker wrote: its name within the output, its bytes, and their checksum."""
 
     name: str
@@ -77,7 +77,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RowFailure:
     """Rows ``start:stop`` without an answer, the device that tried last, and what it said."""
 
     start: int

@@ -8,5 +8,5 @@ UUID = "DASKINFER_DEVICE_UUID"  # "GPU-…"; empty for CPUs
 THREADS = "DASKINFER_TORCH_THREADS"  # of a CPU worker's chunks
 SCRATCH = "DASKINFER_SCRATCH"  # the cluster's folder, removed with it; shipped networks lie there
 
-MAX_READERS = 6  # chunks that are read ahead per device; arbitrary, storage that needs more wants larger chunks
-N_TASKS = MAX_READERS + 2  # in flight on a worker of ours at most: one computes, one writes, the others read
+MAX_PREFETCH = 6  # chunks that are read ahead per device; arbitrary, storage that needs more wants larger chunks
+MAX_TASKS_IN_FLIGHT = MAX_PREFETCH + 2  # in flight on a worker of ours at most: one computes, one writes, the others read

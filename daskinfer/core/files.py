@@ -18,24 +18,26 @@ class Syncer:
 
     def __init__(self) -> None:
         self._files: set[str] = set()
-        self._log = -1
-        self._flushed = time.monotonic()
+        self._log_descriptor = -1
+        self._last_flush = time.monotonic()
         self._pool: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
+        self._pending_flush: Future[None] | None = None
 
-    def add(self, files: Iterable[str], log: int) -> None:
+    def add(self, files: Iterable[str], log_descriptor: int) -> None:
         """Files that were written, and the descriptor of the log that speaks of them."""
         self._files.update(files)
-        self._log = log
-        if time.monotonic() - self._flushed > SYNC_SECONDS and (self._running is None or self._running.done()):
-            self._begin()
+        self._log_descriptor = log_descriptor
+        if time.monotonic() - self._last_flush > SYNC_SECONDS and (
+            self._pending_flush is None or self._pending_flush.done()
+        ):
+            self._start_flush()
 
     def flush(self) -> None:
         """Flush what is left, and wait for it."""
-        self._wait()
+        self._wait_for_flush()
         if self._files:
-            self._begin()
-            self._wait()
+            self._start_flush()
+            self._wait_for_flush()
 
     def close(self) -> None:
         """Flush what is left, and end the thread."""
@@ -45,29 +47,29 @@ class Syncer:
             if self._pool is not None:
                 self._pool.shutdown()
 
-    def _begin(self) -> None:
-        self._wait()
+    def _start_flush(self) -> None:
+        self._wait_for_flush()
         self._pool = self._pool or ThreadPoolExecutor(1, "daskinfer-sync")
-        files, self._files, self._flushed = self._files, set(), time.monotonic()
-        self._running = self._pool.submit(_flush, files, self._log)
+        files, self._files, self._last_flush = self._files, set(), time.monotonic()
+        self._pending_flush = self._pool.submit(_flush, files, self._log_descriptor)
 
-    def _wait(self) -> None:
-        running, self._running = self._running, None
+    def _wait_for_flush(self) -> None:
+        running, self._pending_flush = self._pending_flush, None
         if running is not None:
             running.result()
 
 
-def _flush(files: set[str], log: int) -> None:
+def _flush(files: set[str], log_descriptor: int) -> None:
     # Data, its names, its receipts: a receipt without its data would be believed.
     for path in sorted(files):
-        sync(path)
+        fsync_path(path)
     for folder in sorted({os.path.dirname(path) for path in files}):
-        sync(folder)
-    os.fsync(log)
+        fsync_path(folder)
+    os.fsync(log_descriptor)
 
 
 @contextlib.contextmanager
-def named(path: str | Path) -> Iterator[None]:
+def with_filename(path: str | Path) -> Iterator[None]:
     """Say of which file it is that the system complains: on writing it does not."""
     try:
         yield
@@ -77,7 +79,7 @@ def named(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sync(path: str | Path) -> None:
+def fsync_path(path: str | Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -86,7 +88,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove whatever lies there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -94,12 +96,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a small file, wholly or not at all."""
     new = path.with_name(f"{path.name}.new")
-    with named(new), open(new, "wb") as file:
+    with with_filename(new), open(new, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    sync(path.parent)
+    fsync_path(path.parent)

@@ -9,12 +9,12 @@ import html
 from collections.abc import Sequence
 
 
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lines of aligned columns under their headers; a column whose cells are all numbers stands to the right.
 
     Examples
     --------
-    >>> print(text_table(("device", "rows"), [["cpu:0", "1,000"], ["cuda:0", "9"]]))
+    >>> print(format_text_table(("device", "rows"), [["cpu:0", "1,000"], ["cuda:0", "9"]]))
     device   rows
     cpu:0   1,000
     cuda:0      9
@@ -31,12 +31,13 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same table as one HTML element."""
     right = [_is_numeric([row[i] for row in rows]) for i in range(len(headers))]
-    head = "".join(_html_cell(h, numeric, "th") for h, numeric in zip(headers, right, strict=True))
+    head = "".join(_format_html_cell(h, numeric, "th") for h, numeric in zip(headers, right, strict=True))
     body = "".join(
-        "<tr>" + "".join(_html_cell(c, numeric) for c, numeric in zip(row, right, strict=True)) + "</tr>" for row in rows
+        "<tr>" + "".join(_format_html_cell(c, numeric) for c, numeric in zip(row, right, strict=True)) + "</tr>"
+        for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -49,16 +50,16 @@ def format_nbytes(nbytes: int) -> str:
     >>> format_nbytes(0), format_nbytes(1536), format_nbytes(3 << 30)
     ('0 B', '1.5 KiB', '3.0 GiB')
     """
-    unit, size = byte_unit(nbytes)
+    unit, size = find_byte_unit(nbytes)
     return f"{nbytes} B" if unit == "B" else f"{nbytes / size:,.1f} {unit}"
 
 
-def byte_unit(nbytes: int) -> tuple[str, int]:
+def find_byte_unit(nbytes: int) -> tuple[str, int]:
     """The largest binary unit of which there is at least one, up to TiB, and its bytes.
 
     Examples
     --------
-    >>> byte_unit(3 << 20)
+    >>> find_byte_unit(3 << 20)
     ('MiB', 1048576)
     """
     power = min(max(0, int(nbytes).bit_length() - 1) // 10, len(_UNITS) - 1)
@@ -81,7 +82,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _html_cell(cell: str, numeric: bool, tag: str = "td") -> str:
+def _format_html_cell(cell: str, numeric: bool, tag: str = "td") -> str:
     style = ' style="text-align:right"' if numeric else ' style="white-space:pre-wrap"' if "\n" in cell else ""
     return f"<{tag}{style}>{html.escape(cell)}</{tag}>"
 

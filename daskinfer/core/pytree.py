@@ -15,18 +15,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """How the inputs reach the network: ``names`` of its ports, ``form`` one of "single", "positional" and "named"."""
+    """How the inputs reach the network: ``names`` of its ports, ``kind`` one of "single", "positional" and "named"."""
 
-    form: str
+    kind: str
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, value: Any) -> Ports:
+    def from_input(cls, value: Any) -> Ports:
         """Read the form off an input: a dict is named, a tuple positional, anything else one array called "x".
 
         Examples
         --------
-        >>> Ports.of({"image": 0, "meta": 1})
+        >>> Ports.from_input({"image": 0, "meta": 1})
         Ports(form='named', names=('image', 'meta'))
         """
         if isinstance(value, Mapping):
@@ -37,18 +37,18 @@ class Ports:
 
     def split(self, value: Any) -> list[Any]:
         """The arrays of ``value`` in the order of ``names``."""
-        if self.form == "named":
+        if self.kind == "named":
             return list(value.values())
-        return list(value) if self.form == "positional" else [value]
+        return list(value) if self.kind == "positional" else [value]
 
     def join(self, arrays: Sequence[Any]) -> Any:
         """The inverse of :meth:`split`."""
-        if self.form == "named":
+        if self.kind == "named":
             return dict(zip(self.names, arrays, strict=True))
-        return tuple(arrays) if self.form == "positional" else arrays[0]
+        return tuple(arrays) if self.kind == "positional" else arrays[0]
 
 
-def call(function: Callable[..., Any], value: Any) -> Any:
+def call_with(function: Callable[..., Any], value: Any) -> Any:
     """Call ``function`` on what a network would be called on: a dict as keywords, a tuple as positions."""
     if isinstance(value, Mapping):
         return function(**value)
@@ -58,13 +58,13 @@ def call(function: Callable[..., Any], value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
-    """What a flat list of arrays was before: ``make`` puts the children, labelled by ``keys``, together again."""
+class PyTreeSpec:
+    """What a flat list of arrays was before: ``container_type`` puts the children, labelled by ``keys``, together again."""
 
     kind: str  # "array", "none" or a key of _MAKERS
-    make: type[Any] | None = None
+    container_type: type[Any] | None = None
     keys: tuple[Any, ...] = ()
-    children: tuple[Structure, ...] = ()
+    children: tuple[PyTreeSpec, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Structure:
         ('logits', 'aux.0')
         """
         names: list[str] = []
-        for path in self._paths():
+        for path in self._iter_paths():
             name = ".".join(path) or "y"
             while name in names:  # {"a": {"b": …}, "a.b": …}, {0: …, "0": …}
                 name += "'"
@@ -93,20 +93,22 @@ class Structure:
             return next(arrays)
         if self.kind == "none":
             return None
-        return _MAKERS[self.kind](self.make, self.keys, [child._rebuild(arrays) for child in self.children])
+        return _CONTAINER_BUILDERS[self.kind](
+            self.container_type, self.keys, [child._rebuild(arrays) for child in self.children]
+        )
 
-    def _paths(self) -> Iterator[tuple[str, ...]]:
+    def _iter_paths(self) -> Iterator[tuple[str, ...]]:
         if self.kind == "array":
             yield ()
         for key, child in zip(self.keys, self.children, strict=True):
-            for path in child._paths():
+            for path in child._iter_paths():
                 yield (str(key), *path)
 
 
-_NONE, ONE_ARRAY = Structure("none"), Structure("array")
+_NONE_SPEC, LEAF_SPEC = PyTreeSpec("none"), PyTreeSpec("array")
 
 
-def flatten(value: Any) -> tuple[list[Any], Structure]:
+def flatten(value: Any) -> tuple[list[Any], PyTreeSpec]:
     """Take a network's answer apart into its arrays and the structure that holds them.
 
     Anything with a ``shape`` and a ``dtype`` is an array. ``None`` is kept as it is.
@@ -127,18 +129,18 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
     return arrays, _flatten(value, arrays, "")
 
 
-def _flatten(value: Any, arrays: list[Any], path: str) -> Structure:
+def _flatten(value: Any, arrays: list[Any], path: str) -> PyTreeSpec:
     if value is None:
-        return _NONE
+        return _NONE_SPEC
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         arrays.append(value)
-        return ONE_ARRAY
-    kind, items = _take_apart(value, path)
+        return LEAF_SPEC
+    kind, items = _list_children(value, path)
     children = tuple(_flatten(child, arrays, f"{path}.{key}") for key, child in items)
-    return Structure(kind, type(value), tuple(key for key, _ in items), children)
+    return PyTreeSpec(kind, type(value), tuple(key for key, _ in items), children)
 
 
-def _take_apart(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
+def _list_children(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
     """Name the kind of container and list its labelled children; the first match wins.
 
     A dataclass comes before a dict, since some libraries' outputs are both and are made by keywords.
@@ -155,10 +157,10 @@ def _take_apart(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
     raise TypeError(f"{type(value).__name__}{where}")
 
 
-def _mapping(make: type[Any], items: dict[Any, Any]) -> Any:
+def _build_mapping(container_type: type[Any], items: dict[Any, Any]) -> Any:
     """A mapping of its own kind where that can be filled (a defaultdict, a UserDict), else a plain dict."""
     try:
-        made = make()
+        made = container_type()
         for key, value in items.items():
             made[key] = value
     except TypeError:
@@ -166,8 +168,8 @@ def _mapping(make: type[Any], items: dict[Any, Any]) -> Any:
     return made
 
 
-_MAKERS: dict[str, Callable[[Any, tuple[Any, ...], list[Any]], Any]] = {
+_CONTAINER_BUILDERS: dict[str, Callable[[Any, tuple[Any, ...], list[Any]], Any]] = {
     "record": lambda make, keys, children: make(**dict(zip(keys, children, strict=True))),
-    "mapping": lambda make, keys, children: _mapping(make, dict(zip(keys, children, strict=True))),
+    "mapping": lambda make, keys, children: _build_mapping(make, dict(zip(keys, children, strict=True))),
     "sequence": lambda make, keys, children: make(children),
 }

@@ -8,12 +8,12 @@ Range = tuple[int, int]
 Ranges = Sequence[Range]  # in order, none in two of them
 
 
-def left_over(rows: Range, done: Ranges) -> Iterator[Range]:
+def subtract_ranges(rows: Range, done: Ranges) -> Iterator[Range]:
     """What is left of rows (start, stop) without those that are done, in order.
 
     Examples
     --------
-    >>> list(left_over((2, 20), [(0, 4), (8, 10), (10, 12)]))
+    >>> list(subtract_ranges((2, 20), [(0, 4), (8, 10), (10, 12)]))
     [(4, 8), (12, 20)]
     """
     start, stop = rows
@@ -25,12 +25,12 @@ def left_over(rows: Range, done: Ranges) -> Iterator[Range]:
         yield start, stop
 
 
-def merged(ranges: Iterable[Range]) -> list[Range]:
+def merge_ranges(ranges: Iterable[Range]) -> list[Range]:
     """Ranges in order, with those that touch made one.
 
     Examples
     --------
-    >>> merged([(8, 9), (0, 4), (4, 6), (5, 6)])
+    >>> merge_ranges([(8, 9), (0, 4), (4, 6), (5, 6)])
     [(0, 6), (8, 9)]
     """
     found: list[Range] = []
@@ -42,13 +42,13 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
     return found
 
 
-def in_all(many: Sequence[Ranges], n_rows: int) -> list[Range]:
+def intersect_ranges(range_lists: Sequence[Ranges], n_rows: int) -> list[Range]:
     """Ranges that are in each of several.
 
     Examples
     --------
-    >>> in_all([[(0, 6), (8, 9)], [(4, 10)]], 10)
+    >>> intersect_ranges([[(0, 6), (8, 9)], [(4, 10)]], 10)
     [(4, 6), (8, 9)]
     """
-    missing = merged(gap for ranges in many for gap in left_over((0, n_rows), ranges))
-    return list(left_over((0, n_rows), missing))
+    missing = merge_ranges(gap for ranges in range_lists for gap in subtract_ranges((0, n_rows), ranges))
+    return list(subtract_ranges((0, n_rows), missing))

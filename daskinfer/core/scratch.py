@@ -17,7 +17,7 @@ from pathlib import Path
 _FOLDER_PREFIX = "daskinfer-scratch-"
 
 
-class Scratch:
+class ScratchDir:
     """A new folder in the temporary folder, for as long as this process lives at most; ``path`` is its name.
 
     Raises
@@ -27,37 +27,37 @@ class Scratch:
 
     Examples
     --------
-    >>> scratch = Scratch()
+    >>> scratch = ScratchDir()
     >>> os.path.isdir(scratch.path)
     True
     >>> scratch.remove()
     """
 
     def __init__(self) -> None:
-        remove_ownerless_scratch()
+        remove_stale_scratch()
         # Under another name until it is locked: a process that starts now would find it without an owner.
         unlocked = tempfile.mkdtemp(prefix=f".{_FOLDER_PREFIX}")
         self.path = os.path.join(os.path.dirname(unlocked), os.path.basename(unlocked)[1:])
-        self._lock = os.open(unlocked, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock_descriptor = os.open(unlocked, os.O_RDONLY)
+        fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX)
         os.rename(unlocked, self.path)
 
     def remove(self) -> None:
         """Remove the folder with all that is in it, and what workers of a killed process have written into its own since."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        remove_ownerless_scratch()
+        os.close(self._lock_descriptor)
+        remove_stale_scratch()
 
 
-def remove_ownerless_scratch() -> None:
+def remove_stale_scratch() -> None:
     """Remove the folders of killed processes: for those who make none, as they find nothing left to compute."""
-    remove_ownerless(_FOLDER_PREFIX)
+    remove_stale(_FOLDER_PREFIX)
 
 
-def remove_ownerless(prefix: str) -> None:
+def remove_stale(prefix: str) -> None:
     """Remove files and folders of this name in the temporary folder whose owners have ended."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), _unowned(path):
+        with contextlib.suppress(OSError), _hold_lock(path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -65,7 +65,7 @@ def remove_ownerless(prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def _unowned(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock on it; OSError where somebody does."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

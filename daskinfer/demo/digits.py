@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Images: TypeAlias = NDArray[np.float32]
 Labels: TypeAlias = NDArray[np.int64]
 
-DIGITS = Path(__file__).with_name("digits.npy")
+DIGITS_PATH = Path(__file__).with_name("digits.npy")
 """(1797, 65) uint8: 64 pixels of 0..16, row by row, and the label; see CREDITS.md."""
 
 TRAINED = slice(0, 1437)
@@ -30,13 +30,13 @@ TRAINED = slice(0, 1437)
 HELD_OUT = slice(1437, 1797)
 """The digits that it never saw: one fifth."""
 
-BLOCK = 10_000
+BLOCK_ROWS = 10_000
 """Rows drawn by one generator: 2.5 MiB of float32 images; arbitrary."""
 
-CHUNK = 5_000
+CHUNK_ROWS = 5_000
 """Rows in a chunk of the store, 1.2 MiB; divides BLOCK, so that no chunk is written twice."""
 
-NOISE = 0.1
+NOISE_STD = 0.1
 """Standard deviation of the noise on a pixel of 0..1: visible, and a person still reads the digit; arbitrary."""
 
 
@@ -57,7 +57,7 @@ def load() -> tuple[Images, Labels]:
     >>> images.shape, labels[:5].tolist()
     ((1797, 8, 8), [0, 1, 2, 3, 4])
     """
-    table = np.load(DIGITS)  # (1797, 65) uint8
+    table = np.load(DIGITS_PATH)  # (1797, 65) uint8
     images = table[:, :64].reshape(-1, 8, 8).astype(np.float32) / np.float32(16)  # (1797, 8, 8) float32
     return images, table[:, 64].astype(np.int64)
 
@@ -95,7 +95,7 @@ def draw(rows: slice, n_rows: int, rng: np.random.Generator) -> tuple[Images, La
     shifted = np.stack([padded[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)])  # (9, m, 8, 8)
     source = rng.integers(len(images), size=n_rows)  # (n_rows,) int64
     drawn = shifted[rng.integers(9, size=n_rows), source]  # (n_rows, 8, 8) float32
-    drawn += np.float32(NOISE) * rng.standard_normal(drawn.shape, dtype=np.float32)
+    drawn += np.float32(NOISE_STD) * rng.standard_normal(drawn.shape, dtype=np.float32)
     return np.clip(drawn, 0, 1, out=drawn)[:, np.newaxis], labels[source]
 
 
@@ -122,8 +122,8 @@ def augment(n_rows: int, seed: int) -> Iterator[tuple[Images, Labels]]:
     >>> [images.shape for images, labels in digits.augment(12_000, seed=0)]
     [(10000, 1, 8, 8), (2000, 1, 8, 8)]
     """
-    for block, start in enumerate(range(0, n_rows, BLOCK)):
-        images, labels = draw(HELD_OUT, BLOCK, np.random.default_rng([seed, block]))
+    for block, start in enumerate(range(0, n_rows, BLOCK_ROWS)):
+        images, labels = draw(HELD_OUT, BLOCK_ROWS, np.random.default_rng([seed, block]))
         yield images[: n_rows - start], labels[: n_rows - start]
 
 
@@ -157,10 +157,10 @@ def write(path: str | PathLike[str], n_rows: int, seed: int) -> Labels:
     ...     digits.write(f"{folder}/digits.zarr", 3, seed=0).shape
     (3,)
     """
-    shape, chunks = (n_rows, 1, 8, 8), (CHUNK, 1, 8, 8)
+    shape, chunks = (n_rows, 1, 8, 8), (CHUNK_ROWS, 1, 8, 8)
     array = zarr.create_array(str(path), shape=shape, chunks=chunks, dtype="float32", compressors=None, zarr_format=3)
     labels = np.empty(n_rows, np.int64)
-    for start, block in zip(range(0, n_rows, BLOCK), augment(n_rows, seed), strict=True):
+    for start, block in zip(range(0, n_rows, BLOCK_ROWS), augment(n_rows, seed), strict=True):
         rows = slice(start, start + len(block[1]))
         array[rows], labels[rows] = block
     return labels

@@ -66,7 +66,7 @@ class DigitNet(nn.Module):
         return cast(Tensor, self.head(self.features(images)))  # (n, 10) float32
 
 
-def make() -> DigitNet:
+def make_model() -> DigitNet:
     """Build the network with random weights, ready for those of ``digits.safetensors``.
 
     Returns
@@ -76,8 +76,8 @@ def make() -> DigitNet:
 
     Examples
     --------
-    >>> from daskinfer.demo.net import make
-    >>> sum(p.numel() for p in make().parameters())
+    >>> from daskinfer.demo.net import make_model
+    >>> sum(p.numel() for p in make_model().parameters())
     51194
     """
     return DigitNet()

@@ -16,11 +16,11 @@ from daskinfer.demo import digits
 
 SEED = 2026
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
-LOOP_ROWS = 2048  # of the plain loop's batches; a whole Zarr chunk or less, arbitrary
+LOOP_BATCH_SIZE = 2048  # of the plain loop's batches; a whole Zarr chunk or less, arbitrary
 TOLERANCE = 1e-4  # of logits of about 10; the last bits depend on the batch's shape and the number of threads
 
 
-def show(folder: Path, n_rows: int, devices: str) -> Iterator[str]:
+def run_demo(folder: Path, n_rows: int, devices: str) -> Iterator[str]:
     """Make the images, classify them, and tell line by line what happened.
 
     Parameters
@@ -44,20 +44,22 @@ def show(folder: Path, n_rows: int, devices: str) -> Iterator[str]:
     answer = np.asarray(zarr.open_array(scores, mode="r")[:])
     n_right = int((np.argmax(answer, axis=1) == labels).sum())
     yield f"accuracy        {n_right / n_rows:.2%} ({n_right:,} of {n_rows:,} digits right)"
-    yield f"checked         {_compared(answer, plain_loop(images))}"
+    yield f"checked         {_compare_outputs(answer, run_plain_loop(images))}"
     yield f"the answers     {scores}"
 
 
-def plain_loop(images: Path) -> Array:
+def run_plain_loop(images: Path) -> Array:
     """What anybody would write without daskinfer: batches of the images, one after the other, (n, 10) float32."""
-    network = Model(os.fspath(WEIGHTS), factory="daskinfer.demo.net:make").recipe().load(torch.device("cpu")).run
+    network = Model(os.fspath(WEIGHTS), factory="daskinfer.demo.net:make").make_loader().load(torch.device("cpu")).run
     rows = zarr.open_array(images, mode="r")
     with torch.inference_mode():
-        batches = [network(torch.from_numpy(rows[i : i + LOOP_ROWS])) for i in range(0, rows.shape[0], LOOP_ROWS)]
+        batches = [
+            network(torch.from_numpy(rows[i : i + LOOP_BATCH_SIZE])) for i in range(0, rows.shape[0], LOOP_BATCH_SIZE)
+        ]
     return np.asarray(torch.cat(batches).numpy())
 
 
-def _compared(answer: Array, plain: Array) -> str:
-    difference = float(np.abs(answer - plain).max())
+def _compare_outputs(output: Array, expected: Array) -> str:
+    difference = float(np.abs(output - expected).max())
     verdict = "equals" if difference <= TOLERANCE else "DIFFERS FROM"
     return f"the answer {verdict} a plain torch loop's, in the same order (largest difference {difference:.1g})"

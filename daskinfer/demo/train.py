@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from daskinfer.demo import digits
-from daskinfer.demo.net import DigitNet, make
+from daskinfer.demo.net import DigitNet, make_model
 
 SEED = 20
 """Of the initial weights and of the rows that training draws; arbitrary, and never tuned."""
@@ -28,19 +28,19 @@ SEED = 20
 STEPS = 4_000
 """Batches to train on: under a minute on one core; arbitrary."""
 
-BATCH = 128
+BATCH_SIZE = 128
 """Rows in a batch; arbitrary."""
 
-PEAK_RATE = 3e-3
+PEAK_LEARNING_RATE = 3e-3
 """The learning rate at its highest; the usual one for Adam on a net of this size."""
 
 
-def _batches(rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _iter_batches(rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Make training batches without end; many from one draw, since each draw reads the digits anew."""
     while True:
-        images, labels = digits.draw(digits.TRAINED, 64 * BATCH, rng)
-        for start in range(0, len(images), BATCH):
-            rows = slice(start, start + BATCH)
+        images, labels = digits.draw(digits.TRAINED, 64 * BATCH_SIZE, rng)
+        for start in range(0, len(images), BATCH_SIZE):
+            rows = slice(start, start + BATCH_SIZE)
             yield torch.from_numpy(images[rows]), torch.from_numpy(labels[rows])
 
 
@@ -65,11 +65,11 @@ def train(steps: int = STEPS) -> DigitNet:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        net = make()
+        net = make_model()
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
         loss = nn.CrossEntropyLoss(label_smoothing=0.05)
-        for images, labels in islice(_batches(np.random.default_rng(SEED)), steps):
+        for images, labels in islice(_iter_batches(np.random.default_rng(SEED)), steps):
             optimizer.zero_grad()
             loss(net(images), labels).backward()
             optimizer.step()
@@ -77,7 +77,7 @@ def train(steps: int = STEPS) -> DigitNet:
     return net.eval()
 
 
-def accuracy(net: DigitNet, images: digits.Images, labels: digits.Labels) -> float:
+def compute_accuracy(model: DigitNet, images: digits.Images, labels: digits.Labels) -> float:
     """Count how often the network reads the right digit.
 
     Parameters
@@ -98,17 +98,17 @@ def accuracy(net: DigitNet, images: digits.Images, labels: digits.Labels) -> flo
     --------
     >>> from daskinfer.demo import digits
     >>> from daskinfer.demo.net import make
-    >>> from daskinfer.demo.train import accuracy
+    >>> from daskinfer.demo.train import compute_accuracy
     >>> images, labels = next(digits.augment(100, seed=0))
-    >>> 0 <= accuracy(make().eval(), images, labels) <= 1
+    >>> 0 <= compute_accuracy(make().eval(), images, labels) <= 1
     True
     """
     with torch.inference_mode():
-        read = net(torch.from_numpy(images)).argmax(1).numpy()  # (n,) int64
+        read = model(torch.from_numpy(images)).argmax(1).numpy()  # (n,) int64
     return float(np.mean(read == labels))
 
 
-def held_out_accuracy(net: DigitNet) -> tuple[float, float]:
+def compute_held_out_accuracy(model: DigitNet) -> tuple[float, float]:
     """Measure the network on digits that it was not trained on.
 
     Parameters
@@ -125,12 +125,12 @@ def held_out_accuracy(net: DigitNet) -> tuple[float, float]:
 
     Examples
     --------
-    >>> from daskinfer.demo.train import held_out_accuracy, train
-    >>> clean, augmented = held_out_accuracy(train(steps=2))
+    >>> from daskinfer.demo.train import compute_held_out_accuracy, train
+    >>> clean, augmented = compute_held_out_accuracy(train(steps=2))
     """
     images, labels = digits.load()
-    clean = accuracy(net, images[digits.HELD_OUT, np.newaxis], labels[digits.HELD_OUT])
-    return clean, accuracy(net, *next(digits.augment(digits.BLOCK, seed=0)))
+    clean = compute_accuracy(model, images[digits.HELD_OUT, np.newaxis], labels[digits.HELD_OUT])
+    return clean, compute_accuracy(model, *next(digits.augment(digits.BLOCK_ROWS, seed=0)))
 
 
 def rebuild_digits(path: Path) -> None:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     net = train(options.steps)
-    clean, augmented = held_out_accuracy(net)
+    clean, augmented = compute_held_out_accuracy(net)
     print(f"held-out digits: {clean:.2%} right; with shifts and noise: {augmented:.2%} right".replace("%", " %"))
     path = options.folder / "digits.safetensors"
     save_file(net.state_dict(), path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from daskinfer.core.chunks import Failure
+from daskinfer.core.chunks import RowFailure
 from daskinfer.diagnostics.timeline import Span
 
 
@@ -45,14 +45,14 @@ class DeviceReport:
         return self.n_rows / self.seconds if self.seconds else 0.0
 
 
-class Reported(Protocol):
+class ReportLike(Protocol):
     """``run_report.RunReport``, which draws itself with the rooms that draw it."""
 
     @property
     def devices(self) -> tuple[DeviceReport, ...]: ...
 
     @property
-    def failures(self) -> tuple[Failure, ...]: ...
+    def failures(self) -> tuple[RowFailure, ...]: ...
 
     @property
     def failed_rows(self) -> tuple[int, ...]: ...

@@ -4,7 +4,7 @@ They are the one source of everything that is shown: the bar in a terminal, the 
 the report, and the function that a user passes as ``progress=``. All are told in the thread that waits for the answers;
 what a worker knows (seconds, memory, micro-batch) comes with the receipt in :class:`ChunkDone`.
 
-Their order: ``RunStarted``; then, in any order, ``Connected``, ``MicroBatchesTried``, ``MicroBatchChosen``,
+Their order: ``RunStarted``; then, in any order, ``Connected``, ``BatchTuningStarted``, ``BatchSizeChosen``,
 ``ChunkStarted``, ``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk
 that is tried again starts again.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.core.chunks import ChunkStats, RowFailure
 from daskinfer.core.row_ranges import Range
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlannedDevice:
     """A device of a run: its name, what it is, its kind ("cuda", "cpu"), and its planned share of the rows, a fraction."""
 
     device: str
@@ -48,7 +48,7 @@ class RunStarted(Event):
 
     ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of these that
     earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` say in words what is computed. ``by_kind`` and
-    ``channels_last`` are what an earlier call chose, as in :class:`MicroBatchChosen`.
+    ``channels_last`` are what an earlier call chose, as in :class:`BatchSizeChosen`.
     """
 
     model: str
@@ -57,7 +57,7 @@ class RunStarted(Event):
     rows: Range
     done: tuple[Range, ...]
     batch_size: int
-    devices: tuple[Asked, ...]
+    devices: tuple[PlannedDevice, ...]
     by_kind: Mapping[str, int] = field(default_factory=dict)
     channels_last: tuple[str, ...] = ()
 
@@ -84,12 +84,12 @@ class Connected(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatchesTried(Event):
+class BatchTuningStarted(Event):
     """Devices try micro-batches of several sizes on the first rows, which takes a while; no row is done by that."""
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatchChosen(Event):
+class BatchSizeChosen(Event):
     """Rows of a micro-batch, as measured, by kind of device too; and on which kinds images lie in channels_last."""
 
     batch_size: int
@@ -113,8 +113,8 @@ class ChunkDone(Event):
     start: int
     stop: int
     device: str
-    receipt: Receipt
-    failures: tuple[Failure, ...]
+    stats: ChunkStats
+    failures: tuple[RowFailure, ...]
     attempts: int
 
     @property
@@ -151,7 +151,7 @@ class RunEnded(Event):
 Listener = Callable[[Event], Any]
 
 
-class Listeners:
+class EventBus:
     """Who is told of a run's events.
 
     A listener that raises is warned of, and told nothing more: what is shown never ends what is computed. One that has a
@@ -164,28 +164,28 @@ class Listeners:
 
     def __call__(self, event: Event) -> None:
         for listener in self._listeners[:]:
-            self._try(listener, listener, event)
+            self._notify(listener, listener, event)
 
     def add(self, listener: Listener) -> None:
         """One more, from now on."""
         self._listeners.append(listener)
 
-    def connected(self, client: Any) -> None:
+    def attach_client(self, client: Any) -> None:
         """Tell those who want to know which client computes, and all of them where its dashboard is."""
         for listener in self._listeners[:]:
-            if connected := getattr(listener, "connected", None):
-                self._try(listener, connected, client)
-        self(Connected(self.run, time.time(), _dashboard_of(client)))
+            if connected := getattr(listener, "attach_client", None):
+                self._notify(listener, connected, client)
+        self(Connected(self.run, time.time(), _get_dashboard_url(client)))
 
-    def _try(self, listener: Listener, call: Callable[[Any], Any], told: Any) -> None:
+    def _notify(self, listener: Listener, callback: Callable[[Any], Any], payload: Any) -> None:
         try:
-            call(told)
+            callback(payload)
         except Exception as error:
             self._listeners.remove(listener)
             logger.warning("progress is shown no more by %r: %s: %s", listener, type(error).__name__, error)
 
 
-def _dashboard_of(client: Any) -> str:
+def _get_dashboard_url(client: Any) -> str:
     try:
         return str(client.dashboard_link or "").replace("/status", "/daskinfer")
     except Exception as error:  # a KeyError where the scheduler has none

@@ -10,15 +10,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from daskinfer.core.formatting import byte_unit
-from daskinfer.diagnostics.charts import LANES, SHARES, Bar, bars, color, names, short, speeds
-from daskinfer.diagnostics.device_stats import Reported
+from daskinfer.core.formatting import find_byte_unit
+from daskinfer.diagnostics.charts import (
+    SHARE_COLORS,
+    STAGE_COLORS,
+    Bar,
+    compute_throughput,
+    get_device_color,
+    list_device_names,
+    make_bars,
+    shorten_label,
+)
+from daskinfer.diagnostics.device_stats import ReportLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _MAX_HEIGHT = 11.0, 30.0  # inches: as wide as a notebook's page
-_MAX_KEY = 16  # devices in the key of colours; more would hide the picture
+_MAX_LEGEND_DEVICES = 16  # devices in the key of colours; more would hide the picture
 
 
 class RunFigure(Figure):
@@ -30,9 +39,9 @@ class RunFigure(Figure):
         return content.getvalue()
 
 
-def draw(report: Reported) -> RunFigure:
+def plot_report(report: ReportLike) -> RunFigure:
     """Timeline, speed, shares and memory of a run."""
-    devices, drawn = names(report), bars(report.timeline)
+    devices, drawn = list_device_names(report), make_bars(report.timeline)
     rows = max(1, len(devices))
     heights = [0.5 + 0.4 * rows, 2.2, 0.5 + 0.35 * rows]
     size = (_WIDTH, min(_MAX_HEIGHT, sum(heights) + 1.5))
@@ -40,38 +49,38 @@ def draw(report: Reported) -> RunFigure:
     made.suptitle(f"{report.totals}\n{report.verdict}".strip(), fontsize="medium", parse_math=False)
     grid = made.add_gridspec(3, 2, height_ratios=heights)
     timeline = made.add_subplot(grid[0, :])
-    _timeline(timeline, devices, drawn)
-    _speed(made.add_subplot(grid[1, :], sharex=timeline), devices, drawn)
-    _shares(made.add_subplot(grid[2, 0]), report)
-    _memory(made.add_subplot(grid[2, 1]), report)
+    _plot_timeline(timeline, devices, drawn)
+    _plot_throughput(made.add_subplot(grid[1, :], sharex=timeline), devices, drawn)
+    _plot_shares(made.add_subplot(grid[2, 0]), report)
+    _plot_memory(made.add_subplot(grid[2, 1]), report)
     return made
 
 
-def _by_device(axes: Axes, devices: Sequence[str]) -> None:
+def _format_device_axis(axes: Axes, devices: Sequence[str]) -> None:
     """A row per device, the first on top; names are text also where they hold dollars."""
     axes.set_ylim(max(1, len(devices)) - 0.5, -0.5)
-    axes.set_yticks(range(len(devices)), [short(device) for device in devices], parse_math=False)
+    axes.set_yticks(range(len(devices)), [shorten_label(device) for device in devices], parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _timeline(axes: Axes, devices: Sequence[str], drawn: Sequence[Bar]) -> None:
+def _plot_timeline(axes: Axes, devices: Sequence[str], bars: Sequence[Bar]) -> None:
     for row, device in enumerate(devices):
-        for position, (lane, fill) in enumerate(LANES.items()):
-            own = [bar for bar in drawn if bar.span.device == device and bar.lane == lane]
+        for position, (lane, fill) in enumerate(STAGE_COLORS.items()):
+            own = [bar for bar in bars if bar.span.device == device and bar.stage == lane]
             stretches = [(bar.begin, bar.end - bar.begin) for bar in own]
             axes.broken_barh(stretches, (row + (position - 1) * 0.28 - 0.13, 0.26), color=fill, alpha=0.8, linewidth=0.3)
-    _by_device(axes, devices)
+    _format_device_axis(axes, devices)
     axes.set_title("timeline", loc="left", fontsize="medium")
-    key = [Patch(color=fill, label=lane) for lane, fill in LANES.items()]
+    key = [Patch(color=fill, label=lane) for lane, fill in STAGE_COLORS.items()]
     axes.legend(handles=key, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(key), frameon=False)
 
 
-def _speed(axes: Axes, devices: Sequence[str], drawn: Sequence[Bar]) -> None:
-    edges, by_device = speeds(drawn)
+def _plot_throughput(axes: Axes, devices: Sequence[str], bars: Sequence[Bar]) -> None:
+    edges, by_device = compute_throughput(bars)
     below = [0.0] * (len(edges) - 1)
     for position, device in enumerate(devices):
         top = [a + b for a, b in zip(below, by_device.get(device, [0.0] * len(below)), strict=True)]
-        axes.stairs(top, edges, baseline=below, fill=True, color=color(position))
+        axes.stairs(top, edges, baseline=below, fill=True, color=get_device_color(position))
         below = top
     axes.set_xlim(0.0, edges[-1] or 1.0)
     axes.set_ylim(bottom=0.0)
@@ -80,31 +89,34 @@ def _speed(axes: Axes, devices: Sequence[str], drawn: Sequence[Bar]) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("rows per second, each device on top of the one before", loc="left", fontsize="medium")
-    key = [Patch(color=color(position), label=short(device)) for position, device in enumerate(devices[:_MAX_KEY])]
+    key = [
+        Patch(color=get_device_color(position), label=shorten_label(device))
+        for position, device in enumerate(devices[:_MAX_LEGEND_DEVICES])
+    ]
     if key:
         texts = axes.legend(handles=key, loc="upper left", bbox_to_anchor=(1, 1), frameon=False).get_texts()
         for text in texts:
             text.set_parse_math(False)
 
 
-def _shares(axes: Axes, report: Reported) -> None:
-    for position, (what, fill) in enumerate(SHARES.items()):
+def _plot_shares(axes: Axes, report: ReportLike) -> None:
+    for position, (what, fill) in enumerate(SHARE_COLORS.items()):
         middles = [row + (position - 1) * 0.28 for row in range(len(report.devices))]
         shares = [getattr(device, f"{what}_share") for device in report.devices]
         axes.barh(middles, shares, height=0.26, color=fill, label=what)
-    _by_device(axes, [device.device for device in report.devices])
+    _format_device_axis(axes, [device.device for device in report.devices])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("share of the rows", loc="left", fontsize="medium")
     # Below the numbers, whose height is that of some letters however tall the axes are.
     axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=2.0, ncols=len(SHARES), frameon=False, fontsize="small"
+        loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=2.0, ncols=len(SHARE_COLORS), frameon=False, fontsize="small"
     )
 
 
-def _memory(axes: Axes, report: Reported) -> None:
-    unit, nbytes = byte_unit(max((device.peak_nbytes for device in report.devices), default=0))
+def _plot_memory(axes: Axes, report: ReportLike) -> None:
+    unit, nbytes = find_byte_unit(max((device.peak_nbytes for device in report.devices), default=0))
     peaks = [device.peak_nbytes / nbytes for device in report.devices]
-    axes.barh(range(len(peaks)), peaks, height=0.6, color=[color(row) for row in range(len(peaks))])
-    _by_device(axes, [device.device for device in report.devices])
+    axes.barh(range(len(peaks)), peaks, height=0.6, color=[get_device_color(row) for row in range(len(peaks))])
+    _format_device_axis(axes, [device.device for device in report.devices])
     axes.set_xlabel(unit)
     axes.set_title("peak memory", loc="left", fontsize="medium")

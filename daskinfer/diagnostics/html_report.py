@@ -29,41 +29,51 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from markupsafe import Markup
 
-from daskinfer.core.files import write_whole
-from daskinfer.core.formatting import byte_unit, format_nbytes, html_table
-from daskinfer.diagnostics.charts import LANES, SHARES, Bar, bars, color, idle_seconds, names, short, speeds
-from daskinfer.diagnostics.device_stats import Reported
+from daskinfer.core.files import write_atomic
+from daskinfer.core.formatting import find_byte_unit, format_html_table, format_nbytes
+from daskinfer.diagnostics.charts import (
+    SHARE_COLORS,
+    STAGE_COLORS,
+    Bar,
+    compute_idle_seconds,
+    compute_throughput,
+    get_device_color,
+    list_device_names,
+    make_bars,
+    shorten_label,
+)
+from daskinfer.diagnostics.device_stats import ReportLike
 from daskinfer.errors import SourceMissing
 
 MAX_FAILURES = 1000  # in the table; more are no reading, and each is a row for the browser to lay out
-MAX_CHARACTERS = 500  # of an exception's text
-_MAX_HEIGHT = 1200  # of a chart, in pixels; more devices get thinner rows
+MAX_EXCEPTION_CHARACTERS = 500  # of an exception's text
+_MAX_CHART_HEIGHT = 1200  # of a chart, in pixels; more devices get thinner rows
 _PIXELS_PER_CHARACTER = 6  # of a name on an axis, on average
 
 Figure = Any  # bokeh's; its keywords have no types
 
 
-def page(report: Reported) -> str:
+def render_page(report: ReportLike) -> str:
     """The whole page."""
-    devices, drawn = names(report), bars(report.timeline)
-    charts = _charts(report, devices, drawn)
+    devices, drawn = list_device_names(report), make_bars(report.timeline)
+    charts = _make_charts(report, devices, drawn)
     script, divs = components(charts) if charts else ("", {})
     code = Resources(mode="inline", components=["bokeh"], log_level="warn").render() if charts else ""
-    return _PAGE.render(
+    return _PAGE_TEMPLATE.render(
         report=report,
         code=Markup(code),
         script=Markup(script),
         charts={name: Markup(div) for name, div in divs.items()},
-        devices=Markup(html_table(_HEADERS, _cells(report))),
-        colors=[color(position) for position in range(len(report.devices))],
-        tail=_tail(report),
-        failures=Markup(html_table(_FAILURE_HEADERS, _failure_cells(report))),
+        devices=Markup(format_html_table(_DEVICE_HEADERS, _format_devices(report))),
+        colors=[get_device_color(position) for position in range(len(report.devices))],
+        tail=_describe_tail(report),
+        failures=Markup(format_html_table(_FAILURE_HEADERS, _format_failures(report))),
         n_more=max(0, len(report.failures) - MAX_FAILURES),
-        facts=Markup(html_table(("", ""), [[name, said] for name, said in report.facts.items() if said])),
+        facts=Markup(format_html_table(("", ""), [[name, said] for name, said in report.facts.items() if said])),
     )
 
 
-def write(content: str, path: str | os.PathLike[str]) -> None:
+def write_page(content: str, path: str | os.PathLike[str]) -> None:
     """Put a page at ``path``, wholly or not at all; what is there already is replaced.
 
     Raises
@@ -77,22 +87,22 @@ def write(content: str, path: str | os.PathLike[str]) -> None:
     if not file.parent.is_dir():
         raise SourceMissing(f"the report's folder {str(file.parent)!r} does not exist; a folder is needed. Create it first.")
     try:
-        write_whole(file, content.encode())
+        write_atomic(file, content.encode())
     except OSError:
         with contextlib.suppress(OSError):
             file.with_name(f"{file.name}.new").unlink()
         raise
 
 
-_HEADERS = (
+_DEVICE_HEADERS = (
     *("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done", "micro-batch"),
     *("reading", "waiting", "computing", "writing", "peak memory", "tried again", "done before the last"),
 )
 _FAILURE_HEADERS = ("rows", "device", "what it said")
 
 
-def _cells(report: Reported) -> list[list[str]]:
-    idle = idle_seconds(report.devices)
+def _format_devices(report: ReportLike) -> list[list[str]]:
+    idle = compute_idle_seconds(report.devices)
     return [
         [
             d.device,
@@ -111,47 +121,47 @@ def _cells(report: Reported) -> list[list[str]]:
     ]
 
 
-def _failure_cells(report: Reported) -> list[list[str]]:
+def _format_failures(report: ReportLike) -> list[list[str]]:
     return [
         [
             f"{f.start:,}" if f.stop - f.start == 1 else f"{f.start:,} to {f.stop - 1:,}",
             f.device,
-            f.exception if len(f.exception) <= MAX_CHARACTERS else f"{f.exception[:MAX_CHARACTERS]}…",
+            f.exception if len(f.exception) <= MAX_EXCEPTION_CHARACTERS else f"{f.exception[:MAX_EXCEPTION_CHARACTERS]}…",
         ]
         for f in report.failures[:MAX_FAILURES]
     ]
 
 
-def _tail(report: Reported) -> str:
+def _describe_tail(report: ReportLike) -> str:
     """The finish tail as a sentence; empty where there was none."""
-    idle = idle_seconds(report.devices)
+    idle = compute_idle_seconds(report.devices)
     if not report.tail_seconds:
         return ""
     first = max(idle, key=idle.__getitem__)
     return f"{first} was done {report.tail_seconds:,.2f} s before the last device."
 
 
-def _charts(report: Reported, devices: Sequence[str], drawn: Sequence[Bar]) -> dict[str, Figure]:
+def _make_charts(report: ReportLike, devices: Sequence[str], bars: Sequence[Bar]) -> dict[str, Figure]:
     """The charts for which there is anything to show, by name."""
     charts = {}
-    if drawn:
-        charts["timeline"] = _timeline(devices, drawn)
-        charts["speed"] = _speed(devices, drawn, charts["timeline"].x_range)
+    if bars:
+        charts["timeline"] = _make_timeline_chart(devices, bars)
+        charts["speed"] = _make_throughput_chart(devices, bars, charts["timeline"].x_range)
     if report.devices:
-        charts["shares"] = _shares(report)
+        charts["shares"] = _make_shares_chart(report)
     if report.tail_seconds:
-        idle = idle_seconds(report.devices)
-        charts["tail"] = _one_bar_each(report, [idle.get(d.device, 0.0) for d in report.devices], "seconds")
+        idle = compute_idle_seconds(report.devices)
+        charts["tail"] = _make_bar_chart(report, [idle.get(d.device, 0.0) for d in report.devices], "seconds")
     if any(device.peak_nbytes for device in report.devices):
-        unit, nbytes = byte_unit(max(device.peak_nbytes for device in report.devices))
-        charts["memory"] = _one_bar_each(report, [device.peak_nbytes / nbytes for device in report.devices], unit)
+        unit, nbytes = find_byte_unit(max(device.peak_nbytes for device in report.devices))
+        charts["memory"] = _make_bar_chart(report, [device.peak_nbytes / nbytes for device in report.devices], unit)
     return charts
 
 
-def _chart(height: int, devices: Sequence[str], **how: Any) -> Figure:
+def _make_chart(height: int, devices: Sequence[str], **options: Any) -> Figure:
     """A chart whose frame begins right of the longest name, also where there are none: time lies under time."""
-    left = 40 + _PIXELS_PER_CHARACTER * max((len(short(device)) for device in devices), default=0)
-    chart: Figure = figure(height=height, sizing_mode="stretch_width", min_border_left=left, **how)
+    left = 40 + _PIXELS_PER_CHARACTER * max((len(shorten_label(device)) for device in devices), default=0)
+    chart: Figure = figure(height=height, sizing_mode="stretch_width", min_border_left=left, **options)
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
     chart.outline_line_color = None
@@ -159,17 +169,17 @@ def _chart(height: int, devices: Sequence[str], **how: Any) -> Figure:
     return chart
 
 
-def _chart_by_device(devices: Sequence[str], row: int, x_range: Any, **how: Any) -> Figure:
+def _make_device_chart(devices: Sequence[str], row_height: int, x_range: Any, **options: Any) -> Figure:
     """A chart with a row of so many pixels per device, the first on top."""
-    height = min(_MAX_HEIGHT, row * len(devices) + 80)
-    chart = _chart(height, devices, x_range=x_range, y_range=Range1d(start=len(devices) - 0.5, end=-0.5), **how)
+    height = min(_MAX_CHART_HEIGHT, row_height * len(devices) + 80)
+    chart = _make_chart(height, devices, x_range=x_range, y_range=Range1d(start=len(devices) - 0.5, end=-0.5), **options)
     chart.yaxis.ticker = FixedTicker(ticks=list(range(len(devices))))
-    chart.yaxis.major_label_overrides = {i: PlainText(text=short(name)) for i, name in enumerate(devices)}
+    chart.yaxis.major_label_overrides = {i: PlainText(text=shorten_label(name)) for i, name in enumerate(devices)}
     chart.ygrid.grid_line_color = None
     return chart
 
 
-def _key_above(chart: Figure) -> None:
+def _move_legend_above(chart: Figure) -> None:
     """The key outside, where it hides nothing."""
     (key,) = chart.legend
     key.orientation, key.border_line_color, key.padding, key.margin = "horizontal", None, 0, 2
@@ -179,13 +189,13 @@ def _key_above(chart: Figure) -> None:
 _TIME_TOOLS = "xpan,xwheel_zoom,xbox_zoom,reset"
 
 
-def _timeline(devices: Sequence[str], drawn: Sequence[Bar]) -> Figure:
-    chart = _chart_by_device(devices, 42, Range1d(start=0.0, end=max(bar.end for bar in drawn)), tools=_TIME_TOOLS)
+def _make_timeline_chart(devices: Sequence[str], bars: Sequence[Bar]) -> Figure:
+    chart = _make_device_chart(devices, 42, Range1d(start=0.0, end=max(bar.end for bar in bars)), tools=_TIME_TOOLS)
     chart.xaxis.axis_label = "seconds since the first chunk"
     row = {device: i for i, device in enumerate(devices)}
     glyphs = []
-    for position, (lane, fill) in enumerate(LANES.items()):
-        own = [bar for bar in drawn if bar.lane == lane]
+    for position, (lane, fill) in enumerate(STAGE_COLORS.items()):
+        own = [bar for bar in bars if bar.stage == lane]
         if not own:  # Bokeh's key would have its name without its color
             continue
         middle = np.array([row[bar.span.device] for bar in own], np.float64) + (position - 1) * 0.28
@@ -206,16 +216,16 @@ def _timeline(devices: Sequence[str], drawn: Sequence[Bar]) -> Figure:
     shown = [("device", "@device"), ("", "$name"), ("rows", "@rows"), ("chunks", "@chunks")]
     times = [("from", "@left{0,0.000} s"), ("for", "@seconds{0,0.000} s")]
     chart.add_tools(HoverTool(renderers=glyphs, tooltips=shown + times))
-    _key_above(chart)
+    _move_legend_above(chart)
     return chart
 
 
-def _speed(devices: Sequence[str], drawn: Sequence[Bar], x_range: Range1d) -> Figure:
+def _make_throughput_chart(devices: Sequence[str], bars: Sequence[Bar], x_range: Range1d) -> Figure:
     """Rows/s of the devices, each on top of the one before."""
-    chart = _chart(240, devices, x_range=x_range, y_range=DataRange1d(start=0.0), tools=_TIME_TOOLS)
+    chart = _make_chart(240, devices, x_range=x_range, y_range=DataRange1d(start=0.0), tools=_TIME_TOOLS)
     chart.xaxis.axis_label, chart.yaxis.axis_label = "seconds since the first chunk", "rows/s"
     chart.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
-    edges, by_device = speeds(drawn)
+    edges, by_device = compute_throughput(bars)
     below = np.zeros(len(edges) - 1)
     for position, device in enumerate(devices):
         speed = np.array(by_device.get(device, np.zeros_like(below)))
@@ -229,17 +239,17 @@ def _speed(devices: Sequence[str], drawn: Sequence[Bar], x_range: Range1d) -> Fi
                 "device": [device] * len(speed),
             }
         )
-        chart.quad("left", "right", "top", "bottom", source=source, color=color(position), line_width=0)
+        chart.quad("left", "right", "top", "bottom", source=source, color=get_device_color(position), line_width=0)
         below = below + speed
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("rows/s", "@speed{0,0.[0]}"), ("at", "@left{0,0.00} s")]))
     return chart
 
 
-def _shares(report: Reported) -> Figure:
+def _make_shares_chart(report: ReportLike) -> Figure:
     devices = [device.device for device in report.devices]
-    chart = _chart_by_device(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[0]%")
-    for position, (what, fill) in enumerate(SHARES.items()):
+    for position, (what, fill) in enumerate(SHARE_COLORS.items()):
         source = ColumnDataSource(
             {
                 "y": np.arange(len(devices)) + (position - 1) * 0.28,
@@ -249,22 +259,22 @@ def _shares(report: Reported) -> Figure:
         )
         chart.hbar("y", right="share", height=0.26, source=source, color=fill, legend_label=what, name=what)
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("", "$name @share{0.0%}")]))
-    _key_above(chart)
+    _move_legend_above(chart)
     return chart
 
 
-def _one_bar_each(report: Reported, values: Sequence[float], unit: str) -> Figure:
+def _make_bar_chart(report: ReportLike, values: Sequence[float], unit: str) -> Figure:
     devices = [device.device for device in report.devices]
-    chart = _chart_by_device(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.axis_label = unit
-    fills = [color(position) for position in range(len(devices))]
+    fills = [get_device_color(position) for position in range(len(devices))]
     source = ColumnDataSource({"y": np.arange(len(devices)), "value": values, "device": devices, "color": fills})
     chart.hbar("y", right="value", height=0.6, source=source, color="color")
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), (unit, "@value{0,0.00}")]))
     return chart
 
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+_PAGE_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!DOCTYPE html>
 <html lang="en">
 <head>

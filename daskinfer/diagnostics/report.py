@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from daskinfer.core.chunks import Failure, Receipt
-from daskinfer.core.formatting import html_table, text_table
-from daskinfer.diagnostics.charts import bars, names, svg
+from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.formatting import format_html_table, format_text_table
+from daskinfer.diagnostics.charts import list_device_names, make_bars, render_svg
 from daskinfer.diagnostics.device_stats import DeviceReport
-from daskinfer.diagnostics.events import Asked, ChunkDone, ChunkFailed, Event, MicroBatchChosen, RunStarted
+from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, ChunkFailed, Event, PlannedDevice, RunStarted
 from daskinfer.diagnostics.timeline import Span, Timeline
 from daskinfer.errors import MissingExtra
 
@@ -65,7 +65,7 @@ class RunReport:
     devices: tuple[DeviceReport, ...]
     failed_rows: tuple[int, ...] = ()
     rows_before: int = 0
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[RowFailure, ...] = ()
     by_kind: Mapping[str, int] = field(default_factory=dict)
     channels_last: tuple[str, ...] = ()
     timeline: tuple[Span, ...] = ()
@@ -92,7 +92,7 @@ class RunReport:
         return max(ended) - min(ended) if ended else 0.0
 
     @property
-    def _device_seconds(self) -> float:
+    def _total_device_seconds(self) -> float:
         """What the devices had of the time together: all of it each, but where workers took over from this process.
 
         Until its last chunk they had to start, and after it it was done.
@@ -112,12 +112,12 @@ class RunReport:
         4.0
         """
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("timeline", "devices")}
-        devices = [{**_plain(device), "rows_per_second": device.rows_per_second} for device in self.devices]
+        devices = [{**_convert_to_dict(device), "rows_per_second": device.rows_per_second} for device in self.devices]
         derived = {name: getattr(self, name) for name in ("rows_per_second", "n_retried", "tail_seconds", "verdict")}
-        failures = [_plain(failure) for failure in self.failures]
+        failures = [_convert_to_dict(failure) for failure in self.failures]
         return own | derived | {"devices": devices, "failures": failures, "by_kind": dict(self.by_kind)}
 
-    def _cells(self) -> list[list[str]]:
+    def _format_devices(self) -> list[list[str]]:
         return [
             [
                 d.device,
@@ -157,9 +157,9 @@ class RunReport:
         """
         from daskinfer.diagnostics import html_report  # bokeh takes half a second to import
 
-        page = html_report.page(self)
+        page = html_report.render_page(self)
         if path is not None:
-            html_report.write(page, path)
+            html_report.write_page(page, path)
         return page
 
     def plot(self) -> Figure:
@@ -181,26 +181,26 @@ class RunReport:
         4
         """
         try:
-            from daskinfer.diagnostics.figure import draw
+            from daskinfer.diagnostics.figure import plot_report
         except ImportError as error:
             raise MissingExtra(
                 f"RunReport.plot() needs matplotlib, which cannot be imported ({error}). Install it: "
                 'pip install "daskinfer[plot]"; or use to_html(), which needs nothing more.'
             ) from error
-        return draw(self)
+        return plot_report(self)
 
     def __str__(self) -> str:
-        lines = [text_table(_REPORT_HEADERS, self._cells()), self._summary(), self.details]
+        lines = [format_text_table(_REPORT_HEADERS, self._format_devices()), self._format_summary(), self.details]
         return "\n".join(line for line in lines if line)
 
     __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in (self.details, self._summary()) if line)
-        picture = svg(names(self), bars(self.timeline))
-        return f"{html_table(_REPORT_HEADERS, self._cells())}{picture}{said}"
+        said = "".join(f"<p>{html.escape(line)}</p>" for line in (self.details, self._format_summary()) if line)
+        picture = render_svg(list_device_names(self), make_bars(self.timeline))
+        return f"{format_html_table(_REPORT_HEADERS, self._format_devices())}{picture}{said}"
 
-    def _summary(self) -> str:
+    def _format_summary(self) -> str:
         return f"{self.totals}; {self.verdict}" if self.verdict else self.totals
 
     @property
@@ -220,11 +220,13 @@ class RunReport:
 
         Empty where nothing is.
         """
-        said = [f"before that the start took {self.start_seconds:.1f} s"] if self.start_seconds >= LONG_START else []
+        said = (
+            [f"before that the start took {self.start_seconds:.1f} s"] if self.start_seconds >= SLOW_STARTUP_SECONDS else []
+        )
         said += [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
         said += [f"images in channels_last on {', '.join(self.channels_last)}"] if self.channels_last else []
         said += [f"attempts that came to nothing: {self.n_retried:,}"] if self.n_retried else []
-        if self.tail_seconds > LONG_TAIL * self.seconds:
+        if self.tail_seconds > LONG_TAIL_FRACTION * self.seconds:
             said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
         return "; ".join(said)
 
@@ -232,49 +234,49 @@ class RunReport:
     def verdict(self) -> str:
         """What to change for more speed, in one line; empty where nothing was done. The first that holds:
 
-        1. Devices waited for reads for ``MUCH`` of the time: input-bound.
-        2. They computed for ``MOST`` of it: compute-bound.
-        3. The first device was done ``MUCH`` of it before the last: unbalanced.
-        4. Writing took ``MOST`` of it: output-bound.
+        1. Devices waited for reads for ``SIGNIFICANT_FRACTION`` of the time: input-bound.
+        2. They computed for ``DOMINANT_FRACTION`` of it: compute-bound.
+        3. The first device was done ``SIGNIFICANT_FRACTION`` of it before the last: unbalanced.
+        4. Writing took ``DOMINANT_FRACTION`` of it: output-bound.
         5. Otherwise what was around the chunks took the time.
         """
-        total = self._device_seconds
+        total = self._total_device_seconds
         if not total:
             return ""
         waited, computed, wrote = (
             min(1.0, sum(getattr(device, f"{what}seconds") for device in self.devices if device.n_rows) / total)
             for what in ("waited_", "", "write_")
         )
-        if waited >= MUCH:
-            return f"input-bound: devices waited {waited:.0%} for reads; raise readers"
-        if computed >= MOST:
+        if waited >= SIGNIFICANT_FRACTION:
+            return f"input-bound: devices waited {waited:.0%} for reads; raise prefetch"
+        if computed >= DOMINANT_FRACTION:
             return f"compute-bound: devices computed {computed:.0%} of the time"
-        if self.tail_seconds >= MUCH * self.seconds:
+        if self.tail_seconds >= SIGNIFICANT_FRACTION * self.seconds:
             late = f"the last device ended {self.tail_seconds:.1f} s after the first"
             return f"unbalanced: {late}; use weights of 'auto', or smaller micro-batches"
-        if wrote >= MOST:
+        if wrote >= DOMINANT_FRACTION:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
         cure = "give more rows per call, use fewer devices, or share them with no other run"
         return f"overhead-bound: devices computed {computed:.0%} of the time; {cure}"
 
 
-MUCH, MOST = 0.15, 0.7  # of the devices' time; arbitrary
-LONG_TAIL = 0.1  # of the wall time, from which on it is said; arbitrary
-LONG_START = 1.0  # seconds, from which on it is said; arbitrary
+SIGNIFICANT_FRACTION, DOMINANT_FRACTION = 0.15, 0.7  # of the devices' time; arbitrary
+LONG_TAIL_FRACTION = 0.1  # of the wall time, from which on it is said; arbitrary
+SLOW_STARTUP_SECONDS = 1.0  # seconds, from which on it is said; arbitrary
 
 _REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
 
 
-def _plain(record: Any) -> dict[str, Any]:
+def _convert_to_dict(record: Any) -> dict[str, Any]:
     return {one.name: getattr(record, one.name) for one in fields(record)}
 
 
-class Tally:
+class RunAggregator:
     """Sums a run's events up; holds a few numbers per device and a bounded timeline, however many chunks there are."""
 
     def __init__(self) -> None:
-        self._failures: list[Failure] = []
-        self._devices: dict[str, _Sums] = {}
+        self._failures: list[RowFailure] = []
+        self._devices: dict[str, _DeviceStats] = {}
         self._timeline = Timeline()
         self._batch_size, self._by_kind = 0, dict[str, int]()
         self._channels_last: tuple[str, ...] = ()
@@ -282,23 +284,25 @@ class Tally:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, ChunkDone):
-            self._sums(event.device).add(event.receipt, event.n_failed)
+            self._get_stats(event.device).add(event.stats, event.n_failed)
             self._failures += event.failures
-            self._timeline.add(event.receipt)
+            self._timeline.add(event.stats)
         elif isinstance(event, ChunkFailed):
-            self._sums(event.device).n_retried += 1
+            self._get_stats(event.device).n_retried += 1
         elif isinstance(event, RunStarted):
-            self._devices = {asked.device: _Sums(asked) for asked in event.devices}
-            self._chosen(event)
+            self._devices = {asked.device: _DeviceStats(asked) for asked in event.devices}
+            self._set_batch_config(event)
             self._facts = {"network": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
-        elif isinstance(event, MicroBatchChosen):
-            self._chosen(event)
+        elif isinstance(event, BatchSizeChosen):
+            self._set_batch_config(event)
 
-    def _chosen(self, event: RunStarted | MicroBatchChosen) -> None:
+    def _set_batch_config(self, event: RunStarted | BatchSizeChosen) -> None:
         self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
         self._channels_last = event.channels_last
 
-    def report(self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None) -> RunReport:
+    def make_report(
+        self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None
+    ) -> RunReport:
         """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""
         rows = sum(sums.n_rows for sums in self._devices.values())
         speed = sum(sums.rows_per_second for sums in self._devices.values())
@@ -307,7 +311,7 @@ class Tally:
             rows=rows,
             seconds=seconds,
             batch_size=self._batch_size,
-            devices=tuple(sums.report(rows, speed) for sums in self._devices.values()),
+            devices=tuple(sums.make_report(rows, speed) for sums in self._devices.values()),
             failed_rows=tuple(failed),
             failures=tuple(self._failures),
             by_kind=self._by_kind,
@@ -317,13 +321,13 @@ class Tally:
             start_seconds=start_seconds,
         )
 
-    def _sums(self, device: str) -> _Sums:
-        return self._devices.setdefault(device, _Sums(Asked(device, "", "", 0.0)))
+    def _get_stats(self, device: str) -> _DeviceStats:
+        return self._devices.setdefault(device, _DeviceStats(PlannedDevice(device, "", "", 0.0)))
 
 
 @dataclass
-class _Sums:
-    asked: Asked
+class _DeviceStats:
+    planned: PlannedDevice
     device_name: str = ""
     n_chunks: int = 0
     n_rows: int = 0
@@ -337,30 +341,30 @@ class _Sums:
     began: float = 0.0
     ended: float = 0.0
 
-    def add(self, receipt: Receipt, n_failed: int) -> None:
-        self.device_name = receipt.device_name or self.device_name
+    def add(self, stats: ChunkStats, n_failed: int) -> None:
+        self.device_name = stats.device_name or self.device_name
         self.n_chunks += 1
-        self.n_rows += receipt.stop - receipt.start - n_failed
-        self.seconds += receipt.seconds
-        self.read_seconds += receipt.read_seconds
-        self.write_seconds += receipt.write_seconds
-        self.waited_seconds += receipt.waited_seconds
-        if receipt.batch_size:  # 0 where the chunk was given up
-            self.batch_size = min(self.batch_size or receipt.batch_size, receipt.batch_size)
-        self.peak_nbytes = max(self.peak_nbytes, receipt.peak_nbytes)
-        self.began = min(self.began or receipt.read_began, receipt.read_began)
-        self.ended = max(self.ended, receipt.ended)
+        self.n_rows += stats.stop - stats.start - n_failed
+        self.seconds += stats.seconds
+        self.read_seconds += stats.read_seconds
+        self.write_seconds += stats.write_seconds
+        self.waited_seconds += stats.waited_seconds
+        if stats.batch_size:  # 0 where the chunk was given up
+            self.batch_size = min(self.batch_size or stats.batch_size, stats.batch_size)
+        self.peak_nbytes = max(self.peak_nbytes, stats.peak_nbytes)
+        self.began = min(self.began or stats.read_began, stats.read_began)
+        self.ended = max(self.ended, stats.ended)
 
     @property
     def rows_per_second(self) -> float:
         return self.n_rows / self.seconds if self.seconds else 0.0
 
-    def report(self, all_rows: int, speed: float) -> DeviceReport:
-        own = {name: value for name, value in vars(self).items() if name != "asked"}
+    def make_report(self, n_rows_total: int, total_rows_per_second: float) -> DeviceReport:
+        own = {name: value for name, value in vars(self).items() if name != "planned"}
         return DeviceReport(
-            self.asked.device,
-            asked_share=self.asked.share,
-            done_share=self.n_rows / all_rows if all_rows else 0.0,
-            measured_share=self.rows_per_second / speed if speed else 0.0,
+            self.planned.device,
+            asked_share=self.planned.share,
+            done_share=self.n_rows / n_rows_total if n_rows_total else 0.0,
+            measured_share=self.rows_per_second / total_rows_per_second if total_rows_per_second else 0.0,
             **own,
         )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from daskinfer.core.chunks import Receipt
+from daskinfer.core.chunks import ChunkStats
 
 MAX_SPANS = 4000  # some 1 MB of them; two thousand bars per device are more than a screen has columns
 
-Stretch = tuple[float, float]  # when something began and ended, in seconds since 1970 by the worker's clock
+Interval = tuple[float, float]  # when something began and ended, in seconds since 1970 by the worker's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +28,32 @@ class Span:
     stop: int
     n_chunks: int
     n_rows: int
-    read: Stretch
-    computed: Stretch
-    wrote: Stretch
+    read: Interval
+    computed: Interval
+    wrote: Interval
 
     @staticmethod
-    def of(receipt: Receipt) -> Span:
+    def from_chunk_stats(stats: ChunkStats) -> Span:
         """The span of one chunk.
 
         Examples
         --------
-        >>> Span.of(Receipt(0, 8, "cpu:0", "", 4, 1.5, "", 0.5, 0.25, read_began=10.0, began=11.0, ended=13.0))
+        >>> Span.from_chunk_stats(Receipt(0, 8, "cpu:0", "", 4, 1.5, "", 0.5, 0.25, read_began=10.0, began=11.0, ended=13.0))
         Span(device='cpu:0', start=0, stop=8, n_chunks=1, n_rows=8,
              read=(10.0, 10.5), computed=(11.0, 12.5), wrote=(12.75, 13.0))
         """
         return Span(
-            receipt.device,
-            receipt.start,
-            receipt.stop,
+            stats.device,
+            stats.start,
+            stats.stop,
             1,
-            receipt.stop - receipt.start,
-            (receipt.read_began, receipt.read_began + receipt.read_seconds),
-            (receipt.began, receipt.began + receipt.seconds),
-            (receipt.ended - receipt.write_seconds, receipt.ended),
+            stats.stop - stats.start,
+            (stats.read_began, stats.read_began + stats.read_seconds),
+            (stats.began, stats.began + stats.seconds),
+            (stats.ended - stats.write_seconds, stats.ended),
         )
 
-    def joined(self, later: Span) -> Span:
+    def merge(self, later: Span) -> Span:
         """Both as one."""
         return Span(
             self.device,
@@ -61,9 +61,9 @@ class Span:
             max(self.stop, later.stop),
             self.n_chunks + later.n_chunks,
             self.n_rows + later.n_rows,
-            _hull(self.read, later.read),
-            _hull(self.computed, later.computed),
-            _hull(self.wrote, later.wrote),
+            _merge_intervals(self.read, later.read),
+            _merge_intervals(self.computed, later.computed),
+            _merge_intervals(self.wrote, later.wrote),
         )
 
 
@@ -74,14 +74,14 @@ class Timeline:
         self._by_device: dict[str, list[Span]] = {}
         self._n_spans = 0
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, stats: ChunkStats) -> None:
         """One more chunk is done; one that was given up took no time that is known."""
-        if receipt.given_up:
+        if stats.is_abandoned:
             return
-        self._by_device.setdefault(receipt.device, []).append(Span.of(receipt))
+        self._by_device.setdefault(stats.device, []).append(Span.from_chunk_stats(stats))
         self._n_spans += 1
         if self._n_spans > MAX_SPANS:
-            self._by_device = {device: _halved(spans) for device, spans in self._by_device.items()}
+            self._by_device = {device: _merge_neighbors(spans) for device, spans in self._by_device.items()}
             self._n_spans = sum(map(len, self._by_device.values()))
 
     @property
@@ -90,11 +90,11 @@ class Timeline:
         return tuple(span for spans in self._by_device.values() for span in spans)
 
 
-def _halved(spans: list[Span]) -> list[Span]:
+def _merge_neighbors(spans: list[Span]) -> list[Span]:
     """Every two neighbours as one."""
-    pairs = [first.joined(second) for first, second in zip(spans[::2], spans[1::2], strict=False)]
+    pairs = [first.merge(second) for first, second in zip(spans[::2], spans[1::2], strict=False)]
     return [*pairs, *spans[len(pairs) * 2 :]]
 
 
-def _hull(first: Stretch, second: Stretch) -> Stretch:
+def _merge_intervals(first: Interval, second: Interval) -> Interval:
     return min(first[0], second[0]), max(first[1], second[1])

@@ -9,42 +9,42 @@ from typing import Any, Protocol
 from distributed import Future
 
 from daskinfer.core.chunks import Chunk
-from daskinfer.execution.results import InFlight
+from daskinfer.execution.results import InFlightTask
 from daskinfer.transport.row_sources import Task
-from daskinfer.transport.shared_memory import Arena, Slot
+from daskinfer.transport.shared_memory import SharedMemoryPool, Slot
 
 
-class Feed(Protocol):
-    """Makes tasks: ``Feeder.task``."""
+class TaskFactory(Protocol):
+    """Makes tasks: ``TaskBuilder.build_task``."""
 
     def __call__(
-        self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str], *, reads: bool
+        self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str], *, reads_process_memory: bool
     ) -> tuple[Task, list[Future]]: ...
 
 
 @dataclass
-class Lane:
+class DeviceQueue:
     """One device's part of the window.
 
-    ``name`` is the device's, ``restriction`` are the keywords of ``client.submit`` that keep a task on it, ``arena`` is None
-    where its worker shares no memory with this process; ``reads``: it reads this process's own. ``nanny`` is the address of
-    who brings a worker of others back; empty: nobody, or under its resource. ``quiet_since`` is when it answered last, or
-    was away, ``replaced_at`` when its process was ended for a fault last; ``gone``: its device is given up.
+    ``name`` is the device's, ``restriction`` are the keywords of ``client.submit`` that keep a task on it, ``pool`` is None
+    where its worker shares no memory with this process; ``reads_process_memory``: it reads this process's own. ``nanny`` is the address of
+    who brings a worker of others back; empty: nobody, or under its resource. ``last_response`` is when it answered last, or
+    was away, ``restarted_at`` when its process was ended for a fault last; ``lost``: its device is given up.
     """
 
     device: int
     name: str
     kind: str
     restriction: dict[str, Any]
-    n_places: int
-    arena: Arena | None
-    reads: bool = False
+    max_in_flight: int
+    pool: SharedMemoryPool | None
+    reads_process_memory: bool = False
     nanny: str = ""
-    tasks: dict[Future, InFlight] = field(default_factory=dict)
-    quiet_since: float = 0.0
-    away_since: float | None = None
-    replaced_at: float = 0.0
-    gone: bool = False
+    tasks: dict[Future, InFlightTask] = field(default_factory=dict)
+    last_response: float = 0.0
+    missing_since: float | None = None
+    restarted_at: float = 0.0
+    lost: bool = False
 
     @property
     def workers(self) -> Sequence[str]:
@@ -53,37 +53,37 @@ class Lane:
         return found
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether no task more may be in flight."""
         alone = any(task.alone for task in self.tasks.values())
-        return self.gone or self.nowhere or alone or len(self.tasks) >= self.n_places
+        return self.lost or self.is_waiting_for_worker or alone or len(self.tasks) >= self.max_in_flight
 
     @property
-    def nowhere(self) -> bool:
+    def is_waiting_for_worker(self) -> bool:
         """Whether there is no address for a task: its worker is away, and will have another one."""
-        return bool(self.workers) and self.away_since is not None and not self.gone
+        return bool(self.workers) and self.missing_since is not None and not self.lost
 
-    def hangs(self, chunk_timeout: float | None, now: float) -> InFlight | None:
+    def find_hung_task(self, chunk_timeout: float | None, now: float) -> InFlightTask | None:
         """The task that has taken too long: the oldest in flight, since tasks are computed as they come."""
-        if chunk_timeout is None or self.away_since is not None:
+        if chunk_timeout is None or self.missing_since is not None:
             return None
-        if len(self.unanswered()) < len(self.tasks):  # when it answered last is known once that has been used
+        if len(self.get_pending_futures()) < len(self.tasks):  # when it answered last is known once that has been used
             return None
         # A task of several chunks may take no longer than one: they go together only where they are short (``dealer``).
-        task = next((self.tasks[future] for future in self.unanswered()), None)
-        if task is None or task.hung or now - max(task.submitted, self.quiet_since) <= chunk_timeout:
+        task = next((self.tasks[future] for future in self.get_pending_futures()), None)
+        if task is None or task.hung or now - max(task.submitted_at, self.last_response) <= chunk_timeout:
             return None
         return task
 
-    def unanswered(self) -> list[Future]:
+    def get_pending_futures(self) -> list[Future]:
         """What has not ended, in the order in which it was sent; what has may wait to be used for long."""
         return [future for future in self.tasks if future.status in ("pending", "lost")]
 
-    def worker_of(self, there: Mapping[str, Mapping[str, Any]]) -> str | None:
+    def find_worker(self, live_workers: Mapping[str, Mapping[str, Any]]) -> str | None:
         """The address of its worker among those that are there; None: it is away."""
         if self.workers:
-            known = (address for address in self.workers if address in there)
-            back = (a for a, info in there.items() if self.nanny and info.get("nanny") == self.nanny)
+            known = (address for address in self.workers if address in live_workers)
+            back = (a for a, info in live_workers.items() if self.nanny and info.get("nanny") == self.nanny)
             return next(known, None) or next(back, None)
         wanted = set(self.restriction["resources"])
-        return next((a for a, info in there.items() if wanted <= set(info.get("resources", {}))), None)
+        return next((a for a, info in live_workers.items() if wanted <= set(info.get("resources", {}))), None)

@@ -1,7 +1,7 @@
 """Blocks in the order of their rows, from chunks that end in any order.
 
 Early blocks are held back, as many as the devices are ahead. How far they may be is bounded: no chunk begins that starts
-``ahead_rows`` or more after the first row that is still missing. Whoever stops asking stops the devices too, once their
+``max_rows_ahead`` or more after the first row that is still missing. Whoever stops asking stops the devices too, once their
 windows are full.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from daskinfer.core.arrays import Array
-from daskinfer.execution.results import Finished
+from daskinfer.execution.results import ChunkResult
 
 
-class InOrder:
+class ReorderBuffer:
     """Puts finished chunks in order.
 
     Parameters
@@ -26,18 +26,18 @@ class InOrder:
 
     def __init__(self, ahead_rows: int) -> None:
         self._ahead_rows = ahead_rows
-        self._next = 0
+        self._next_row = 0
         self._early: dict[int, tuple[int, list[Array]]] = {}  # by first row: the row after the last, and the arrays
 
-    def before(self) -> int:
+    def get_row_limit(self) -> int:
         """The row at which no chunk may start yet."""
-        return self._next + self._ahead_rows
+        return self._next_row + self._ahead_rows
 
-    def blocks(self, finished: Iterable[Finished]) -> Iterator[list[Array]]:
+    def iter_blocks(self, results: Iterable[ChunkResult]) -> Iterator[list[Array]]:
         """Each chunk's arrays, (n, *shape), as soon as all rows before them were given."""
-        for one in finished:
+        for one in results:
             # Copies: the memory that they lie in serves the next task.
             self._early[one.chunk.start] = one.chunk.stop, [np.array(array) for array in one.arrays]
-            while self._next in self._early:
-                self._next, arrays = self._early.pop(self._next)
+            while self._next_row in self._early:
+                self._next_row, arrays = self._early.pop(self._next_row)
                 yield arrays

@@ -20,11 +20,11 @@ from daskinfer.core.arrays import Array
 
 MIN_NBYTES = 1 << 20  # smaller ones come from the heap, whose pages are warm; arbitrary
 MAX_NBYTES = 512 << 20  # of a block that is kept; arbitrary, who frees more means to have it back
-N_KEPT = 2  # blocks: a network of two outputs is common; arbitrary
+MAX_FREE_BLOCKS = 2  # blocks: a network of two outputs is common; arbitrary
 MAX_WASTE = 2  # a block serves an array of half its size, not of less; arbitrary
 
 
-class ResultMemory:
+class ResultBufferPool:
     """Blocks of memory for arrays that a caller gets, and gives back by letting go of them.
 
     Note: threads share it. A block comes back in whichever thread drops the last reference, at any instant, so there is no
@@ -32,7 +32,7 @@ class ResultMemory:
 
     Examples
     --------
-    >>> memory = ResultMemory()
+    >>> memory = ResultBufferPool()
     >>> first = memory.empty((1 << 20,), np.dtype("float32"))
     >>> place = first.ctypes.data
     >>> del first
@@ -41,7 +41,7 @@ class ResultMemory:
     """
 
     def __init__(self) -> None:
-        self._free: deque[Array] = deque(maxlen=N_KEPT)
+        self._free: deque[Array] = deque(maxlen=MAX_FREE_BLOCKS)
         self._n_releases = 0
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
@@ -50,11 +50,11 @@ class ResultMemory:
         nbytes = n_items * dtype.itemsize
         if not MIN_NBYTES <= nbytes <= MAX_NBYTES:
             return np.empty(shape, dtype)
-        block = self._taken(nbytes)
+        block = self._take_block(nbytes)
         # Through a memoryview: NumPy lets a view of a view name what lies below both, unless that is no array. So every
         # view keeps this one alive.
         array = np.frombuffer(memoryview(block), dtype, n_items)  # type: ignore[arg-type]  # any array is a buffer
-        weakref.finalize(array, self._give, block, self._n_releases).atexit = False
+        weakref.finalize(array, self._return_block, block, self._n_releases).atexit = False
         return array.reshape(shape)
 
     def release(self) -> None:
@@ -62,14 +62,14 @@ class ResultMemory:
         self._n_releases += 1
         self._free.clear()
 
-    def _give(self, block: Array, n_releases: int) -> None:
+    def _return_block(self, block: Array, n_releases: int) -> None:
         """Take a block back that was lent after so many releases."""
         if n_releases == self._n_releases:
             self._free.append(block)
 
-    def _taken(self, nbytes: int) -> Array:
+    def _take_block(self, nbytes: int) -> Array:
         """A block of at least so many bytes, of those that came back or a new one."""
-        for _ in range(N_KEPT):
+        for _ in range(MAX_FREE_BLOCKS):
             try:
                 block = self._free.popleft()
             except IndexError:
@@ -80,4 +80,4 @@ class ResultMemory:
         return np.empty(nbytes, np.uint8)
 
 
-results = ResultMemory()
+result_pool = ResultBufferPool()

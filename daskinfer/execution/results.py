@@ -9,7 +9,7 @@ from typing import Any
 from distributed import Future
 
 from daskinfer.core.arrays import Array
-from daskinfer.core.chunks import Chunk, Failure, Receipt, Written
+from daskinfer.core.chunks import Chunk, ChunkStats, RowFailure, StoredPart
 from daskinfer.errors import SchedulerLost
 from daskinfer.transport.shared_memory import Slot
 
@@ -17,7 +17,7 @@ FETCH_SECONDS = 60.0  # that an answer may take from its worker to this process;
 
 
 @dataclass(frozen=True)
-class Finished:
+class ChunkResult:
     """A chunk with its answer, (n, *shape) per output, none where it went into files; valid until the next is asked for.
 
     ``written`` is what was written of each target, ``failures`` the rows without an answer, in order, ``attempts`` how often
@@ -26,43 +26,43 @@ class Finished:
 
     chunk: Chunk
     arrays: Sequence[Array]
-    receipt: Receipt
-    written: tuple[tuple[Written, ...], ...] = ()
-    failures: tuple[Failure, ...] = ()
+    stats: ChunkStats
+    written: tuple[tuple[StoredPart, ...], ...] = ()
+    failures: tuple[RowFailure, ...] = ()
     attempts: int = 1
 
 
 @dataclass
-class InFlight:
+class InFlightTask:
     """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back).
 
-    ``alone``: nothing else may be in flight on its device. ``submitted`` by ``time.monotonic()``; ``needs`` is what Dask
+    ``alone``: nothing else may be in flight on its device. ``submitted_at`` by ``time.monotonic()``; ``dependencies`` is what Dask
     brings with it. ``hung``: it took too long, and its worker was ended for it.
     """
 
     chunks: tuple[Chunk, ...]
     slot: Slot | None
-    places: tuple[Any, ...]
+    output_refs: tuple[Any, ...]
     alone: bool
-    submitted: float
-    needs: tuple[Future, ...] = ()
+    submitted_at: float
+    dependencies: tuple[Future, ...] = ()
     hung: bool = False
 
     @property
-    def rows(self) -> str:
+    def row_label(self) -> str:
         """The rows, as messages name them."""
         return f"rows {self.chunks[0].start}:{self.chunks[-1].stop}"
 
 
-class UnfetchedError(Exception):
+class ResultNotReadyError(Exception):
     """An answer is there no more, or not yet; its task is still on its way."""
 
 
-class NeedsLostError(Exception):
+class DependencyLostError(Exception):
     """What Dask had to bring with a task ended with a worker."""
 
 
-def fetched(future: Future, task: InFlight) -> list[Finished]:
+def fetch_results(future: Future, task: InFlightTask) -> list[ChunkResult]:
     """The chunks of a task that has ended, with their answers, wherever these are; or what it raised.
 
     Raises
@@ -72,28 +72,28 @@ def fetched(future: Future, task: InFlight) -> list[Finished]:
     SchedulerLost
         Where the task was cancelled.
     """
-    blocks = _result(future, task)
-    noted = task.slot.note() if task.slot is not None else None
+    blocks = _fetch_via_dask(future, task)
+    noted = task.slot.read_header() if task.slot is not None else None
     found = []
     for i, (chunk, block) in enumerate(zip(task.chunks, noted or blocks or (), strict=True)):
-        places = task.places[i]
+        places = task.output_refs[i]
         if places is not None and task.slot is not None:
-            arrays = [place.array(task.slot.arena.memory) for place in places]
+            arrays = [place.array(task.slot.pool.memory) for place in places]
         else:
             arrays = blocks[i].arrays if blocks else []
-        found.append(Finished(chunk, arrays, block.receipt, block.written, block.failures))
+        found.append(ChunkResult(chunk, arrays, block.receipt, block.written, block.failures))
     return found
 
 
-def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
+def _fetch_via_dask(future: Future, task: InFlightTask) -> Sequence[Any] | None:
     """What came back; nothing is fetched where all of the answer is in shared memory."""
-    if future.status == "finished" and task.slot is not None and None not in task.places and task.slot.noted:
+    if future.status == "finished" and task.slot is not None and None not in task.output_refs and task.slot.has_header:
         return None
     if future.status == "cancelled":
-        if future.client.status == "running" and any(needed.status != "finished" for needed in task.needs):
-            raise NeedsLostError
+        if future.client.status == "running" and any(needed.status != "finished" for needed in task.dependencies):
+            raise DependencyLostError
         raise SchedulerLost(
-            f"the task of {task.rows} was cancelled, and not by this call: the scheduler was lost, or somebody did. "
+            f"the task of {task.row_label} was cancelled, and not by this call: the scheduler was lost, or somebody did. "
             "Look whether the scheduler still runs, and repeat the call."
         )
     try:
@@ -101,6 +101,6 @@ def _result(future: Future, task: InFlight) -> Sequence[Any] | None:
     except TimeoutError as error:
         # Asked for while its worker ended: Dask would wait until it is computed again, here or nowhere.
         if future.status != "error":
-            raise UnfetchedError from error
+            raise ResultNotReadyError from error
         raise
     return blocks

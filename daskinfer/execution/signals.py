@@ -20,14 +20,14 @@ from daskinfer.errors import Interrupted
 logger = logging.getLogger(__name__)
 
 # By signal: the handler that stands for "nobody has asked for anything else".
-_OURS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_DEFAULT_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
-class Drains(Protocol):
-    """What can be asked to begin nothing more; ``began`` is None until anything was in flight."""
+class Drainable(Protocol):
+    """What can be asked to begin nothing more; ``started_at`` is None until anything was in flight."""
 
     draining: bool
-    began: float | None
+    started_at: float | None
 
 
 class StopNow(KeyboardInterrupt):
@@ -35,7 +35,7 @@ class StopNow(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def drained(run: Drains) -> Iterator[None]:
+def drain_on_signal(run: Drainable) -> Iterator[None]:
     """Let the first signal drain ``run``, and raise once it has ended.
 
     Raises
@@ -45,46 +45,48 @@ def drained(run: Drains) -> Iterator[None]:
     """
     came: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle_signal(number: int, frame: FrameType | None) -> None:
         came.append(number)
         run.draining = True
         name = signal.Signals(number).name
         if len(came) > 1:
             raise StopNow
-        if run.began is None:  # workers that are starting take seconds to end
+        if run.started_at is None:  # workers that are starting take seconds to end
             logger.warning("%s: no chunk is on its way yet; what was started is ended", name)
             raise StopNow
         logger.warning("%s: what is in flight is ended; once more stops at once", name)
 
-    with contextlib.suppress(StopNow), _handled(handle):
+    with contextlib.suppress(StopNow), _install_handler(handle_signal):
         yield
     if came and run.draining:
-        raise interrupted(came[0]) from None
+        raise make_interrupted(came[0]) from None
 
 
 @contextlib.contextmanager
-def as_interrupted() -> Iterator[None]:
+def convert_keyboard_interrupt() -> Iterator[None]:
     """Say Ctrl-C as ``Interrupted``, where a call drains nothing since its caller has all that was done."""
     try:
         yield
     except KeyboardInterrupt:
-        raise interrupted(signal.SIGINT) from None
+        raise make_interrupted(signal.SIGINT) from None
 
 
-def interrupted(number: int) -> Interrupted:
+def make_interrupted(number: int) -> Interrupted:
     """What is raised after a signal."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return Interrupted(f"{name} ended the call before all rows had an answer.", number)
 
 
 @contextlib.contextmanager
-def _handled(handle: signal._HANDLER) -> Iterator[None]:
+def _install_handler(handler: signal._HANDLER) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
-    before = {number: signal.getsignal(number) for number, usual in _OURS.items() if signal.getsignal(number) == usual}
+    before = {
+        number: signal.getsignal(number) for number, usual in _DEFAULT_HANDLERS.items() if signal.getsignal(number) == usual
+    }
     for number in before:
-        signal.signal(number, handle)
+        signal.signal(number, handler)
     try:
         yield
     finally:

@@ -14,64 +14,70 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from daskinfer.cluster.process_cluster import kept
-from daskinfer.core.row_ranges import Range, Ranges, left_over
-from daskinfer.diagnostics.events import Asked, Listeners, RunEnded, RunStarted
-from daskinfer.diagnostics.report import RunReport, Tally
+from daskinfer.cluster.process_cluster import default_cluster
+from daskinfer.core.row_ranges import Range, Ranges, subtract_ranges
+from daskinfer.diagnostics.events import EventBus, PlannedDevice, RunEnded, RunStarted
+from daskinfer.diagnostics.report import RunAggregator, RunReport
 from daskinfer.errors import DaskInferError, Partial
-from daskinfer.execution.ordering import InOrder
-from daskinfer.execution.result_buffers import results
-from daskinfer.execution.results import Finished
-from daskinfer.execution.signals import as_interrupted, drained
-from daskinfer.execution.worker_setup import asked
+from daskinfer.execution.ordering import ReorderBuffer
+from daskinfer.execution.result_buffers import result_pool
+from daskinfer.execution.results import ChunkResult
+from daskinfer.execution.signals import convert_keyboard_interrupt, drain_on_signal
+from daskinfer.execution.worker_setup import device_ids
 from daskinfer.options import Options
-from daskinfer.planning.build_job import Work
+from daskinfer.planning.build_job import PreparedJob
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5  # rows that a warning names; arbitrary
+_MAX_SHOWN_ROWS = 5  # rows that a warning names; arbitrary
 
 
-class Runs(Protocol):
+class RunLike(Protocol):
     """``driver.Run``: a call that computes while it is iterated over."""
 
-    began: float | None
+    started_at: float | None
     draining: bool
-    tell: Listeners
+    events: EventBus
 
     @property
     def missing(self) -> Ranges: ...
 
-    def __iter__(self) -> Generator[Finished, None, None]: ...
+    def __iter__(self) -> Generator[ChunkResult, None, None]: ...
 
 
-def compute(work: Work, keep: Callable[[Finished], None], run: Runs, rows: Range | None = None) -> RunReport:
-    """Compute every chunk, give each to ``keep``, and sum the events up; ``rows`` are the call's part, None: all."""
-    tally = Tally()
-    run.tell.add(tally)
+def compute_chunks(
+    work: PreparedJob, write: Callable[[ChunkResult], None], run: RunLike, row_range: Range | None = None
+) -> RunReport:
+    """Compute every chunk, give each to ``copy_result``, and sum the events up; ``rows`` are the call's part, None: all."""
+    tally = RunAggregator()
+    run.events.add(tally)
     called = time.perf_counter()
-    with _told(work, run, rows), drained(run), closing(iter(run)) as found:
+    with _emit_run_events(work, run, row_range), drain_on_signal(run), closing(iter(run)) as found:
         for finished in found:
-            keep(finished)
-    began = run.began or called
-    return tally.report(seconds=time.perf_counter() - began, start_seconds=began - called, facts=_facts(work))
+            write(finished)
+    began = run.started_at or called
+    return tally.make_report(seconds=time.perf_counter() - began, start_seconds=began - called, facts=_collect_facts(work))
 
 
-def nothing_to_do(work: Work) -> RunReport:
+def build_complete_report(work: PreparedJob) -> RunReport:
     """The report of a run whose output is complete."""
-    tally = Tally()
-    tally(_started(work, "", everything := (0, work.layout.n_rows), [everything]))
-    return tally.report(seconds=0.0, facts=_facts(work))
+    tally = RunAggregator()
+    tally(_make_run_started(work, "", everything := (0, work.layout.n_rows), [everything]))
+    return tally.make_report(seconds=0.0, facts=_collect_facts(work))
 
 
-def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
+def collect_output(work: PreparedJob, run: RunLike) -> tuple[Any, RunReport]:
     """The whole answer, in memory; what ends it early carries what was done."""
     # Memory is kept as long as the cluster is.
-    empty = results.empty if work.placement.client is None and kept.has(asked(work.placement)) else np.empty
-    arrays = [empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.promise.outputs]
+    empty = (
+        result_pool.empty
+        if work.placement.client is None and default_cluster.is_running(device_ids(work.placement))
+        else np.empty
+    )
+    arrays = [empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.output_spec.outputs]
     done = np.zeros(work.inputs.n_rows, bool)
 
-    def keep(finished: Finished) -> None:
+    def copy_result(finished: ChunkResult) -> None:
         rows = slice(finished.chunk.start, finished.chunk.stop)
         for array, found in zip(arrays, finished.arrays, strict=True):
             array[rows] = found
@@ -80,46 +86,50 @@ def answered(work: Work, run: Runs) -> tuple[Any, RunReport]:
             done[failure.start : failure.stop] = False
 
     try:
-        report = compute(work, keep, run)
+        report = compute_chunks(work, copy_result, run)
     except DaskInferError as error:
         for array in arrays:  # what is there is nobody's answer
-            array[~done] = _nothing(array.dtype, work.job.options)
-        error.partial = Partial(work.answer(arrays), done)
+            array[~done] = _choose_fill_value(array.dtype, work.run_config.options)
+        error.partial = Partial(work.build_result(arrays), done)
         error.add_note(f"{int(done.sum()):,} of {len(done):,} rows have an answer: .partial.answer, where .partial.done.")
         raise
-    return work.answer(arrays), report
+    return work.build_result(arrays), report
 
 
-def _nothing(dtype: np.dtype[Any], options: Options) -> float:
+def _choose_fill_value(dtype: np.dtype[Any], options: Options) -> float:
     """What stands where there is no answer: as for rows that are skipped, else NaN, or 0 where a dtype has no NaN."""
     if options.on_error == "skip" and options.fill_value is not None:  # which every output can hold
         return options.fill_value
     return np.nan if dtype.kind in "fc" else 0
 
 
-def streamed(work: Work, run: Runs, order: InOrder) -> Generator[Any, None, None]:
+def stream_output(work: PreparedJob, run: RunLike, reorder_buffer: ReorderBuffer) -> Generator[Any, None, None]:
     """The answer block by block, in order."""
-    tally = Tally()
-    run.tell.add(tally)
-    with _told(work, run, None), as_interrupted(), closing(iter(run)) as finished:
-        for arrays in order.blocks(finished):
-            yield work.answer(arrays)
-    warn_of_rows(tally.report(seconds=0.0, facts={}).failed_rows)
+    tally = RunAggregator()
+    run.events.add(tally)
+    with _emit_run_events(work, run, None), convert_keyboard_interrupt(), closing(iter(run)) as finished:
+        for arrays in reorder_buffer.iter_blocks(finished):
+            yield work.build_result(arrays)
+    warn_of_failed_rows(tally.make_report(seconds=0.0, facts={}).failed_rows)
 
 
-def warn_of_rows(failed: Sequence[int]) -> None:
+def warn_of_failed_rows(failed_rows: Sequence[int]) -> None:
     """Say in the log which rows have no answer, where nobody gets a report."""
-    if failed:
-        named = ", ".join(f"{row:,}" for row in failed[:_SHOWN]) + (", …" if len(failed) > _SHOWN else "")
-        logger.warning("%s rows have no answer (%s); predict(…, return_report=True) says why", f"{len(failed):,}", named)
+    if failed_rows:
+        named = ", ".join(f"{row:,}" for row in failed_rows[:_MAX_SHOWN_ROWS]) + (
+            ", …" if len(failed_rows) > _MAX_SHOWN_ROWS else ""
+        )
+        logger.warning(
+            "%s rows have no answer (%s); predict(…, return_report=True) says why", f"{len(failed_rows):,}", named
+        )
 
 
 @contextmanager
-def _told(work: Work, run: Runs, rows: Range | None) -> Iterator[None]:
+def _emit_run_events(work: PreparedJob, run: RunLike, row_range: Range | None) -> Iterator[None]:
     """Tell when the run begins, and how it ends."""
-    tell, error = run.tell, ""
-    part = (0, work.layout.n_rows) if rows is None else rows
-    tell(_started(work, tell.run, part, list(left_over(part, run.missing))))
+    tell, error = run.events, ""
+    part = (0, work.layout.n_rows) if row_range is None else row_range
+    tell(_make_run_started(work, tell.run, part, list(subtract_ranges(part, run.missing))))
     try:
         yield
     except GeneratorExit:
@@ -132,44 +142,44 @@ def _told(work: Work, run: Runs, rows: Range | None) -> Iterator[None]:
         tell(RunEnded(tell.run, time.time(), error))
 
 
-def _started(work: Work, run: str, rows: Range, done: Ranges) -> RunStarted:
-    plan, kinds = work.plan(), [device.kind for device in work.placement.devices]
-    devices = tuple(Asked(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
+def _make_run_started(work: PreparedJob, run_id: str, row_range: Range, done: Ranges) -> RunStarted:
+    plan, kinds = work.make_plan(), [device.kind for device in work.placement.devices]
+    devices = tuple(PlannedDevice(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
     return RunStarted(
-        run,
+        run_id,
         time.time(),
         plan.model,
         plan.inputs,
         plan.outputs,
-        rows,
+        row_range,
         tuple(done),
         plan.batch_size,
         devices,
-        dict(work.job.by_kind),
-        work.job.channels_last,
+        dict(work.run_config.by_kind),
+        work.run_config.channels_last,
     )
 
 
-def _facts(work: Work) -> dict[str, str]:
+def _collect_facts(work: PreparedJob) -> dict[str, str]:
     """What a report says of what was computed, beside what the events say."""
-    facts = dict(_surroundings())
-    if work.wanted is not None:
-        header = work.wanted.headers[0]
-        facts["stored in"] = ", ".join(work.wanted.paths)
+    facts = dict(_collect_environment())
+    if work.output_request is not None:
+        header = work.output_request.headers[0]
+        facts["stored in"] = ", ".join(work.output_request.paths)
         facts["network's fingerprint"] = header.model
         facts["input's fingerprint"] = "; ".join(f"{port}: {dict(mark)}" for port, mark in header.input.items())
     return facts
 
 
 @functools.cache
-def _surroundings() -> Mapping[str, str]:
+def _collect_environment() -> Mapping[str, str]:
     """Versions and machine, which reading takes milliseconds."""
-    versions = [f"{name} {_version(name)}" for name in ("daskinfer", "torch", "dask", "distributed", "numpy")]
+    versions = [f"{name} {_get_version(name)}" for name in ("daskinfer", "torch", "dask", "distributed", "numpy")]
     # Not platform.platform(), which starts a process.
     machine = f"{platform.node()}, {platform.system()} {platform.release()} {platform.machine()}"
     return {"versions": ", ".join([*versions, f"Python {platform.python_version()}"]), "machine": machine}
 
 
-def _version(name: str) -> str:
+def _get_version(name: str) -> str:
     """As the loaded package says it; to read what was installed takes 3 ms."""
     return str(getattr(sys.modules.get(name), "__version__", None) or metadata.version(name))

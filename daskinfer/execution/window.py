@@ -1,6 +1,6 @@
 """The bounded window: which tasks are in flight on which device, and what they bring back.
 
-Neither the scheduler nor this process ever holds more than ``n_places`` tasks per device (decision 1: one large restricted
+Neither the scheduler nor this process ever holds more than ``max_in_flight`` tasks per device (decision 1: one large restricted
 graph is never queued by the scheduler, and blames every waiting chunk for a worker that dies). Which chunks go where is the
 dealer's to say. Placement is by the resource of each device on our own clusters, which comes back with a restarted worker,
 else by address. Each kind of device has a key prefix of its own, since Dask estimates a task's duration by its prefix.
@@ -20,31 +20,31 @@ from typing import Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
-from daskinfer.cluster.placement import workers_of
-from daskinfer.cluster.restart import Replacer
+from daskinfer.cluster.placement import fetch_workers
+from daskinfer.cluster.restart import WorkerRestarter
 from daskinfer.core.chunks import Chunk
-from daskinfer.diagnostics.events import ChunkFailed, ChunkStarted, DeviceChanged, Listeners
+from daskinfer.diagnostics.events import ChunkFailed, ChunkStarted, DeviceChanged, EventBus
 from daskinfer.errors import ChunkError, ClusterError, DaskInferError, SchedulerLost
-from daskinfer.execution.device_queue import Feed, Lane
-from daskinfer.execution.results import Finished, InFlight, NeedsLostError, UnfetchedError, fetched
+from daskinfer.execution.device_queue import DeviceQueue, TaskFactory
+from daskinfer.execution.results import ChunkResult, DependencyLostError, InFlightTask, ResultNotReadyError, fetch_results
 from daskinfer.execution.signals import StopNow
-from daskinfer.scheduling.balancer import Dealer
-from daskinfer.scheduling.retry import Book, ends_the_call, lost
-from daskinfer.transport.row_sources import UnsentError
+from daskinfer.scheduling.balancer import LoadBalancer
+from daskinfer.scheduling.retry import RetryQueue, is_fatal_error, make_lost_chunk_error
+from daskinfer.transport.row_sources import RowTransferError
 from daskinfer.worker.error_kinds import is_sticky
 
 logger = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 10.0  # for tasks of half a second each; arbitrary
-PATIENCE_SECONDS = 5.0  # between looks whether all workers are still there; arbitrary
-AWAY_PATIENCE_SECONDS = 0.5  # the same while one is awaited; arbitrary
-LOOKS_PER_TIMEOUT = 4  # so that a chunk that hangs is noticed a quarter of its timeout late at most
-NOTICE_SECONDS = 2.0  # that the scheduler may take to notice that a process has ended; 0.02 here
-AWAY_SECONDS = 60.0  # that a worker may take to come back; arbitrary, 5 on an idle machine
+EXIT_WAIT_SECONDS = 10.0  # for tasks of half a second each; arbitrary
+WORKER_CHECK_SECONDS = 5.0  # between looks whether all workers are still there; arbitrary
+MISSING_WORKER_CHECK_SECONDS = 0.5  # the same while one is awaited; arbitrary
+CHECKS_PER_TIMEOUT = 4  # so that a chunk that hangs is noticed a quarter of its timeout late at most
+DEATH_NOTICE_SECONDS = 2.0  # that the scheduler may take to notice that a process has ended; 0.02 here
+MAX_MISSING_SECONDS = 60.0  # that a worker may take to come back; arbitrary, 5 on an idle machine
 
 
 @dataclass(frozen=True)
-class Policy:
+class FailurePolicy:
     """What is done about tasks that do not end well (``faults``).
 
     Parameters
@@ -64,13 +64,13 @@ class Policy:
 
     retries: int
     chunk_timeout: float | None
-    replacer: Replacer
-    give_up: Callable[[Chunk, str, ChunkError], Finished]
-    back: Callable[[str], None] = lambda address: None
-    tell: Listeners = field(default_factory=Listeners)
+    restarter: WorkerRestarter
+    give_up: Callable[[Chunk, str, ChunkError], ChunkResult]
+    on_worker_restart: Callable[[str], None] = lambda address: None
+    events: EventBus = field(default_factory=EventBus)
 
 
-class Window:
+class TaskWindow:
     """The tasks in flight of one call; a context manager that cancels what is left.
 
     Note: one thread uses it. Futures tell their end to a queue from a thread of Dask's.
@@ -90,301 +90,336 @@ class Window:
     policy
         What is done about tasks that do not end well.
     settles
-        Whether tasks in flight are waited for when the window is left early, for ``SETTLE_SECONDS`` at most: they write to
+        Whether tasks in flight are waited for when the window is left early, for ``EXIT_WAIT_SECONDS`` at most: they write to
         files. A task that runs cannot be stopped.
     """
 
     def __init__(
         self,
         client: Client,
-        work: Callable[..., Any],
-        order: Callable[[], Any],
-        lanes: Sequence[Lane],
-        feed: Feed,
-        policy: Policy,
+        task_function: Callable[..., Any],
+        get_context: Callable[[], Any],
+        device_queues: Sequence[DeviceQueue],
+        build_task: TaskFactory,
+        policy: FailurePolicy,
         *,
-        settles: bool = False,
+        wait_on_exit: bool = False,
     ) -> None:
-        self._client, self._work, self._order, self._lanes, self._feed = client, work, order, lanes, feed
-        self._policy, self._settles = policy, settles
-        self._book = Book(policy.retries)
-        self._ended: queue.SimpleQueue[tuple[Lane, Future]] = queue.SimpleQueue()
-        self._name = uuid.uuid4().hex
+        self._client, self._task_function, self._get_context, self._device_queues, self._build_task = (
+            client,
+            task_function,
+            get_context,
+            device_queues,
+            build_task,
+        )
+        self._policy, self._wait_on_exit = policy, wait_on_exit
+        self._retry_queue = RetryQueue(policy.retries)
+        self._done_futures: queue.SimpleQueue[tuple[DeviceQueue, Future]] = queue.SimpleQueue()
+        self._run_id = uuid.uuid4().hex
         self._n_submitted = 0
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
 
-    def __enter__(self) -> Window:
+    def __enter__(self) -> TaskWindow:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Cancel what is in flight; its slots are never used again."""
-        left = [future for lane in self._lanes for future in lane.tasks]
+        left = [future for lane in self._device_queues for future in lane.tasks]
         if left and self._client.status == "running":
-            if self._settles and kind is not StopNow:
-                _settled(left, SETTLE_SECONDS)
+            if self._wait_on_exit and kind is not StopNow:
+                _wait_until_done(left, EXIT_WAIT_SECONDS)
             self._client.cancel(left, force=True)
 
     def run(
-        self, dealer: Dealer, before: Callable[[], int | None], draining: Callable[[], bool] = lambda: False
-    ) -> Iterator[Finished]:
+        self,
+        balancer: LoadBalancer,
+        get_row_limit: Callable[[], int | None],
+        is_draining: Callable[[], bool] = lambda: False,
+    ) -> Iterator[ChunkResult]:
         """Keep every lane full, and give the chunks as they end, until the dealer deals no more.
 
         No chunk is begun that starts at or after row ``before()``; None: no limit. While ``draining()`` none is begun at
         all, and what is in flight ends.
         """
 
-        def fill() -> bool:
-            return self._fill(dealer, before(), draining=draining())
+        def fill_queues() -> bool:
+            return self._fill_queues(balancer, get_row_limit(), draining=is_draining())
 
-        while fill():
-            if time.monotonic() - self._looked > self._patience:
-                yield from self._look_around(dealer)
+        while fill_queues():
+            if time.monotonic() - self._last_check > self._check_seconds:
+                yield from self._check_workers(balancer)
             try:
-                lane, future = self._ended.get(timeout=self._wait_seconds)
+                lane, future = self._done_futures.get(timeout=self._wait_seconds)
             except queue.Empty:
                 continue
             if future not in lane.tasks:
                 continue  # it was taken back meanwhile
             if future.status in ("pending", "lost"):
-                self._await(lane, future)  # its worker ended before its answer was asked for; now it is computed again
+                self._watch_future(
+                    lane, future
+                )  # its worker ended before its answer was asked for; now it is computed again
             else:
-                yield from self._settle(lane, future, dealer, fill)
+                yield from self._handle_done(lane, future, balancer, fill_queues)
 
     @property
-    def _patience(self) -> float:
+    def _check_seconds(self) -> float:
         """Seconds between looks at what gives no answer."""
         timeout = self._policy.chunk_timeout
-        awaited = any(lane.away_since is not None and not lane.gone for lane in self._lanes)
-        patience = AWAY_PATIENCE_SECONDS if awaited else PATIENCE_SECONDS
-        return patience if timeout is None else min(patience, timeout / LOOKS_PER_TIMEOUT)
+        awaited = any(lane.missing_since is not None and not lane.lost for lane in self._device_queues)
+        patience = MISSING_WORKER_CHECK_SECONDS if awaited else WORKER_CHECK_SECONDS
+        return patience if timeout is None else min(patience, timeout / CHECKS_PER_TIMEOUT)
 
     @property
     def _wait_seconds(self) -> float:
-        due = self._book.wait_seconds
-        return self._patience if due is None else min(self._patience, due)
+        due = self._retry_queue.wait_seconds
+        return self._check_seconds if due is None else min(self._check_seconds, due)
 
-    def _settle(self, lane: Lane, future: Future, dealer: Dealer, fill: Callable[[], bool]) -> Iterator[Finished]:
+    def _handle_done(
+        self, device_queue: DeviceQueue, future: Future, balancer: LoadBalancer, fill_queues: Callable[[], bool]
+    ) -> Iterator[ChunkResult]:
         """Use what a task brought back, or see to it that its chunks are run again."""
-        task = lane.tasks[future]
+        task = device_queue.tasks[future]
         try:
-            finished = fetched(future, task)
-        except UnfetchedError:
-            self._await(lane, future)
+            finished = fetch_results(future, task)
+        except ResultNotReadyError:
+            self._watch_future(device_queue, future)
         except KilledWorker as error:
-            del lane.tasks[future]  # its slot is not to be used again: its process may still be ending
+            del device_queue.tasks[future]  # its slot is not to be used again: its process may still be ending
             # Or the client keeps it, with all that its error's traceback names: this frame, the arena, and so itself.
             future.release()
-            yield from self._died(lane, task, _address(error.last_worker), dealer)
-        except NeedsLostError:
-            del lane.tasks[future]
-            yield from self._died(lane, task, lane.name, dealer)
+            yield from self._handle_worker_death(device_queue, task, _get_worker_address(error.last_worker), balancer)
+        except DependencyLostError:
+            del device_queue.tasks[future]
+            yield from self._handle_worker_death(device_queue, task, device_queue.name, balancer)
         except Exception as error:
-            del lane.tasks[future]
+            del device_queue.tasks[future]
             if future.status == "error":  # its attempt has answered
-                _free(task)
+                _free_slot(task)
             future.release()
             if isinstance(error, DaskInferError):
                 error.__traceback__ = None  # where in the worker and in Dask; its cause keeps its own
-            yield from self._raised(lane, task, error, dealer)
+            yield from self._handle_error(device_queue, task, error, balancer)
         else:
-            del lane.tasks[future]
+            del device_queue.tasks[future]
             # Or it would be computed again where its worker ends before the answers are used: into a slot that is another's
             # by then.
             future.release()
-            lane.quiet_since = time.monotonic()
-            dealer.took(lane.device, task.chunks, sum(f.receipt.seconds + f.receipt.waited_seconds for f in finished))
-            attempts = [self._book.settled(chunk) for chunk in task.chunks]
-            fill()  # before the answers are used: no worker need wait for that
+            device_queue.last_response = time.monotonic()
+            balancer.record(
+                device_queue.device, task.chunks, sum(f.stats.seconds + f.stats.waited_seconds for f in finished)
+            )
+            attempts = [self._retry_queue.on_done(chunk) for chunk in task.chunks]
+            fill_queues()  # before the answers are used: no worker need wait for that
             yield from (replace(one, attempts=n) for one, n in zip(finished, attempts, strict=True))
-            _free(task)
+            _free_slot(task)
 
-    def _raised(self, lane: Lane, task: InFlight, error: Exception, dealer: Dealer) -> Iterator[Finished]:
-        if ends_the_call(error):
+    def _handle_error(
+        self, device_queue: DeviceQueue, task: InFlightTask, error: Exception, balancer: LoadBalancer
+    ) -> Iterator[ChunkResult]:
+        if is_fatal_error(error):
             raise error
         # Once per chunk: what is tried again mostly fails as before.
-        level = logging.WARNING if self._book.is_new(task.chunks) else logging.DEBUG
-        logger.log(level, "%s on %s: %s", task.rows, lane.name, error)
-        self._tell_failed(lane, task, f"{type(error).__name__}: {error}")
+        level = logging.WARNING if self._retry_queue.has_no_failures(task.chunks) else logging.DEBUG
+        logger.log(level, "%s on %s: %s", task.row_label, device_queue.name, error)
+        self._emit_chunk_failed(device_queue, task, f"{type(error).__name__}: {error}")
         if len(task.chunks) > 1:  # one of them is at fault
-            self._book.apart(task.chunks)
-        elif not self._book.raised(task.chunks[0], error):
+            self._retry_queue.split(task.chunks)
+        elif not self._retry_queue.on_error(task.chunks[0], error):
             assert isinstance(error, ChunkError)  # all else ends the call
-            yield self._give_up(task.chunks[0], lane, error, dealer)
+            yield self._give_up(task.chunks[0], device_queue, error, balancer)
         # What comes from the process that was ended says nothing of the one after it.
-        if is_sticky(error) and task.submitted > lane.replaced_at and not lane.gone:
-            yield from self._replace(lane, lane.worker_of(_present(self._client)), dealer)
+        if is_sticky(error) and task.submitted_at > device_queue.restarted_at and not device_queue.lost:
+            yield from self._restart_worker(
+                device_queue, device_queue.find_worker(_get_live_workers(self._client)), balancer
+            )
 
-    def _died(self, lane: Lane, task: InFlight, worker: str, dealer: Dealer) -> Iterator[Finished]:
-        logger.warning("the worker of %s ended with %s in flight; they are run again alone", lane.name, task.rows)
-        self._tell_failed(lane, task, "its worker ended")
+    def _handle_worker_death(
+        self, device_queue: DeviceQueue, task: InFlightTask, worker: str, balancer: LoadBalancer
+    ) -> Iterator[ChunkResult]:
+        logger.warning(
+            "the worker of %s ended with %s in flight; they are run again alone", device_queue.name, task.row_label
+        )
+        self._emit_chunk_failed(device_queue, task, "its worker ended")
         for chunk in task.chunks:
-            if not self._book.died(chunk, alone=task.alone):
-                error = lost(chunk, worker, hung=task.hung, seconds=self._policy.chunk_timeout)
-                yield self._give_up(chunk, lane, error, dealer)
+            if not self._retry_queue.on_worker_death(chunk, alone=task.alone):
+                error = make_lost_chunk_error(chunk, worker, hung=task.hung, timeout_seconds=self._policy.chunk_timeout)
+                yield self._give_up(chunk, device_queue, error, balancer)
 
-    def _tell_failed(self, lane: Lane, task: InFlight, why: str) -> None:
+    def _emit_chunk_failed(self, device_queue: DeviceQueue, task: InFlightTask, reason: str) -> None:
         for chunk in task.chunks:
-            self._policy.tell(ChunkFailed(self._policy.tell.run, time.time(), chunk.start, chunk.stop, lane.name, why))
+            self._policy.events(
+                ChunkFailed(self._policy.events.run, time.time(), chunk.start, chunk.stop, device_queue.name, reason)
+            )
 
-    def _tell_changed(self, lane: Lane, state: str) -> None:
-        self._policy.tell(DeviceChanged(self._policy.tell.run, time.time(), lane.name, state))
+    def _emit_device_changed(self, device_queue: DeviceQueue, state: str) -> None:
+        self._policy.events(DeviceChanged(self._policy.events.run, time.time(), device_queue.name, state))
 
-    def _give_up(self, chunk: Chunk, lane: Lane, error: ChunkError, dealer: Dealer) -> Finished:
-        finished = self._policy.give_up(chunk, lane.name, error)
-        dealer.dropped(chunk)
-        return replace(finished, attempts=self._book.settled(chunk))
+    def _give_up(self, chunk: Chunk, device_queue: DeviceQueue, error: ChunkError, balancer: LoadBalancer) -> ChunkResult:
+        finished = self._policy.give_up(chunk, device_queue.name, error)
+        balancer.discard(chunk)
+        return replace(finished, attempts=self._retry_queue.on_done(chunk))
 
-    def _fill(self, dealer: Dealer, before: int | None, *, draining: bool) -> bool:
+    def _fill_queues(self, balancer: LoadBalancer, row_limit: int | None, *, draining: bool) -> bool:
         """Fill the lanes in turn, so that all begin as soon as can be; whether anything is in flight or waits for it."""
-        while not draining and sum(self._submit_next(lane, dealer, before) for lane in self._lanes):
+        while not draining and sum(self._submit_next(lane, balancer, row_limit) for lane in self._device_queues):
             pass
-        waits = self._book.n_left > 0 or (dealer.n_rows_left > 0 and any(lane.nowhere for lane in self._lanes))
-        return any(lane.tasks for lane in self._lanes) or (waits and not draining)
+        waits = self._retry_queue.n_waiting > 0 or (
+            balancer.n_rows_left > 0 and any(lane.is_waiting_for_worker for lane in self._device_queues)
+        )
+        return any(lane.tasks for lane in self._device_queues) or (waits and not draining)
 
-    def _submit_next(self, lane: Lane, dealer: Dealer, before: int | None) -> bool:
-        if lane.full:
+    def _submit_next(self, device_queue: DeviceQueue, balancer: LoadBalancer, row_limit: int | None) -> bool:
+        if device_queue.is_full:
             return False
-        if (chunk := self._book.due(alone=True)) and lane is self._emptiest():
+        if (chunk := self._retry_queue.get_due_chunk(alone=True)) and device_queue is self._find_emptiest_queue():
             # What ended a worker runs with nothing beside it: the lane is emptied first.
-            return not lane.tasks and self._submit(lane, (chunk,), alone=True)
-        if chunk := self._book.due(alone=False):
-            return self._submit(lane, (chunk,))
-        for device in (lane.device, *(other.device for other in self._lanes if other.gone)):
-            dealt = dealer.deal(device, before)
+            return not device_queue.tasks and self._submit(device_queue, (chunk,), alone=True)
+        if chunk := self._retry_queue.get_due_chunk(alone=False):
+            return self._submit(device_queue, (chunk,))
+        for device in (device_queue.device, *(other.device for other in self._device_queues if other.lost)):
+            dealt = balancer.next_task(device, row_limit)
             if chunks := tuple(chunk for chunk in dealt if chunk.n_rows):
-                return self._submit(lane, chunks)
+                return self._submit(device_queue, chunks)
             if dealt:
                 return True
         return False
 
-    def _emptiest(self) -> Lane:
-        free = (lane for lane in self._lanes if not lane.full)
-        return min(free, key=lambda lane: (lane.away_since is not None, len(lane.tasks)))
+    def _find_emptiest_queue(self) -> DeviceQueue:
+        free = (lane for lane in self._device_queues if not lane.is_full)
+        return min(free, key=lambda lane: (lane.missing_since is not None, len(lane.tasks)))
 
-    def _submit(self, lane: Lane, chunks: tuple[Chunk, ...], *, alone: bool = False) -> bool:
+    def _submit(self, device_queue: DeviceQueue, chunks: tuple[Chunk, ...], *, alone: bool = False) -> bool:
         # Without a slot, those of lost tasks are never used again, the answer comes back by Dask's comms.
-        slot = lane.arena.free.pop() if lane.arena is not None and lane.arena.free else None
+        slot = device_queue.pool.free_slots.pop() if device_queue.pool is not None and device_queue.pool.free_slots else None
         for chunk in chunks:
-            self._book.begun(chunk)
+            self._retry_queue.on_start(chunk)
         try:
-            task, brought = self._feed(chunks, slot, lane.workers, reads=lane.reads)
-        except UnsentError:
-            self._book.apart(chunks)
-            lane.away_since = time.monotonic()
+            task, brought = self._build_task(chunks, slot, device_queue.workers, reads_process_memory=device_queue.reads_process_memory)
+        except RowTransferError:
+            self._retry_queue.split(chunks)
+            device_queue.missing_since = time.monotonic()
             if slot is not None:
-                slot.free()
+                slot.release()
             return False
         task = replace(task, alone=alone)
-        key, order = f"infer-{lane.kind}-{self._name}-{self._n_submitted}", self._order()
-        future = self._client.submit(self._work, order, task.sealed(), brought, key=key, pure=False, **lane.restriction)
+        key, order = f"infer-{device_queue.kind}-{self._run_id}-{self._n_submitted}", self._get_context()
+        future = self._client.submit(
+            self._task_function, order, task.serialize(), brought, key=key, pure=False, **device_queue.restriction
+        )
         self._n_submitted += 1
-        places = tuple(piece.places for piece in task.pieces)
+        places = tuple(piece.output_refs for piece in task.chunk_inputs)
         needs = [*brought, order] if isinstance(order, Future) else brought
-        lane.tasks[future] = InFlight(chunks, slot, places, alone, time.monotonic(), tuple(needs))
-        self._await(lane, future)
-        tell, now = self._policy.tell, time.time()
+        device_queue.tasks[future] = InFlightTask(chunks, slot, places, alone, time.monotonic(), tuple(needs))
+        self._watch_future(device_queue, future)
+        tell, now = self._policy.events, time.time()
         for chunk in chunks:
-            tell(ChunkStarted(tell.run, now, chunk.start, chunk.stop, lane.name))
+            tell(ChunkStarted(tell.run, now, chunk.start, chunk.stop, device_queue.name))
         return True
 
-    def _await(self, lane: Lane, future: Future) -> None:
-        future.add_done_callback(lambda future: self._ended.put((lane, future)))
+    def _watch_future(self, device_queue: DeviceQueue, future: Future) -> None:
+        future.add_done_callback(lambda future: self._done_futures.put((device_queue, future)))
 
-    def _look_around(self, dealer: Dealer) -> Iterator[Finished]:
+    def _check_workers(self, balancer: LoadBalancer) -> Iterator[ChunkResult]:
         """See which workers are there, and which of them take too long."""
-        self._looked = now = time.monotonic()
-        there = _present(self._client)
-        for lane in self._lanes:
-            address = lane.worker_of(there)
-            if lane.gone:
-                yield from self._take_back(lane, dealer)
+        self._last_check = now = time.monotonic()
+        there = _get_live_workers(self._client)
+        for lane in self._device_queues:
+            address = lane.find_worker(there)
+            if lane.lost:
+                yield from self._requeue_pending(lane, balancer)
             elif address is None:
-                yield from self._wait_for(lane, now, dealer)
+                yield from self._handle_missing(lane, now, balancer)
             else:
-                yield from self._see_to(lane, address, now, dealer)
+                yield from self._check_worker(lane, address, now, balancer)
 
-    def _see_to(self, lane: Lane, address: str, now: float, dealer: Dealer) -> Iterator[Finished]:
+    def _check_worker(
+        self, device_queue: DeviceQueue, address: str, now: float, balancer: LoadBalancer
+    ) -> Iterator[ChunkResult]:
         """See to a device whose worker is there: does it answer?"""
-        if lane.away_since is not None:
-            lane.away_since, lane.quiet_since = None, now
-        if lane.workers and address not in lane.workers:  # its nanny brought it back
-            self._policy.back(address)
-            lane.restriction = {"workers": [address]}
-            yield from self._take_back(lane, dealer)
-        if task := lane.hangs(self._policy.chunk_timeout, now):
-            logger.warning("%s gives no answer within chunk_timeout on %s; its worker is replaced", task.rows, lane.name)
+        if device_queue.missing_since is not None:
+            device_queue.missing_since, device_queue.last_response = None, now
+        if device_queue.workers and address not in device_queue.workers:  # its nanny brought it back
+            self._policy.on_worker_restart(address)
+            device_queue.restriction = {"workers": [address]}
+            yield from self._requeue_pending(device_queue, balancer)
+        if task := device_queue.find_hung_task(self._policy.chunk_timeout, now):
+            logger.warning(
+                "%s gives no answer within chunk_timeout on %s; its worker is replaced", task.row_label, device_queue.name
+            )
             task.hung = True
-            yield from self._replace(lane, address, dealer)
+            yield from self._restart_worker(device_queue, address, balancer)
 
-    def _wait_for(self, lane: Lane, now: float, dealer: Dealer) -> Iterator[Finished]:
+    def _handle_missing(self, device_queue: DeviceQueue, now: float, balancer: LoadBalancer) -> Iterator[ChunkResult]:
         """See to a device whose worker is away: is somebody about to bring it back?"""
-        if lane.away_since is None:
-            lane.away_since = now
-        if lane.workers:  # it comes back under another address, and what waits for this one would do so for good
-            yield from self._take_back(lane, dealer)
-        comes_back = lane.nanny or not lane.workers
-        if not comes_back or now - lane.away_since > AWAY_SECONDS:
-            yield from self._go_on_without(lane, dealer)
+        if device_queue.missing_since is None:
+            device_queue.missing_since = now
+        if device_queue.workers:  # it comes back under another address, and what waits for this one would do so for good
+            yield from self._requeue_pending(device_queue, balancer)
+        comes_back = device_queue.nanny or not device_queue.workers
+        if not comes_back or now - device_queue.missing_since > MAX_MISSING_SECONDS:
+            yield from self._drop_device(device_queue, balancer)
 
-    def _take_back(self, lane: Lane, dealer: Dealer) -> Iterator[Finished]:
+    def _requeue_pending(self, device_queue: DeviceQueue, balancer: LoadBalancer) -> Iterator[ChunkResult]:
         """Have all that a device has not answered yet run again."""
-        tasks = {future: lane.tasks.pop(future) for future in lane.unanswered()}
+        tasks = {future: device_queue.tasks.pop(future) for future in device_queue.get_pending_futures()}
         self._client.cancel(list(tasks), force=True)
         for task in tasks.values():
-            yield from self._died(lane, task, lane.name, dealer)
+            yield from self._handle_worker_death(device_queue, task, device_queue.name, balancer)
 
-    def _replace(self, lane: Lane, address: str | None, dealer: Dealer) -> Iterator[Finished]:
+    def _restart_worker(
+        self, device_queue: DeviceQueue, address: str | None, balancer: LoadBalancer
+    ) -> Iterator[ChunkResult]:
         """Have a device's worker replaced, or go on without it."""
-        if self._policy.replacer.replace(lane.name, address):
-            lane.replaced_at = time.monotonic()
-            self._tell_changed(lane, "replaced")
-            _until_gone(self._client, address)
+        if self._policy.restarter.restart_worker(device_queue.name, address):
+            device_queue.restarted_at = time.monotonic()
+            self._emit_device_changed(device_queue, "replaced")
+            _wait_until_removed(self._client, address)
         else:
-            yield from self._go_on_without(lane, dealer)
+            yield from self._drop_device(device_queue, balancer)
 
-    def _go_on_without(self, lane: Lane, dealer: Dealer) -> Iterator[Finished]:
+    def _drop_device(self, device_queue: DeviceQueue, balancer: LoadBalancer) -> Iterator[ChunkResult]:
         """Hand what a device has to the others."""
-        lane.gone = True
-        if all(other.gone for other in self._lanes):
+        device_queue.lost = True
+        if all(other.lost for other in self._device_queues):
             raise ClusterError(
-                f"no worker is left of {', '.join(other.name for other in self._lanes)}, with rows still to compute; at "
+                f"no worker is left of {', '.join(other.name for other in self._device_queues)}, with rows still to compute; at "
                 "least one has to be there, or to come back. Look into their logs, and repeat the call."
             )
-        logger.warning("%s is gone; the others go on without it", lane.name)
-        self._tell_changed(lane, "gone")
-        dealer.leave(lane.device)
-        yield from self._take_back(lane, dealer)
+        logger.warning("%s is gone; the others go on without it", device_queue.name)
+        self._emit_device_changed(device_queue, "gone")
+        balancer.remove_device(device_queue.device)
+        yield from self._requeue_pending(device_queue, balancer)
 
 
-def _free(task: InFlight) -> None:
+def _free_slot(task: InFlightTask) -> None:
     if task.slot is not None:
-        task.slot.free()
+        task.slot.release()
 
 
-def _until_gone(client: Client, address: str | None) -> None:
+def _wait_until_removed(client: Client, address: str | None) -> None:
     """Wait until the scheduler has noticed that a worker ended: a task that it still sent there would be blamed for it."""
-    deadline = time.monotonic() + NOTICE_SECONDS
-    while address in _present(client) and time.monotonic() < deadline:
-        time.sleep(NOTICE_SECONDS / 100)
+    deadline = time.monotonic() + DEATH_NOTICE_SECONDS
+    while address in _get_live_workers(client) and time.monotonic() < deadline:
+        time.sleep(DEATH_NOTICE_SECONDS / 100)
 
 
-def _present(client: Client) -> dict[str, dict[str, Any]]:
+def _get_live_workers(client: Client) -> dict[str, dict[str, Any]]:
     """The workers that the scheduler has."""
     if client.status == "running":
         with contextlib.suppress(OSError, TimeoutError, RuntimeError):
-            return workers_of(client)
+            return fetch_workers(client)
     raise SchedulerLost(
         f"the scheduler of the client is lost (the client is {client.status}); it has to run until the call ends. Start the "
         "cluster again, and repeat the call."
     )
 
 
-def _address(worker: Any) -> str:
+def _get_worker_address(worker: Any) -> str:
     """Of a worker as Dask's error has it: its record, or nothing."""
     return str(getattr(worker, "address", "")) or "(unknown)"
 
 
-def _settled(futures: Sequence[Future], seconds: float) -> None:
+def _wait_until_done(futures: Sequence[Future], seconds: float) -> None:
     """Wait until tasks have ended, however they do."""
     deadline = time.monotonic() + seconds
     for future in futures:

@@ -13,17 +13,26 @@ from dataclasses import asdict, replace
 from reprlib import repr as short_repr
 from typing import Any
 
-from daskinfer.core.formatting import format_nbytes, html_table, text_table
+from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.discovery import Device, Machine, machine
+from daskinfer.hardware.discovery import Device, Machine, inspect_machine
 
-__all__ = ["MAX_CPU_WORKERS", "Device", "DeviceTable", "Machine", "check_drivable", "here", "machine", "parse"]
+__all__ = [
+    "MAX_CPU_WORKERS",
+    "Device",
+    "DeviceTable",
+    "Machine",
+    "check_drivable",
+    "find_local_devices",
+    "inspect_machine",
+    "parse_devices",
+]
 
 MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000", and no machine gains from more processes than this
 
-_OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version, from its release notes
-_CPUS = 'devices="cpu" (--devices)'
-_ALLOWED = (
+_MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version, from its release notes
+_CPU_HINT = 'devices="cpu" (--devices)'
+_ALLOWED_SPECS = (
     '"auto", "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", '
     f'"cpu*4" (1 to {MAX_CPU_WORKERS}), several of these, or "inline" alone'
 )
@@ -45,40 +54,43 @@ class DeviceTable(tuple[Device, ...]):
         """Every field of every device, ready for JSON."""
         return [asdict(device) for device in self]
 
-    def _cells(self) -> list[list[str]]:
-        return [[d.name, d.label, _nbytes(d.memory_nbytes), _nbytes(d.free_nbytes), d.uuid] for d in self]
+    def _format_rows(self) -> list[list[str]]:
+        return [
+            [d.name, d.label, _format_known_nbytes(d.memory_nbytes), _format_known_nbytes(d.free_nbytes), d.uuid]
+            for d in self
+        ]
 
     def __str__(self) -> str:
-        return text_table(_TABLE_HEADERS, self._cells())
+        return format_text_table(_TABLE_HEADERS, self._format_rows())
 
     __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
 
     def _repr_html_(self) -> str:
-        return html_table(_TABLE_HEADERS, self._cells())
+        return format_html_table(_TABLE_HEADERS, self._format_rows())
 
 
 _TABLE_HEADERS = ("device", "name", "memory", "free", "uuid")
 
 
-def _nbytes(nbytes: int) -> str:
+def _format_known_nbytes(nbytes: int) -> str:
     return format_nbytes(nbytes) if nbytes else ""
 
 
-def here() -> DeviceTable:
+def find_local_devices() -> DeviceTable:
     """What this machine has: its GPUs as NVML sees them, and one CPU worker, named with the cores there are.
 
     Examples
     --------
-    >>> here()[-1].name
+    >>> find_local_devices()[-1].name
     'cpu:0'
     """
-    found = machine()
-    (cpu,) = parse("cpu", found)
+    found = inspect_machine()
+    (cpu,) = parse_devices("cpu", found)
     cores = "1 core" if found.n_cores == 1 else f"{found.n_cores} cores"
     return DeviceTable((*found.gpus, replace(cpu, label=f"{cpu.label}, {cores}")))
 
 
-def parse(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
+def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
     """Read the device language: which devices are asked for, in the order asked.
 
     Parameters
@@ -102,16 +114,16 @@ def parse(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
 
     Examples
     --------
-    >>> [device.name for device in parse("cpu, CPU*2", Machine(n_cores=8))]
+    >>> [device.name for device in parse_devices("cpu, CPU*2", Machine(n_cores=8))]
     ['cpu:0', 'cpu:1', 'cpu:2']
     """
-    entries = _entries(spec)
+    entries = _split_spec(spec)
     if "inline" in map(str.lower, entries):
-        return _inline(entries)
-    asked = [(entry, device) for entry in entries for device in _devices(entry, machine)]
-    _refuse_doubles(asked)
+        return _parse_inline(entries)
+    asked = [(entry, device) for entry in entries for device in _parse_entry(entry, machine)]
+    _check_duplicate_gpus(asked)
     number = itertools.count()
-    return tuple(_numbered_cpu(d, next(number)) if d.kind == "cpu" else d for _, d in asked)
+    return tuple(_number_cpu_device(d, next(number)) if d.kind == "cpu" else d for _, d in asked)
 
 
 def check_drivable(devices: Sequence[Device], torch_cuda: str | None, machine: Machine) -> None:
@@ -139,55 +151,55 @@ def check_drivable(devices: Sequence[Device], torch_cuda: str | None, machine: M
     if not gpus:
         return
     if torch_cuda is None:
-        raise DeviceError(_cpu_build(gpus, machine))
+        raise DeviceError(_format_cpu_build_error(gpus, machine))
     major = int(torch_cuda.split(".")[0])
     if machine.driver_cuda and machine.driver_cuda[0] < major:
-        raise DeviceError(_old_driver(gpus, torch_cuda, machine.driver, machine.driver_cuda))
+        raise DeviceError(_format_old_driver_error(gpus, torch_cuda, machine.driver, machine.driver_cuda))
 
 
-def _cpu_build(gpus: str, machine: Machine) -> str:
+def _format_cpu_build_error(gpus: str, machine: Machine) -> str:
     major = 12 if machine.driver_cuda and machine.driver_cuda[0] == 12 else 13
     return (
         f"{gpus}: this torch is built for CPUs only and cannot drive a GPU. Install torch's CUDA {major} build "
         f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", '
-        f"or pass {_CPUS} to use the CPUs on purpose."
+        f"or pass {_CPU_HINT} to use the CPUs on purpose."
     )
 
 
-def _old_driver(gpus: str, torch_cuda: str, driver: str, driver_cuda: tuple[int, int]) -> str:
+def _format_old_driver_error(gpus: str, torch_cuda: str, driver: str, driver_cuda: tuple[int, int]) -> str:
     major = int(torch_cuda.split(".")[0])
     speaks = ".".join(map(str, driver_cuda))
-    needs = f"driver {_OLDEST_DRIVER[major]} or newer" if major in _OLDEST_DRIVER else "a newer driver"
+    needs = f"driver {_MIN_DRIVER[major]} or newer" if major in _MIN_DRIVER else "a newer driver"
     return (
         f"{gpus}: driver {driver} speaks CUDA {speaks}; this torch is built for CUDA {torch_cuda}, which needs "
         f"{needs}. Update the driver, or install a torch built for CUDA {driver_cuda[0]}, "
-        f"or pass {_CPUS} to use the CPUs on purpose."
+        f"or pass {_CPU_HINT} to use the CPUs on purpose."
     )
 
 
-def _entries(spec: object) -> list[str]:
+def _split_spec(spec: object) -> list[str]:
     if not isinstance(spec, Sequence) or isinstance(spec, bytes | bytearray):
         raise DeviceError(
             f"devices={short_repr(spec)} is of type {type(spec).__name__}; allowed is a string or a list of strings: "
-            f'{_ALLOWED}. Write the devices as text, such as devices="cuda,cpu*2".'
+            f'{_ALLOWED_SPECS}. Write the devices as text, such as devices="cuda,cpu*2".'
         )
     items = [spec] if isinstance(spec, str) else list(spec)
     for place, item in enumerate(items):
         if not isinstance(item, str):
             raise DeviceError(
-                f"devices[{place}] is {short_repr(item)}, of type {type(item).__name__}; allowed is text: {_ALLOWED}. "
+                f"devices[{place}] is {short_repr(item)}, of type {type(item).__name__}; allowed is text: {_ALLOWED_SPECS}. "
                 'Write "cuda:1" for the GPU of number 1, "cpu*2" for 2 CPU workers.'
             )
     entries = [entry.strip() for item in items for entry in item.split(",")]
     if not entries or not all(entries):
         raise DeviceError(
-            f"devices={short_repr(spec)} has an empty place; allowed are {_ALLOWED}. "
+            f"devices={short_repr(spec)} has an empty place; allowed are {_ALLOWED_SPECS}. "
             'Name a device there, or use devices="auto" (--devices).'
         )
     return entries
 
 
-def _inline(entries: Sequence[str]) -> tuple[Device, ...]:
+def _parse_inline(entries: Sequence[str]) -> tuple[Device, ...]:
     if len(entries) > 1:
         raise DeviceError(
             f'"inline" stands among {len(entries)} devices; it runs everything in this process and is allowed only '
@@ -196,86 +208,88 @@ def _inline(entries: Sequence[str]) -> tuple[Device, ...]:
     return (Device("inline", "inline", 0),)
 
 
-def _devices(entry: str, machine: Machine) -> Sequence[Device]:
-    for pattern, devices_of in _FORMS:
+def _parse_entry(entry: str, machine: Machine) -> Sequence[Device]:
+    for pattern, devices_of in _ENTRY_PARSERS:
         if match := re.fullmatch(pattern, entry, re.IGNORECASE):
             return devices_of(match, machine)
-    raise DeviceError(f"device {short_repr(entry)} is unknown; allowed are {_ALLOWED}. {_found(machine)}. Use one of them.")
+    raise DeviceError(
+        f"device {short_repr(entry)} is unknown; allowed are {_ALLOWED_SPECS}. {_describe_machine(machine)}. Use one of them."
+    )
 
 
-def _auto(_: re.Match[str], machine: Machine) -> Sequence[Device]:
-    return machine.gpus or [_cpu(machine)] * machine.n_cores
+def _select_auto(_: re.Match[str], machine: Machine) -> Sequence[Device]:
+    return machine.gpus or [_make_cpu_device(machine)] * machine.n_cores
 
 
-def _every_gpu(match: re.Match[str], machine: Machine) -> Sequence[Device]:
-    return machine.gpus or _refuse_absent(match[0], machine)
+def _select_all_gpus(match: re.Match[str], machine: Machine) -> Sequence[Device]:
+    return machine.gpus or _raise_missing_device(match[0], machine)
 
 
-def _gpu_by_number(match: re.Match[str], machine: Machine) -> Sequence[Device]:
-    return [g for g in machine.gpus if g.index == int(match["n"])] or _refuse_absent(match[0], machine)
+def _select_gpu_by_index(match: re.Match[str], machine: Machine) -> Sequence[Device]:
+    return [g for g in machine.gpus if g.index == int(match["n"])] or _raise_missing_device(match[0], machine)
 
 
-def _gpu_by_uuid(match: re.Match[str], machine: Machine) -> Sequence[Device]:
+def _select_gpu_by_uuid(match: re.Match[str], machine: Machine) -> Sequence[Device]:
     asked = match[0].lower()
-    return [g for g in machine.gpus if g.uuid.lower() == asked] or _refuse_absent(match[0], machine)
+    return [g for g in machine.gpus if g.uuid.lower() == asked] or _raise_missing_device(match[0], machine)
 
 
-def _cpu_workers(match: re.Match[str], machine: Machine) -> Sequence[Device]:
+def _make_cpu_workers(match: re.Match[str], machine: Machine) -> Sequence[Device]:
     n_workers = int(match["n"] or 1)
     if not 1 <= n_workers <= MAX_CPU_WORKERS:
         raise DeviceError(
             f"device {match[0]!r} asks for {n_workers:,} CPU workers; 1 to {MAX_CPU_WORKERS:,} are allowed. "
             f'This machine has {machine.n_cores} cores: "cpu*{machine.n_cores}" is one worker per core.'
         )
-    return [_cpu(machine)] * n_workers
+    return [_make_cpu_device(machine)] * n_workers
 
 
-_FORMS: tuple[tuple[str, Callable[[re.Match[str], Machine], Sequence[Device]]], ...] = (
-    (r"auto", _auto),
-    (r"(cuda|gpu)", _every_gpu),
-    (r"(cuda|gpu)\s*:\s*(?P<n>[0-9]{1,9})", _gpu_by_number),
-    (r"(gpu|mig)-.+", _gpu_by_uuid),
-    (r"cpu(\s*\*\s*(?P<n>[0-9]{1,9}))?", _cpu_workers),
+_ENTRY_PARSERS: tuple[tuple[str, Callable[[re.Match[str], Machine], Sequence[Device]]], ...] = (
+    (r"auto", _select_auto),
+    (r"(cuda|gpu)", _select_all_gpus),
+    (r"(cuda|gpu)\s*:\s*(?P<n>[0-9]{1,9})", _select_gpu_by_index),
+    (r"(gpu|mig)-.+", _select_gpu_by_uuid),
+    (r"cpu(\s*\*\s*(?P<n>[0-9]{1,9}))?", _make_cpu_workers),
 )
 
 
-def _cpu(machine: Machine) -> Device:
+def _make_cpu_device(machine: Machine) -> Device:
     return Device("cpu", "cpu", 0, label=machine.cpu_label, memory_nbytes=machine.memory_nbytes)
 
 
-def _numbered_cpu(device: Device, number: int) -> Device:
-    return replace(device, name=f"cpu:{number}", index=number)
+def _number_cpu_device(device: Device, index: int) -> Device:
+    return replace(device, name=f"cpu:{index}", index=index)
 
 
-def _refuse_doubles(asked: Sequence[tuple[str, Device]]) -> None:
-    times = Counter(device for _, device in asked if device.kind == "cuda")
+def _check_duplicate_gpus(requested: Sequence[tuple[str, Device]]) -> None:
+    times = Counter(device for _, device in requested if device.kind == "cuda")
     for gpu in (gpu for gpu, n in times.items() if n > 1):
-        spelled = " and as ".join(repr(entry) for entry, device in asked if device == gpu)
+        spelled = " and as ".join(repr(entry) for entry, device in requested if device == gpu)
         raise DeviceError(
             f"{gpu.name} ({gpu.label}) is asked for {times[gpu]} times, as {spelled}; a GPU is allowed once, since one "
             "worker drives it. Leave all but one of them out."
         )
 
 
-def _refuse_absent(entry: str, machine: Machine) -> Sequence[Device]:
+def _raise_missing_device(entry: str, machine: Machine) -> Sequence[Device]:
     means = ' (which means "cuda")' if re.match("gpu(?!-)", entry, re.IGNORECASE) else ""
-    raise DeviceError(f"device {entry!r}{means} is not there. {_found(machine)}. {_cure(machine)}")
+    raise DeviceError(f"device {entry!r}{means} is not there. {_describe_machine(machine)}. {_suggest_fix(machine)}")
 
 
-def _found(machine: Machine) -> str:
+def _describe_machine(machine: Machine) -> str:
     gpus = ", ".join(f"cuda:{g.index} = {g.uuid} ({g.label})" for g in machine.gpus) or "no GPU"
     return f"This process sees {gpus} and {machine.n_cores} CPU cores"
 
 
-def _cure(machine: Machine) -> str:
+def _suggest_fix(machine: Machine) -> str:
     """First match wins: the likeliest reason why a GPU is missing, and what to do."""
-    if machine.hidden_gpus:
-        return f"CUDA_VISIBLE_DEVICES hides {machine.hidden_gpus} more: unset it or name them there, or use {_CPUS}."
+    if machine.n_hidden_gpus:
+        return f"CUDA_VISIBLE_DEVICES hides {machine.n_hidden_gpus} more: unset it or name them there, or use {_CPU_HINT}."
     if machine.gpus:
         return "Ask for one of these."
     if not machine.driver:
         return (
             "NVML finds no NVIDIA driver: install it, or give the container its GPUs (docker run --gpus all), "
-            f"or use {_CPUS}."
+            f"or use {_CPU_HINT}."
         )
-    return f"The driver ({machine.driver}) finds no GPU: see what nvidia-smi says, or use {_CPUS}."
+    return f"The driver ({machine.driver}) finds no GPU: see what nvidia-smi says, or use {_CPU_HINT}."

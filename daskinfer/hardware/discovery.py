@@ -64,12 +64,12 @@ class Device:
     free_nbytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}: {self._known()}"
+        return f"{self.name}: {self._describe()}"
 
     def _repr_html_(self) -> str:
-        return f"<b>{html.escape(self.name)}</b>: {html.escape(self._known())}"
+        return f"<b>{html.escape(self.name)}</b>: {html.escape(self._describe())}"
 
-    def _known(self) -> str:
+    def _describe(self) -> str:
         memory = [f"{self.memory_nbytes / 2**30:,.1f} GiB"] if self.memory_nbytes else []
         free = [f"{self.free_nbytes / 2**30:,.1f} GiB free"] if self.free_nbytes else []
         return ", ".join(said for said in (self.label or self.kind, *memory, *free, self.uuid) if said)
@@ -98,12 +98,12 @@ class Machine:
 
     Examples
     --------
-    >>> Machine(n_cores=8, cpu_label="EPYC").gpus
+    >>> Machine(n_cores=8, read_cpu_label="EPYC").gpus
     ()
     """
 
     gpus: tuple[Device, ...] = ()
-    hidden_gpus: int = 0
+    n_hidden_gpus: int = 0
     n_cores: int = 1
     cpu_label: str = ""
     memory_nbytes: int = 0
@@ -111,7 +111,7 @@ class Machine:
     driver_cuda: tuple[int, int] | None = None
 
 
-def machine() -> Machine:
+def inspect_machine() -> Machine:
     """Look at this machine; touches neither CUDA nor torch, and keeps nothing open.
 
     Returns
@@ -121,113 +121,113 @@ def machine() -> Machine:
 
     Examples
     --------
-    >>> machine().n_cores >= 1
+    >>> inspect_machine().n_cores >= 1
     True
     """
-    found = _ask_nvml()
-    gpus = _visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    found = _query_nvml()
+    gpus = _filter_visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(
         gpus=gpus,
-        hidden_gpus=sum(len(gpu.devices) for gpu in found.gpus) - len(gpus),
-        n_cores=_n_cores(),
-        cpu_label=cpu_label(),
-        memory_nbytes=_host_nbytes(),
+        n_hidden_gpus=sum(len(gpu.devices) for gpu in found.gpus) - len(gpus),
+        n_cores=_count_cores(),
+        cpu_label=read_cpu_label(),
+        memory_nbytes=_read_host_nbytes(),
         driver=found.driver,
         driver_cuda=found.driver_cuda,
     )
 
 
-class _Gpu(NamedTuple):
+class _NvmlGpu(NamedTuple):
     """One GPU in NVML's order: itself as a device, or its MIG instances; none where it does not answer."""
 
     uuid: str
     devices: tuple[Device, ...]
 
 
-class _Found(NamedTuple):
-    gpus: tuple[_Gpu, ...] = ()
+class _NvmlInfo(NamedTuple):
+    gpus: tuple[_NvmlGpu, ...] = ()
     driver: str = ""
     driver_cuda: tuple[int, int] | None = None
 
 
-def _ask_nvml() -> _Found:
+def _query_nvml() -> _NvmlInfo:
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         log.debug("no GPUs here, NVML says: %s", error)
-        return _Found()
+        return _NvmlInfo()
     try:
-        cuda = _answer(0, pynvml.nvmlSystemGetCudaDriverVersion_v2)
-        return _Found(
-            gpus=tuple(_gpu(index) for index in range(_answer(0, pynvml.nvmlDeviceGetCount))),
-            driver=_answer("", pynvml.nvmlSystemGetDriverVersion),
+        cuda = _call_nvml(0, pynvml.nvmlSystemGetCudaDriverVersion_v2)
+        return _NvmlInfo(
+            gpus=tuple(_query_gpu(index) for index in range(_call_nvml(0, pynvml.nvmlDeviceGetCount))),
+            driver=_call_nvml("", pynvml.nvmlSystemGetDriverVersion),
             driver_cuda=(cuda // 1000, cuda % 1000 // 10) if cuda else None,
         )
     finally:
         pynvml.nvmlShutdown()
 
 
-def _answer(otherwise: Any, question: Callable[..., Any], *about: object) -> Any:
+def _call_nvml(default: Any, function: Callable[..., Any], *args: object) -> Any:
     """What NVML answers; ``otherwise`` where this driver lacks the question or the hardware an answer."""
     from pynvml import NVMLError
 
     try:
-        return question(*about)
+        return function(*args)
     except NVMLError as error:
-        log.debug("%s: %s", question.__name__, error)
-        return otherwise
+        log.debug("%s: %s", function.__name__, error)
+        return default
 
 
-def _gpu(index: int) -> _Gpu:
+def _query_gpu(index: int) -> _NvmlGpu:
     import pynvml
 
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        in_mig_mode, _ = _answer((0, 0), pynvml.nvmlDeviceGetMigMode, handle)
-        handles = _mig_instances(handle) if in_mig_mode else [handle]
-        return _Gpu(pynvml.nvmlDeviceGetUUID(handle), tuple(_device(h) for h in handles))
+        in_mig_mode, _ = _call_nvml((0, 0), pynvml.nvmlDeviceGetMigMode, handle)
+        handles = _query_mig_instances(handle) if in_mig_mode else [handle]
+        return _NvmlGpu(pynvml.nvmlDeviceGetUUID(handle), tuple(_query_device(h) for h in handles))
     except pynvml.NVMLError as error:
         log.warning("GPU %d of this machine is left out, NVML says: %s; see nvidia-smi", index, error)
-        return _Gpu("", ())
+        return _NvmlGpu("", ())
 
 
-def _mig_instances(handle: Any) -> list[Any]:
+def _query_mig_instances(handle: Any) -> list[Any]:
     import pynvml
 
-    n_places = _answer(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)
-    places = (_answer(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place) for place in range(n_places))
+    n_places = _call_nvml(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)
+    places = (_call_nvml(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place) for place in range(n_places))
     return [instance for instance in places if instance is not None]
 
 
-def _device(handle: Any) -> Device:
+def _query_device(handle: Any) -> Device:
     """The device without its number, which depends on what is visible."""
     import pynvml
 
-    memory = _answer(None, pynvml.nvmlDeviceGetMemoryInfo, handle)
+    memory = _call_nvml(None, pynvml.nvmlDeviceGetMemoryInfo, handle)
     return Device(
         name="",
         kind="cuda",
         index=0,
         uuid=pynvml.nvmlDeviceGetUUID(handle),
-        label=_answer("", pynvml.nvmlDeviceGetName, handle),
+        label=_call_nvml("", pynvml.nvmlDeviceGetName, handle),
         memory_nbytes=memory.total if memory else 0,
         free_nbytes=memory.free if memory else 0,
     )
 
 
-def _visible(gpus: Sequence[_Gpu], variable: str | None) -> tuple[Device, ...]:
+def _filter_visible(gpus: Sequence[_NvmlGpu], variable: str | None) -> tuple[Device, ...]:
     everything = [device for gpu in gpus for device in gpu.devices]
-    chosen = everything if variable is None else _chosen(gpus, variable)
-    return tuple(_numbered(d, index) for index, d in enumerate(d for d in everything if d in chosen))
+    chosen = everything if variable is None else _parse_visible_devices(gpus, variable)
+    return tuple(_number_gpu(d, index) for index, d in enumerate(d for d in everything if d in chosen))
 
 
-def _chosen(gpus: Sequence[_Gpu], variable: str) -> list[Device]:
+def _parse_visible_devices(gpus: Sequence[_NvmlGpu], variable: str) -> list[Device]:
     """Read ``CUDA_VISIBLE_DEVICES`` as CUDA does: what is invalid ends the list, what is repeated empties it."""
     chosen: list[Device] = []
     for entry in variable.split(","):
-        devices = _by_number(gpus, entry.strip()) or _by_uuid(gpus, entry.strip())
+        devices = _find_by_index(gpus, entry.strip()) or _find_by_uuid(gpus, entry.strip())
         if not devices:
             break
         if any(device in chosen for device in devices):
@@ -236,12 +236,12 @@ def _chosen(gpus: Sequence[_Gpu], variable: str) -> list[Device]:
     return chosen
 
 
-def _by_number(gpus: Sequence[_Gpu], entry: str) -> Sequence[Device]:
+def _find_by_index(gpus: Sequence[_NvmlGpu], entry: str) -> Sequence[Device]:
     is_number = re.fullmatch("[0-9]{1,9}", entry)
     return gpus[int(entry)].devices if is_number and int(entry) < len(gpus) else ()
 
 
-def _by_uuid(gpus: Sequence[_Gpu], entry: str) -> Sequence[Device]:
+def _find_by_uuid(gpus: Sequence[_NvmlGpu], entry: str) -> Sequence[Device]:
     """The one GPU or MIG instance whose UUID begins so; nothing where several do."""
     if not entry.startswith(("GPU-", "MIG-")):
         return ()
@@ -252,47 +252,49 @@ def _by_uuid(gpus: Sequence[_Gpu], entry: str) -> Sequence[Device]:
     return (whole + parts)[0] if len(whole + parts) == 1 else ()
 
 
-def _numbered(device: Device, index: int) -> Device:
+def _number_gpu(device: Device, index: int) -> Device:
     is_mig = device.uuid.startswith("MIG-")
     return replace(device, name=device.uuid if is_mig else f"cuda:{index}", index=index)
 
 
-def _n_cores() -> int:
+def _count_cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [text.split() for text in _limits("cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])]
+    limits = [text.split() for text in _iter_cgroup_limits("cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])]
     quotas = [int(limit[0]) // int(limit[1]) for limit in limits if len(limit) == 2 and limit[0].isdigit()]
     return max(1, min([allowed, *quotas]))
 
 
-def _host_nbytes() -> int:
+def _read_host_nbytes() -> int:
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows has no sysconf, and some systems not these names
         return 0
-    limits = [int(text) for text in _limits("memory", ["memory.max"], ["memory.limit_in_bytes"]) if text.isdigit()]
+    limits = [
+        int(text) for text in _iter_cgroup_limits("memory", ["memory.max"], ["memory.limit_in_bytes"]) if text.isdigit()
+    ]
     return min([physical, *limits])
 
 
-def _limits(controller: str, v2_files: Sequence[str], v1_files: Sequence[str]) -> Iterator[str]:
+def _iter_cgroup_limits(controller: str, v2_files: Sequence[str], v1_files: Sequence[str]) -> Iterator[str]:
     """A limit's text in this process's control group and in every group above it, for both versions of those."""
-    for line in _read("proc/self/cgroup").splitlines():
+    for line in _read_text("proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         folders = {"": ("sys/fs/cgroup", v2_files), controller: (f"sys/fs/cgroup/{controller}", v1_files)}
         for name in folders.keys() & controllers.split(","):
             top, files = folders[name]
             group = PurePosixPath(path.lstrip("/"))
             for folder in (group, *group.parents):
-                yield " ".join(_read(f"{top}/{folder}/{file}") for file in files)
+                yield " ".join(_read_text(f"{top}/{folder}/{file}") for file in files)
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return (_ROOT / path).read_text("utf-8", "replace").strip()
     except OSError:
         return ""
 
 
-def cpu_label() -> str:
+def read_cpu_label() -> str:
     """The processor's name; empty where it is unknown."""
-    named = re.search(r"^model name\s*:\s*(.+)$", _read("proc/cpuinfo"), re.MULTILINE)
+    named = re.search(r"^model name\s*:\s*(.+)$", _read_text("proc/cpuinfo"), re.MULTILINE)
     return named[1] if named else platform.processor()

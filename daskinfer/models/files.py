@@ -14,7 +14,7 @@ Consent is ``trust=True`` or ``--trust-model``. Without it such a file is refuse
 its table of contents was read, so no recipe that could load it ever travels.
 
 The SHA-256 of a file is the one that the user gave, or the client's of when it planned; for that the client reads files up
-to ``HASHED_NBYTES``. Every worker compares it before the first chunk, and again in the very bytes that it loads: these are
+to ``MAX_HASHED_NBYTES``. Every worker compares it before the first chunk, and again in the very bytes that it loads: these are
 copied first, into memory that has no name, so that whoever writes into the file meanwhile changes nothing. Of a larger file
 without a SHA-256 only the size is compared.
 
@@ -42,10 +42,15 @@ import torch
 
 from daskinfer.errors import ModelError
 
-HASHED_NBYTES = 1 << 30
-PROGRAM, SCRIPT, PICKLE, WEIGHTS = "a program of torch.export", "a TorchScript program", "a pickled network", "weights"
+MAX_HASHED_NBYTES = 1 << 30
+EXPORTED_PROGRAM, TORCHSCRIPT, PICKLE, WEIGHTS = (
+    "a program of torch.export",
+    "a TorchScript program",
+    "a pickled network",
+    "weights",
+)
 
-_PART_NBYTES = 1 << 20
+_READ_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ class ModelFile:
 
     path: str
     nbytes: int
-    state: str
+    identity: str
     sha256: str
 
     @classmethod
-    def find(cls, path: str, sha256: str | None = None) -> ModelFile:
+    def from_path(cls, path: str, sha256: str | None = None) -> ModelFile:
         """Look at a file; where ``sha256`` (64 hexadecimal digits) is given, it has to be the file's.
 
         Raises
@@ -73,18 +78,18 @@ class ModelFile:
         path, found = os.path.abspath(path), os.stat(path)
         state = f"{path} {found.st_size} {found.st_mtime_ns}"
         known = ""
-        if sha256 is not None or found.st_size <= HASHED_NBYTES:
-            known = _remembered(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        if sha256 is not None or found.st_size <= MAX_HASHED_NBYTES:
+            known = _compute_sha256_cached(path, found.st_size, found.st_mtime_ns, found.st_ino)
         file = cls(path, found.st_size, known or state, (sha256 or known).lower())
-        file._compare(known)
+        file._check_sha256(known)
         return file
 
     @property
-    def content(self) -> str:
+    def content_sha256(self) -> str:
         """The SHA-256 of what is in it, read now where it is not known."""
-        return self.sha256 or _hashed(self.path)
+        return self.sha256 or _compute_sha256(self.path)
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Read the file and see that it is still the same.
 
         Raises
@@ -96,10 +101,10 @@ class ModelFile:
         """
         self._check_size()
         if self.sha256:
-            self._compare(_hashed(self.path))
+            self._check_sha256(_compute_sha256(self.path))
 
     @contextlib.contextmanager
-    def checked(self) -> Iterator[str]:
+    def open_verified(self) -> Iterator[str]:
         """A path under which exactly the bytes that were compared can be read, while inside.
 
         Raises
@@ -111,12 +116,12 @@ class ModelFile:
             self._check_size()
             yield self.path
             return
-        with _private() as (copy, path):
-            self._compare(_hashed(self.path, copy))
+        with _create_private_file() as (copy, path):
+            self._check_sha256(_compute_sha256(self.path, copy))
             copy.flush()
             yield path
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def load_weights(self) -> dict[str, torch.Tensor]:
         """The state dict in it; never runs anything.
 
         Raises
@@ -124,21 +129,21 @@ class ModelFile:
         ModelError
             Where there is more in it than a state dict.
         """
-        with self.checked() as path:
-            return WEIGHTS_READERS[Path(self.path).suffix.lower()](path, self.path)
+        with self.open_verified() as path:
+            return STATE_DICT_LOADERS[Path(self.path).suffix.lower()](path, self.path)
 
-    def form(self) -> str:
+    def detect_format(self) -> str:
         """What is in it, as far as that can be found out without running anything: one of the four names above."""
         if self.path.lower().endswith(".pt2"):
-            return PROGRAM
-        if _is_script(self.path):
-            return SCRIPT
+            return EXPORTED_PROGRAM
+        if _is_torchscript(self.path):
+            return TORCHSCRIPT
         with contextlib.suppress(Exception):
-            if isinstance(_unpickled_weights(self.path, "meta"), dict):
+            if isinstance(_unpickle_weights(self.path, "meta"), dict):
                 return WEIGHTS
         return PICKLE
 
-    def check_trust(self, form: str, *, trust: bool) -> None:
+    def check_trust(self, file_format: str, *, trust: bool) -> None:
         """Refuse a file that can run code, unless its user trusts it.
 
         Raises
@@ -148,7 +153,7 @@ class ModelFile:
         """
         if not trust:
             raise ModelError(
-                f"the model file {self.path!r} holds {form}, or something else that can run code when it is loaded; without "
+                f"the model file {self.path!r} holds {file_format}, or something else that can run code when it is loaded; without "
                 "consent only weights (.safetensors, or a state dict) are loaded. If you trust whoever made the file, pass "
                 "trust=True (--trust-model); otherwise ask for its weights, and pass them with factory='pkg.mod:make'."
             )
@@ -157,9 +162,9 @@ class ModelFile:
         if (nbytes := os.stat(self.path).st_size) != self.nbytes:
             raise ModelError(f"the model file {self.path!r} has {nbytes} bytes; {self.nbytes} {_ADVICE}")
 
-    def _compare(self, found: str) -> None:
-        if found != self.sha256:
-            raise ModelError(f"the model file {self.path!r} has the SHA-256 {found}; {self.sha256} {_ADVICE}")
+    def _check_sha256(self, actual_sha256: str) -> None:
+        if actual_sha256 != self.sha256:
+            raise ModelError(f"the model file {self.path!r} has the SHA-256 {actual_sha256}; {self.sha256} {_ADVICE}")
 
 
 _ADVICE = (
@@ -168,7 +173,7 @@ _ADVICE = (
 )
 
 
-def check_private(path: str) -> None:
+def check_folder_is_private(path: str) -> None:
     """Refuse a file that networks travel in where somebody else could have put it there: it is unpickled.
 
     Raises
@@ -186,40 +191,42 @@ def check_private(path: str) -> None:
         )
 
 
-def _read_safetensors(path: str, name: str) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: str, original_path: str) -> dict[str, torch.Tensor]:
     return dict(safetensors.torch.load_file(path))
 
 
-def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
-    found = SCRIPT if _is_script(path) else ""
+def _read_state_dict(path: str, original_path: str) -> dict[str, torch.Tensor]:
+    found = TORCHSCRIPT if _is_torchscript(path) else ""
     if not found:
         try:
-            return dict(_unpickled_weights(path, "cpu"))
+            return dict(_unpickle_weights(path, "cpu"))
         except Exception as error:
             refused = re.search(r"(?i)unsupported (?:global: )?global ([\w.]+)", str(error))
             if refused is None:
                 raise
             found = refused[1]
     raise ModelError(
-        f"the weights file {name!r} holds more than tensors ({found}), which can run code when it is loaded; with a factory "
+        f"the weights file {original_path!r} holds more than tensors ({found}), which can run code when it is loaded; with a factory "
         "only a state dict is. Save net.state_dict(), best as .safetensors; or, if you trust whoever made the file and it "
         "holds the whole network, leave the factory out and pass trust=True (--trust-model)."
     )
 
 
-WEIGHTS_READERS: dict[str, Callable[[str, str], dict[str, torch.Tensor]]] = {
+STATE_DICT_LOADERS: dict[str, Callable[[str, str], dict[str, torch.Tensor]]] = {
     ".safetensors": _read_safetensors,
     **dict.fromkeys((".pt", ".pth"), _read_state_dict),
 }
 
 
-def _unpickled_weights(path: str, where: str) -> dict[str, torch.Tensor]:
+def _unpickle_weights(path: str, map_location: str) -> dict[str, torch.Tensor]:
     # Files from before torch 1.6 are no zip archives, and cannot be mapped.
-    found: dict[str, torch.Tensor] = torch.load(path, map_location=where, weights_only=True, mmap=zipfile.is_zipfile(path))
+    found: dict[str, torch.Tensor] = torch.load(
+        path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
+    )
     return found
 
 
-def _is_script(path: str) -> bool:
+def _is_torchscript(path: str) -> bool:
     """As torch itself tells TorchScript from what torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -229,23 +236,23 @@ def _is_script(path: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _remembered(path: str, nbytes: int, mtime_ns: int, inode: int) -> str:
+def _compute_sha256_cached(path: str, nbytes: int, mtime_ns: int, inode: int) -> str:
     """A file that was changed and looks the same is found out when it is loaded."""
-    return _hashed(path)
+    return _compute_sha256(path)
 
 
-def _hashed(path: str, copy: IO[bytes] | None = None) -> str:
+def _compute_sha256(path: str, copy_to: IO[bytes] | None = None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while part := file.read(_PART_NBYTES):
+        while part := file.read(_READ_NBYTES):
             digest.update(part)
-            if copy is not None:
-                copy.write(part)
+            if copy_to is not None:
+                copy_to.write(part)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _private() -> Iterator[tuple[IO[bytes], str]]:
+def _create_private_file() -> Iterator[tuple[IO[bytes], str]]:
     """A file that is nobody else's, and its path: in memory where the system has that, else in the temporary folder."""
     if not hasattr(os, "memfd_create"):
         with tempfile.NamedTemporaryFile(prefix="daskinfer-model-") as file:

@@ -18,91 +18,91 @@ from torch.export.passes import move_to_device_pass
 
 from daskinfer.errors import ModelError
 from daskinfer.models import fingerprint as fingerprints
-from daskinfer.models.files import PICKLE, PROGRAM, SCRIPT, ModelFile
+from daskinfer.models.files import EXPORTED_PROGRAM, PICKLE, TORCHSCRIPT, ModelFile
 from daskinfer.worker.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
-class Loading(ABC):
-    """Loads, or reads for the fingerprint, what ``_network`` gives, new at each call; ``_what`` names it in messages."""
+class BaseLoader(ABC):
+    """Loads, or reads for the fingerprint, what ``_load_content`` gives, new at each call; ``_description`` names it in messages."""
 
     version: str | None = field(default=None, kw_only=True)
 
     def load(self, device: torch.device) -> LoadedModel:
-        with said_of(self._what):
-            return LoadedModel.of(self._network(), device)
+        with annotate_load_errors(self._description):
+            return LoadedModel.from_model(self._load_content(), device)
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         if self.version is not None:
-            return digest("version", str(self.version))
-        with said_of(self._what):
-            return fingerprints.fingerprint(self._network())
+            return compute_digest("version", str(self.version))
+        with annotate_load_errors(self._description):
+            return fingerprints.compute_fingerprint(self._load_content())
 
     @abstractmethod
-    def _network(self) -> Any: ...
+    def _load_content(self) -> Any: ...
 
     @property
     @abstractmethod
-    def _what(self) -> str: ...
+    def _description(self) -> str: ...
 
 
 @dataclass(frozen=True)
-class CodeFile(Loading):
+class CodeFileLoader(BaseLoader):
     """A file that holds the network with its code, and is trusted: ``Model`` makes none of another."""
 
     file: ModelFile
 
     @property
     def key(self) -> str:
-        return digest(type(self).__name__, self.file.state)
+        return compute_digest(type(self).__name__, self.file.identity)
 
     @property
     def nbytes(self) -> int:
         return self.file.nbytes
 
     @property
-    def _what(self) -> str:
+    def _description(self) -> str:
         return f"the network in {self.file.path}"
 
 
-class ProgramFile(CodeFile):
+class ExportedProgramLoader(CodeFileLoader):
     """A program of ``torch.export``."""
 
     def load(self, device: torch.device) -> LoadedModel:
-        with said_of(self._what):
+        with annotate_load_errors(self._description):
             # An exported module has no eval(): what it does was fixed when it was exported.
-            network = move_to_device_pass(self._program(), device).module().requires_grad_(False)
+            network = move_to_device_pass(self._load_program(), device).module().requires_grad_(False)
             return LoadedModel(network, device, takes_tensors=True)
 
-    def _network(self) -> list[Any]:
+    def _load_content(self) -> list[Any]:
         """What the fingerprint reads: the file's bytes differ from save to save."""
-        program = self._program()
+        program = self._load_program()
         return [program.graph_module.code, str(program.graph_signature), program.state_dict, program.constants]
 
-    def _program(self) -> torch.export.ExportedProgram:
-        with self.file.checked() as path, open(path, "rb") as file:
+    def _load_program(self) -> torch.export.ExportedProgram:
+        with self.file.open_verified() as path, open(path, "rb") as file:
             return torch.export.load(file)
 
 
-class ScriptFile(CodeFile):
+class TorchScriptLoader(CodeFileLoader):
     """A TorchScript program; its fingerprint is the file's."""
 
     def load(self, device: torch.device) -> LoadedModel:
         # It has no requires_grad_(), and needs none: networks run in inference mode.
-        with said_of(self._what), self.file.checked() as path, warnings.catch_warnings():
+        with annotate_load_errors(self._description), self.file.open_verified() as path, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the user's to heed when the file was made
             load: Callable[..., Any] = torch.jit.load
             return LoadedModel(load(path, map_location=device).eval(), device, takes_tensors=True)
 
-    def _network(self) -> str:
-        return self.file.content
+    def _load_content(self) -> str:
+        return self.file.content_sha256
 
 
-class PickledFile(CodeFile):
+class PickledModuleLoader(CodeFileLoader):
     """A module that was pickled whole."""
 
-    def _network(self) -> torch.nn.Module:
-        with self.file.checked() as path:
+    def _load_content(self) -> torch.nn.Module:
+        with self.file.open_verified() as path:
             network = torch.load(path, map_location="cpu", weights_only=False)
         if not isinstance(network, torch.nn.Module):
             raise ModelError(
@@ -112,11 +112,15 @@ class PickledFile(CodeFile):
         return network
 
 
-PROGRAMS: dict[str, type[CodeFile]] = {PROGRAM: ProgramFile, SCRIPT: ScriptFile, PICKLE: PickledFile}
+LOADERS_BY_FORMAT: dict[str, type[CodeFileLoader]] = {
+    EXPORTED_PROGRAM: ExportedProgramLoader,
+    TORCHSCRIPT: TorchScriptLoader,
+    PICKLE: PickledModuleLoader,
+}
 
 
 @contextlib.contextmanager
-def said_of(thing: str) -> Iterator[None]:
+def annotate_load_errors(description: str) -> Iterator[None]:
     """Add the name of what was being loaded to whatever goes wrong meanwhile."""
     try:
         yield
@@ -124,11 +128,11 @@ def said_of(thing: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"{thing} cannot be loaded: {type(error).__name__}: {error}. It has to load on every worker. "
+            f"{description} cannot be loaded: {type(error).__name__}: {error}. It has to load on every worker. "
             "Correct the file, or what makes the network."
         ) from error
 
 
-def digest(*words: str) -> str:
+def compute_digest(*words: str) -> str:
     """A key of several words."""
     return hashlib.sha256("\0".join(words).encode()).hexdigest()

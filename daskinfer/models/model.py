@@ -27,17 +27,17 @@ from typing import Any, Protocol
 
 import torch
 
-from daskinfer.core.formatting import html_table
+from daskinfer.core.formatting import format_html_table
 from daskinfer.errors import ModelError
 from daskinfer.models import serialization
-from daskinfer.models.files import WEIGHTS_READERS, ModelFile, check_private
-from daskinfer.models.loaders import PROGRAMS, Loading, digest, said_of
-from daskinfer.models.paths import CODE_SUFFIXES, check_is_file, check_reference, without_factory
-from daskinfer.models.shared_files import shipped_path
+from daskinfer.models.files import STATE_DICT_LOADERS, ModelFile, check_folder_is_private
+from daskinfer.models.loaders import LOADERS_BY_FORMAT, BaseLoader, annotate_load_errors, compute_digest
+from daskinfer.models.paths import CODE_SUFFIXES, check_is_file, check_reference, missing_factory_error
+from daskinfer.models.shared_files import get_broadcast_path
 from daskinfer.worker.loaded import LoadedModel
 
 
-class Recipe(Protocol):
+class ModelLoader(Protocol):
     """How a worker gets a model: small, picklable, hashable by ``key``."""
 
     @property
@@ -54,7 +54,7 @@ class Recipe(Protocol):
         """Load the model onto ``device``, sharing nothing with the caller's."""
         ...
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """What a later process compares before it continues this one's work."""
         ...
 
@@ -104,13 +104,13 @@ class Model:
     sha256: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        source, *others = self._given().items()
+        source, *others = self._format_arguments().items()
         return f"Model({', '.join([source[1], *(f'{name}={said}' for name, said in others)])})"
 
     def _repr_html_(self) -> str:
-        return html_table(("Model", self.name), list(self._given().items()))
+        return format_html_table(("Model", self.name), list(self._format_arguments().items()))
 
-    def _given(self) -> dict[str, str]:
+    def _format_arguments(self) -> dict[str, str]:
         """What it was made with, in the words that would make it again."""
         given = {name: getattr(self, name) for name in ("source", "factory", "kwargs", "version", "sha256")}
         given["trust"] = self.trust or None
@@ -122,46 +122,46 @@ class Model:
         is_path = isinstance(self.source, str | os.PathLike)
         return Path(self.source).name if is_path else getattr(self.source, "__name__", type(self.source).__name__)
 
-    def recipe(self) -> Recipe:
+    def make_loader(self) -> ModelLoader:
         """What travels to the workers; nothing that could run code is made of a file that is not trusted."""
         if not isinstance(self.trust, bool):
             raise ModelError(f"trust is {self.trust!r}; it may be True or False. Pass one of these.")
         if isinstance(self.source, str | os.PathLike):
-            return self._from_reference(os.fspath(self.source))
-        self._takes_none("factory", "kwargs", "sha256")
+            return self._make_loader_from_reference(os.fspath(self.source))
+        self._reject_arguments("factory", "kwargs", "sha256")
         if not callable(self.source) or isinstance(self.source, type | torch.export.ExportedProgram):
             what = f"class {self.name}" if isinstance(self.source, type) else self.name
             raise ModelError(
                 f"the model is a {what}, which cannot be called on arrays; allowed are an nn.Module, a function, an "
                 "object with load(device) and __call__(batch), a path (a program's is .pt2), and 'pkg.mod:make'. Pass one."
             )
-        return PackedModel(serialization.pack(self.source), version=self.version)
+        return InMemoryLoader(serialization.serialize_object(self.source), version=self.version)
 
-    def _from_reference(self, source: str) -> Recipe:
+    def _make_loader_from_reference(self, source: str) -> ModelLoader:
         suffix = Path(source).suffix.lower()
-        if self.factory is not None and suffix in WEIGHTS_READERS:
-            file = self._file(source)
-            return WeightsFile(file, FactoryCall.of(self, self.factory), version=self.version)
+        if self.factory is not None and suffix in STATE_DICT_LOADERS:
+            file = self._find_file(source)
+            return WeightsLoader(file, FactoryLoader.from_factory(self, self.factory), version=self.version)
         if suffix in CODE_SUFFIXES:
-            return self._from_code(source)
+            return self._make_code_file_loader(source)
         check_reference(source)
-        self._takes_none("factory", "sha256")
-        return FactoryCall.of(self, source)
+        self._reject_arguments("factory", "sha256")
+        return FactoryLoader.from_factory(self, source)
 
-    def _from_code(self, source: str) -> Recipe:
-        self._takes_none("factory", "kwargs")
-        file = self._file(source)
-        form = file.form()
-        if form not in PROGRAMS:
-            raise without_factory(source)
+    def _make_code_file_loader(self, source: str) -> ModelLoader:
+        self._reject_arguments("factory", "kwargs")
+        file = self._find_file(source)
+        form = file.detect_format()
+        if form not in LOADERS_BY_FORMAT:
+            raise missing_factory_error(source)
         file.check_trust(form, trust=self.trust)
-        return PROGRAMS[form](file, version=self.version)
+        return LOADERS_BY_FORMAT[form](file, version=self.version)
 
-    def _file(self, source: str) -> ModelFile:
+    def _find_file(self, source: str) -> ModelFile:
         check_is_file(source)
-        return ModelFile.find(source, self.sha256)
+        return ModelFile.from_path(source, self.sha256)
 
-    def _takes_none(self, *names: str) -> None:
+    def _reject_arguments(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) is not None:
                 flag = "--model-sha256" if name == "sha256" else f"--{name}"
@@ -170,109 +170,114 @@ class Model:
 
 
 @dataclass(frozen=True)
-class PackedModel(Loading):
+class InMemoryLoader(BaseLoader):
     """A network in memory, packed; it carries its own bytes until it is shipped as a file."""
 
-    packed: serialization.Packed
-    _what = "the model"
+    serialized: serialization.SerializedModel
+    _description = "the model"
 
     @property
     def key(self) -> str:
-        return self.packed.key
+        return self.serialized.key
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes
+        return self.serialized.nbytes
 
-    def _network(self) -> Any:
-        return self.packed.unpack()
+    def _load_content(self) -> Any:
+        return self.serialized.deserialize()
 
 
 @dataclass(frozen=True)
-class ShippedModel:
-    """A packed network whose file ``name`` lies on the worker's host."""
+class BroadcastLoader:
+    """A packed network whose file ``file_name`` lies on the worker's host."""
 
     key: str
-    name: str
+    file_name: str
     nbytes: int
 
     def load(self, device: torch.device) -> LoadedModel:
-        path = shipped_path(self.name)
-        with said_of(f"the model shipped to {path}"):
-            check_private(path)
-            return LoadedModel.of(serialization.from_file(path), device)
+        path = get_broadcast_path(self.file_name)
+        with annotate_load_errors(f"the model shipped to {path}"):
+            check_folder_is_private(path)
+            return LoadedModel.from_model(serialization.deserialize_file(path), device)
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         raise NotImplementedError("the client reads the fingerprint before it ships a model")
 
 
 @dataclass(frozen=True)
-class FactoryCall(Loading):
-    """A factory as ``"pkg.mod:make"``, or packed, and its packed keywords; ``call`` is how messages show it."""
+class FactoryLoader(BaseLoader):
+    """A factory as ``"pkg.mod:make"``, or packed, and its packed keywords; ``call_repr`` is how messages show it."""
 
-    factory: str | serialization.Packed
-    kwargs: serialization.Packed
-    call: str
+    factory: str | serialization.SerializedModel
+    kwargs: serialization.SerializedModel
+    call_repr: str
     nbytes = 0
 
     @classmethod
-    def of(cls, model: Model, factory: str | Callable[..., Any]) -> FactoryCall:
+    def from_factory(cls, model: Model, factory: str | Callable[..., Any]) -> FactoryLoader:
         """Pack what cannot travel by name, so that no call sees what the caller or another call did to it."""
         kwargs = dict(model.kwargs or {})
         name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", type(factory).__name__)
         given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in kwargs.items())
         if isinstance(factory, str):
-            _import(factory)  # so that a plan can say at once that it cannot be
-        by_name = factory if isinstance(factory, str) else serialization.pack(factory, "the factory")
-        return cls(by_name, serialization.pack(kwargs, "the factory's kwargs"), f"{name}({given})", version=model.version)
+            _import_factory(factory)  # so that a plan can say at once that it cannot be
+        by_name = factory if isinstance(factory, str) else serialization.serialize_object(factory, "the factory")
+        return cls(
+            by_name,
+            serialization.serialize_object(kwargs, "the factory's kwargs"),
+            f"{name}({given})",
+            version=model.version,
+        )
 
     @property
     def key(self) -> str:
         made_by = self.factory if isinstance(self.factory, str) else self.factory.key
-        return digest("factory", made_by, self.kwargs.key)
+        return compute_digest("factory", made_by, self.kwargs.key)
 
     @property
-    def _what(self) -> str:
-        return f"the network of the factory {self.call}"
+    def _description(self) -> str:
+        return f"the network of the factory {self.call_repr}"
 
-    def _network(self) -> Any:
-        factory = _import(self.factory) if isinstance(self.factory, str) else self.factory.unpack()
-        made = factory(**self.kwargs.unpack())
+    def _load_content(self) -> Any:
+        factory = _import_factory(self.factory) if isinstance(self.factory, str) else self.factory.deserialize()
+        made = factory(**self.kwargs.deserialize())
         if not callable(made):
             raise ModelError(
-                f"the factory {self.call} returned a {type(made).__name__}; it has to return an nn.Module, a "
+                f"the factory {self.call_repr} returned a {type(made).__name__}; it has to return an nn.Module, a "
                 "function of arrays or an object with load(device) and __call__(batch). Change what it returns."
             )
         return made
 
 
 @dataclass(frozen=True)
-class WeightsFile(Loading):
+class WeightsLoader(BaseLoader):
     """A state dict in a file, and the factory of the network that takes it."""
 
     file: ModelFile
-    factory: FactoryCall
+    factory: FactoryLoader
 
     @property
     def key(self) -> str:
-        return digest("weights", self.file.state, self.factory.key)
+        return compute_digest("weights", self.file.identity, self.factory.key)
 
     @property
     def nbytes(self) -> int:
         return self.file.nbytes
 
     @property
-    def _what(self) -> str:
-        return f"the network of the factory {self.factory.call} with the weights in {self.file.path}"
+    def _description(self) -> str:
+        return f"the network of the factory {self.factory.call_repr} with the weights in {self.file.path}"
 
-    def _network(self) -> torch.nn.Module:
-        network = self.factory._network()
+    def _load_content(self) -> torch.nn.Module:
+        network = self.factory._load_content()
         if not isinstance(network, torch.nn.Module):
             raise ModelError(
-                f"the factory {self.factory.call} returned a {type(network).__name__}; weights can only be loaded "
+                f"the factory {self.factory.call_repr} returned a {type(network).__name__}; weights can only be loaded "
                 "into an nn.Module. Change what it returns, or drop the weights file."
             )
-        network.load_state_dict(_with_tied(self.file.weights(), network), strict=True)
+        network.load_state_dict(_add_tied_weights(self.file.load_weights(), network), strict=True)
         return network
 
 
@@ -282,14 +287,14 @@ def as_model(model: Any, *, trust: bool = False) -> Model:
     return replace(made, trust=True) if trust else made
 
 
-def _with_tied(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _add_tied_weights(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Add the second names of tied weights: safetensors stores one of them only."""
-    own = network.state_dict(keep_vars=True)
+    own = model.state_dict(keep_vars=True)
     known = {id(own[name]): tensor for name, tensor in weights.items() if name in own}
     return {**{name: known[id(tensor)] for name, tensor in own.items() if id(tensor) in known}, **weights}
 
 
-def _import(reference: str) -> Any:
+def _import_factory(reference: str) -> Any:
     try:
         return pkgutil.resolve_name(reference)
     except Exception as error:  # importing runs the module, which may raise anything

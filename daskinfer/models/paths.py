@@ -38,7 +38,7 @@ def check_reference(source: str, *, has_factory: bool = False) -> None:
     """
     suffix = Path(source).suffix.lower()
     if suffix == ".safetensors" and not has_factory:
-        raise without_factory(source)
+        raise missing_factory_error(source)
     if suffix in (".safetensors", *CODE_SUFFIXES):
         check_is_file(source)
     elif ":" not in source:
@@ -48,7 +48,7 @@ def check_reference(source: str, *, has_factory: bool = False) -> None:
         )
 
 
-def without_factory(source: str) -> ModelError:
+def missing_factory_error(source: str) -> ModelError:
     """The refusal of weights alone."""
     return ModelError(
         f"{source} holds weights only; a factory has to make the network that takes them. "

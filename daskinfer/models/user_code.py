@@ -11,13 +11,13 @@ from types import ModuleType
 _INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
-def is_own(module: object) -> bool:
+def is_user_module(module: object) -> bool:
     """Whether a module is a user's file: not installed, not the standard library, not this package.
 
     Examples
     --------
     >>> import json
-    >>> is_own(json)
+    >>> is_user_module(json)
     False
     """
     if not issubclass(type(module), ModuleType):  # what cryptography has in sys.modules only says that it is one
@@ -27,11 +27,11 @@ def is_own(module: object) -> bool:
     name, path = names.get("__name__"), names.get("__file__")
     if not isinstance(path, str) or sys.modules.get(str(name)) is not module:
         return False
-    return _is_own_file(path, name)
+    return _is_user_file(path, name)
 
 
 @functools.lru_cache(maxsize=1 << 14)  # all modules are asked for whenever a network is packed
-def _is_own_file(path: str, name: str) -> bool:
+def _is_user_file(path: str, name: str) -> bool:
     if path.startswith(_STANDARD_LIBRARY) or _INSTALL_FOLDERS.intersection(path.split(os.sep)):
         return False
     return name.partition(".")[0] not in ("__main__", "daskinfer") and not _is_installed(os.path.abspath(path), name)
@@ -42,18 +42,18 @@ def _is_installed(path: str, name: str) -> bool:
     depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
     for _ in range(depth):
         path = os.path.dirname(path)
-    return _holds_distributions(path)
+    return _has_distributions(path)
 
 
 @functools.cache
-def _holds_distributions(folder: str) -> bool:
+def _has_distributions(folder: str) -> bool:
     """Whether ``pip install --target`` or its like was here."""
     return os.path.isdir(folder) and any(entry.endswith(".dist-info") for entry in os.listdir(folder))
 
 
-def _standard_library() -> tuple[str, ...]:
+def _find_standard_library() -> tuple[str, ...]:
     roots = {os.path.dirname(os.__file__), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     return tuple(os.path.join(path, "") for root in roots for path in {root, os.path.realpath(root)})
 
 
-_STANDARD_LIBRARY = _standard_library()
+_STANDARD_LIBRARY = _find_standard_library()

@@ -22,30 +22,32 @@ import numpy as np
 
 from daskinfer.core.arrays import Array
 from daskinfer.planning.inputs import Inputs
-from daskinfer.storage.formats import npy, state
+from daskinfer.storage.formats import compute_stat_fingerprint, npy
 
-_PART_NBYTES = 64 << 20  # hashed at once, of arrays that lie in pieces
+_HASH_BLOCK_NBYTES = 64 << 20  # hashed at once, of arrays that lie in pieces
 
 
-def input_mark(inputs: Inputs) -> dict[str, dict[str, Any]]:
+def compute_input_fingerprint(inputs: Inputs) -> dict[str, dict[str, Any]]:
     """What a manifest keeps of an input, by port."""
     named = zip(inputs.ports.names, inputs.arrays, strict=True)
-    return {name: {"shape": list(a.shape), "dtype": np.dtype(a.dtype).str, **_mark(a)} for name, a in named}
+    return {
+        name: {"shape": list(a.shape), "dtype": np.dtype(a.dtype).str, **_compute_array_fingerprint(a)} for name, a in named
+    }
 
 
-def _mark(array: Any) -> dict[str, Any]:
+def _compute_array_fingerprint(array: Any) -> dict[str, Any]:
     if isinstance(array, da.Array):
         return {"name": array.name, "chunks": hashlib.sha256(repr(array.chunks).encode()).hexdigest()}
     if not isinstance(array, np.ndarray):
-        return state(array.path)
-    mapped = _mapped(array)
+        return compute_stat_fingerprint(array.path)
+    mapped = _find_memmap(array)
     if mapped is not None and mapped.mode == "r":
         view = {"at": array.ctypes.data - mapped.ctypes.data, "strides": list(array.strides), "offset": mapped.offset}
-        return npy.state(str(mapped.filename)) | view
-    return {"sha256": _sha256(array)}
+        return npy.compute_stat_fingerprint(str(mapped.filename)) | view
+    return {"sha256": _compute_sha256(array)}
 
 
-def _mapped(array: Array) -> np.memmap[Any, Any] | None:
+def _find_memmap(array: Array) -> np.memmap[Any, Any] | None:
     """The memmap of a file that the array is part of."""
     base: Any = array
     found = None
@@ -56,9 +58,9 @@ def _mapped(array: Array) -> np.memmap[Any, Any] | None:
     return found
 
 
-def _sha256(array: Array) -> str:
+def _compute_sha256(array: Array) -> str:
     digest = hashlib.sha256()
-    n_rows = max(1, _PART_NBYTES // max(1, array[:1].nbytes))
+    n_rows = max(1, _HASH_BLOCK_NBYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), n_rows):
         digest.update(np.ascontiguousarray(array[start : start + n_rows]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -6,25 +6,25 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from daskinfer.cluster.placement import Placement
-from daskinfer.models.model import Recipe
+from daskinfer.models.model import ModelLoader
 from daskinfer.options import Options
 from daskinfer.planning.inputs import Inputs
-from daskinfer.scheduling.batching import MIN_BATCHES, tried_sizes
-from daskinfer.scheduling.chunking import Layout, follow, lay_out
+from daskinfer.scheduling.batching import MIN_BATCHES, make_batch_size_candidates
+from daskinfer.scheduling.chunking import ChunkLayout, assign_chunks, make_chunks
 from daskinfer.storage.formats import Target
-from daskinfer.worker.batch_buffers import CHANNELS_LAST
-from daskinfer.worker.model_runner import Job
+from daskinfer.worker.batch_buffers import CHANNELS_LAST_FORMATS
+from daskinfer.worker.model_runner import ModelRunConfig
 
 
-def key_of(recipe: Recipe, inputs: Inputs, options: Options) -> Hashable:
+def make_history_key(loader: ModelLoader, inputs: Inputs, options: Options) -> Hashable:
     """Under which speeds are remembered: the network, its ports, the rows' shapes and dtypes, and how it is run."""
     looks = tuple((tuple(a.shape[1:]), str(a.dtype)) for a in inputs.arrays)
     how = (str(options.dtype), options.autocast, options.memory_format, id(options.preprocess), id(options.postprocess))
-    return (recipe.key, inputs.ports, looks, how)
+    return (loader.key, inputs.ports, looks, how)
 
 
 @dataclass(frozen=True)
-class Call:
+class InferenceJob:
     """What is to be computed, and how.
 
     ``balanced``: devices get rows by their measured speed; else exactly the layout's chunks. ``row_nbytes`` are a row's of
@@ -35,13 +35,13 @@ class Call:
     """
 
     inputs: Inputs
-    recipe: Recipe
-    job: Job
+    loader: ModelLoader
+    run_config: ModelRunConfig
     placement: Placement
     weights: tuple[float, ...]
-    layout: Layout
+    layout: ChunkLayout
     balanced: bool
-    readers: int
+    prefetch: int
     row_nbytes: int
     chunk_nbytes: int
     part_rows: int
@@ -50,36 +50,36 @@ class Call:
     done: tuple[tuple[int, int], ...] = ()
     n_failed: int = 0
 
-    def in_channels_last(self, kinds: Sequence[str]) -> Call:
+    def with_channels_last(self, kinds: Sequence[str]) -> InferenceJob:
         """The same with images in that memory format on these kinds of device."""
-        return replace(self, job=replace(self.job, channels_last=tuple(kinds)))
+        return replace(self, run_config=replace(self.run_config, channels_last=tuple(kinds)))
 
-    def with_batch_sizes(self, sizes: Mapping[str, int]) -> Call:
+    def with_batch_sizes(self, sizes: Mapping[str, int]) -> InferenceJob:
         """The same with other micro-batches per kind of device; the grid's is the largest, which the others divide."""
         largest = max(sizes.values())
-        job = replace(self.job, batch_size=largest, by_kind=dict(sizes))
-        return replace(self, job=job, layout=self._cut(largest), tunable=False)
+        job = replace(self.run_config, batch_size=largest, by_kind=dict(sizes))
+        return replace(self, run_config=job, layout=self._make_layout(largest), tunable=False)
 
-    def _cut(self, batch_size: int) -> Layout:
-        if self._unit_rows:
+    def _make_layout(self, batch_size: int) -> ChunkLayout:
+        if self._fixed_cell_rows:
             return replace(self.layout, batch_size=batch_size)
         if self.inputs.row_chunks is not None:
-            return follow(self.layout.row_chunks, self.weights, batch_size=batch_size)
+            return assign_chunks(self.layout.row_chunks, self.weights, batch_size=batch_size)
         limits = {"row_nbytes": self.row_nbytes, "chunk_nbytes": self.chunk_nbytes}
-        return lay_out(self.layout.n_rows, self.weights, batch_size=batch_size, **limits)
+        return make_chunks(self.layout.n_rows, self.weights, batch_size=batch_size, **limits)
 
     @property
-    def has_choice(self) -> bool:
+    def has_tuning_candidates(self) -> bool:
         """Whether there is anything to measure: several micro-batches, or two memory formats."""
-        return self.tunable and (len(self.tried_sizes) > 1 or self.has_images)
+        return self.tunable and (len(self.batch_size_candidates) > 1 or self.has_images)
 
     @property
     def has_images(self) -> bool:
         """Whether rows are images or volumes, for which torch has two memory formats."""
-        return any(array.ndim in CHANNELS_LAST for array in self.inputs.arrays)
+        return any(array.ndim in CHANNELS_LAST_FORMATS for array in self.inputs.arrays)
 
     @property
-    def tried_sizes(self) -> tuple[int, ...]:
+    def batch_size_candidates(self) -> tuple[int, ...]:
         """Micro-batches that may pay: twice in a chunk, and ``MIN_BATCHES`` times in the smallest share.
 
         Balanced devices count as even: a light one is not asked for a share.
@@ -87,23 +87,23 @@ class Call:
         positive = [1.0 if self.balanced else weight for weight in self.weights if weight]
         by_share = int(self.layout.n_rows * min(positive) / sum(positive)) // MIN_BATCHES
         by_bytes = self.chunk_nbytes // max(1, self.row_nbytes) // 2
-        return tried_sizes(self.job.batch_size, min(by_share, by_bytes), self._unit_rows)
+        return make_batch_size_candidates(self.run_config.batch_size, min(by_share, by_bytes), self._fixed_cell_rows)
 
     @property
-    def _unit_rows(self) -> int | None:
+    def _fixed_cell_rows(self) -> int | None:
         """Rows of a cell that stays as it is, for a store's sake, and that the micro-batch therefore divides."""
         fixed = self.targets or self.layout.cell_rows != self.layout.batch_size
         return self.layout.cell_rows if fixed else None
 
     @property
-    def key(self) -> Hashable:
+    def history_key(self) -> Hashable:
         """Under which speeds are remembered."""
-        return key_of(self.recipe, self.inputs, self.job.options)
+        return make_history_key(self.loader, self.inputs, self.run_config.options)
 
     @property
-    def ahead_rows(self) -> int:
+    def max_rows_ahead(self) -> int:
         """How far the devices may be ahead of whoever reads the answer in order: twice what the windows may hold."""
-        return 2 * (self.readers + 2) * len(self.weights) * self.max_task_rows
+        return 2 * (self.prefetch + 2) * len(self.weights) * self.max_task_rows
 
     @property
     def max_task_rows(self) -> int:

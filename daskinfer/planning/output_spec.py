@@ -3,7 +3,7 @@
 A ladder, first match wins:
 
 1. ``output=`` says it.
-2. Weights above ``FAKE_ABOVE_NBYTES``, no pre- or postprocessing: fake tensors, which compute shapes only.
+2. Weights above ``FAKE_TENSOR_MIN_NBYTES``, no pre- or postprocessing: fake tensors, which compute shapes only.
    Only where the input's dtypes are the network's own: fake tensors compute where real ones refuse to mix.
 3. A run of two made-up rows (zeros) on a copy on the CPU, through the same code that runs the chunks.
 4. An error that names ``output=``.
@@ -25,25 +25,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskinfer.core.arrays import Array, numpy_of
-from daskinfer.core.pytree import Ports, Structure, call, flatten
+from daskinfer.core.arrays import Array, tensor_to_numpy
+from daskinfer.core.pytree import Ports, PyTreeSpec, call_with, flatten
 from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
-from daskinfer.models.model import Recipe
+from daskinfer.models.model import ModelLoader
 from daskinfer.options import Options
 from daskinfer.worker.loaded import LoadedModel
-from daskinfer.worker.model_runner import Job, precision, run_chunk
+from daskinfer.worker.model_runner import ModelRunConfig, make_autocast_context, run_model
 
 logger = logging.getLogger(__name__)
 
-FAKE_ABOVE_NBYTES = 256 << 20  # of weights; arbitrary: some seconds of real work on a CPU
-N_ROWS = 2
+FAKE_TENSOR_MIN_NBYTES = 256 << 20  # of weights; arbitrary: some seconds of real work on a CPU
+N_DUMMY_ROWS = 2
 
 
 @dataclass(frozen=True)
-class Promise:
+class OutputSpec:
     """What every answer will look like: one empty array (0, *shape) per output, and the structure they stand in."""
 
-    structure: Structure
+    structure: PyTreeSpec
     outputs: tuple[Array, ...]
 
     @property
@@ -52,7 +52,7 @@ class Promise:
         return sum(int(np.prod(o.shape[1:])) * o.dtype.itemsize for o in self.outputs)
 
 
-def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
+def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
     """Find out what the answer looks like.
 
     Parameters
@@ -76,15 +76,21 @@ def promise(recipe: Recipe, ports: Ports, rows: Sequence[Array], options: Option
     _check_ports(ports, options)
     if options.output is not None:
         logger.debug("the answer's shape is given by output=")
-        return _given(options.output)
-    model = recipe.load(torch.device("cpu"))
+        return _parse_output_option(options.output)
+    model = loader.load(torch.device("cpu"))
     try:
-        return _tried(model, ports, rows, options, fake=_pays_to_fake(recipe, model, ports, rows, options))
+        return _infer_from_model(
+            model,
+            ports,
+            empty_arrays,
+            options,
+            use_fake_tensors=_should_use_fake_tensors(loader, model, ports, empty_arrays, options),
+        )
     finally:
         model.close()
 
 
-def _given(output: Any) -> Promise:
+def _parse_output_option(output: Any) -> OutputSpec:
     """What ``output=`` says, without its rows."""
     try:
         arrays, structure = flatten(output)
@@ -98,65 +104,75 @@ def _given(output: Any) -> Promise:
             "output= holds an array without axes, or none; its first axis is the rows'. "
             "Pass something like np.empty((0, 10), 'float32')."
         )
-    return Promise(structure, tuple(np.empty((0, *array.shape[1:]), _numpy_dtype(array.dtype)) for array in arrays))
+    return OutputSpec(structure, tuple(np.empty((0, *array.shape[1:]), _get_numpy_dtype(array.dtype)) for array in arrays))
 
 
-def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
-    return numpy_of(torch.empty(0, dtype=dtype)).dtype if isinstance(dtype, torch.dtype) else np.dtype(dtype)
+def _get_numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    return tensor_to_numpy(torch.empty(0, dtype=dtype)).dtype if isinstance(dtype, torch.dtype) else np.dtype(dtype)
 
 
-def _pays_to_fake(recipe: Recipe, model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> bool:
+def _should_use_fake_tensors(
+    loader: ModelLoader, model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options
+) -> bool:
     net, plain = model.run, options.preprocess is None and options.postprocess is None
-    if not plain or not isinstance(net, torch.nn.Module) or recipe.nbytes <= FAKE_ABOVE_NBYTES:
+    if not plain or not isinstance(net, torch.nn.Module) or loader.nbytes <= FAKE_TENSOR_MIN_NBYTES:
         return False
-    dtypes = [options.cast(name) or port.dtype.name for name, port in zip(ports.names, rows, strict=True)]
+    dtypes = [options.get_cast_dtype(name) or port.dtype.name for name, port in zip(ports.names, empty_arrays, strict=True)]
     indexed = any(isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) for part in net.modules())
-    return {*dtypes} <= {*_own_dtypes(net), *(("int32", "int64") if indexed else ())}
+    return {*dtypes} <= {*_get_model_dtypes(net), *(("int32", "int64") if indexed else ())}
 
 
-def _own_dtypes(net: torch.nn.Module) -> list[str]:
-    return sorted({str(p.dtype).removeprefix("torch.") for p in net.parameters() if p.is_floating_point()})
+def _get_model_dtypes(module: torch.nn.Module) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
 
 
-def _tried(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options, *, fake: bool) -> Promise:
-    if fake:
+def _infer_from_model(
+    model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options, *, use_fake_tensors: bool
+) -> OutputSpec:
+    if use_fake_tensors:
         try:
-            return _fake_run(model, ports, rows, options)
+            return _infer_from_fake_tensors(model, ports, empty_arrays, options)
         except Exception as error:
             logger.debug("fake tensors do not do for this network (%s); two rows are run", error)
     try:
-        return _real_run(model, ports, rows, options)
+        return _infer_from_zeros(model, ports, empty_arrays, options)
     except ChunkError as error:
-        _refuse_dtype(model, ports, rows, options)
-        made_up = ", ".join(f"{n}: {(N_ROWS, *r.shape[1:])} {r.dtype}" for n, r in zip(ports.names, rows, strict=True))
+        _check_input_dtype(model, ports, empty_arrays, options)
+        made_up = ", ".join(
+            f"{n}: {(N_DUMMY_ROWS, *r.shape[1:])} {r.dtype}" for n, r in zip(ports.names, empty_arrays, strict=True)
+        )
         raise ModelError(
-            f"the model failed on {N_ROWS} made-up rows of zeros ({made_up}): {error.__cause__!r}; what its answer looks "
+            f"the model failed on {N_DUMMY_ROWS} made-up rows of zeros ({made_up}): {error.__cause__!r}; what its answer looks "
             "like has to be known before it runs. If it is right with your rows, pass output=np.empty((0, …), dtype)."
         ) from error.__cause__
 
 
-def _real_run(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
-    made_up = [np.zeros((N_ROWS, *port.shape[1:]), port.dtype) for port in rows]
+def _infer_from_zeros(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
+    made_up = [np.zeros((N_DUMMY_ROWS, *port.shape[1:]), port.dtype) for port in empty_arrays]
     options = replace(options, on_error="raise", nan_is_failure=False)  # made-up rows are nobody's
-    answer = run_chunk(model, made_up, 0, Job(ports, N_ROWS, options))
-    return Promise(answer.structure, tuple(array[:0] for array in answer.arrays))
+    answer = run_model(model, made_up, 0, ModelRunConfig(ports, N_DUMMY_ROWS, options))
+    return OutputSpec(answer.structure, tuple(array[:0] for array in answer.arrays))
 
 
-def _fake_run(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> Promise:
+def _infer_from_fake_tensors(
+    model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options
+) -> OutputSpec:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), precision(options, "cpu"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), make_autocast_context(options, "cpu"):
         tensors = [
-            torch.empty((N_ROWS, *port.shape[1:]), dtype=_torch_dtype(options.cast(name) or port.dtype.name))
-            for name, port in zip(ports.names, rows, strict=True)
+            torch.empty(
+                (N_DUMMY_ROWS, *port.shape[1:]), dtype=_get_torch_dtype(options.get_cast_dtype(name) or port.dtype.name)
+            )
+            for name, port in zip(ports.names, empty_arrays, strict=True)
         ]
-        arrays, structure = flatten(call(model.run, ports.join(tensors)))
-    if not arrays or any(len(array.shape) == 0 or array.shape[0] != N_ROWS for array in arrays):
+        arrays, structure = flatten(call_with(model.run, ports.join(tensors)))
+    if not arrays or any(len(array.shape) == 0 or array.shape[0] != N_DUMMY_ROWS for array in arrays):
         raise ValueError("its answer has not one entry per row")  # the real run then says it in full
-    return Promise(structure, tuple(np.empty((0, *map(int, a.shape[1:])), _numpy_dtype(a.dtype)) for a in arrays))
+    return OutputSpec(structure, tuple(np.empty((0, *map(int, a.shape[1:])), _get_numpy_dtype(a.dtype)) for a in arrays))
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def _get_torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -172,31 +188,31 @@ def _check_ports(ports: Ports, options: Options) -> None:
         )
 
 
-def _refuse_dtype(model: LoadedModel, ports: Ports, rows: Sequence[Array], options: Options) -> None:
+def _check_input_dtype(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> None:
     """Where the network runs once the input has its own dtype, say that this is what to change."""
     if not isinstance(model.run, torch.nn.Module) or options.dtype is not None:
         return
-    for own in _own_dtypes(model.run):
-        for dtype in _casts(own, ports, rows):
+    for own in _get_model_dtypes(model.run):
+        for dtype in _iter_casts(own, ports, empty_arrays):
             try:
-                _real_run(model, ports, rows, replace(options, dtype=dtype))
+                _infer_from_zeros(model, ports, empty_arrays, replace(options, dtype=dtype))
             except ChunkError:
                 continue
-            given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, rows, strict=True))
+            given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, empty_arrays, strict=True))
             raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r} (--dtype)") from None
 
 
-def _casts(own: str, ports: Ports, rows: Sequence[Array]) -> Iterator[str | dict[str, str]]:
+def _iter_casts(model_dtype: str, ports: Ports, empty_arrays: Sequence[Array]) -> Iterator[str | dict[str, str]]:
     """Ways to cast the input to ``own``: all ports, then those of fewer and fewer dtypes; a complex one would lose half."""
-    given = {name: port.dtype for name, port in zip(ports.names, rows, strict=True)}
-    castable = {dtype for dtype in given.values() if dtype.kind != "c" and dtype.name != own}
+    given = {name: port.dtype for name, port in zip(ports.names, empty_arrays, strict=True)}
+    castable = {dtype for dtype in given.values() if dtype.kind != "c" and dtype.name != model_dtype}
     for n in range(len(castable), 0, -1):
         for dtypes in combinations(sorted(castable, key=str), n):
             names = [name for name, dtype in given.items() if dtype in dtypes]
-            yield own if len(names) == len(given) else dict.fromkeys(names, own)
+            yield model_dtype if len(names) == len(given) else dict.fromkeys(names, model_dtype)
 
 
-def check_fill(options: Options, wanted: Promise) -> None:
+def check_fill_value(options: Options, output_spec: OutputSpec) -> None:
     """See that every output can hold what stands where rows failed.
 
     Raises
@@ -206,8 +222,8 @@ def check_fill(options: Options, wanted: Promise) -> None:
     """
     if options.on_error == "raise":
         return
-    for name, output in zip(wanted.structure.names, wanted.outputs, strict=True):
-        if not _holds(output.dtype, options.fill_value):
+    for name, output in zip(output_spec.structure.names, output_spec.outputs, strict=True):
+        if not _can_hold(output.dtype, options.fill_value):
             value = "NaN" if options.fill_value is None else repr(options.fill_value)
             raise OptionError(
                 f"the output {name} is {output.dtype}, which cannot hold {value} where rows fail; fill_value has to be one "
@@ -215,7 +231,7 @@ def check_fill(options: Options, wanted: Promise) -> None:
             )
 
 
-def _holds(dtype: np.dtype[Any], value: float | None) -> bool:
+def _can_hold(dtype: np.dtype[Any], value: float | None) -> bool:
     if dtype.kind in "fc":
         return True
     if value is None or not np.isfinite(value):

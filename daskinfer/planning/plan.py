@@ -1,6 +1,6 @@
 """A plan as people and programs read it: what each device would do, in how many bytes, and what cannot fit.
 
-Made from a ``planner.Layout``; decides nothing about the rows.
+Made from a ``planner.ChunkLayout``; decides nothing about the rows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from daskinfer.core.formatting import format_nbytes, html_table, text_table
-from daskinfer.scheduling.chunking import Layout
+from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
+from daskinfer.scheduling.chunking import ChunkLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class DevicePlan:
     rows_per_second: float = 0.0
 
 
-def describe(
-    layout: Layout,
+def make_device_plans(
+    layout: ChunkLayout,
     *,
     names: Sequence[str],
     labels: Sequence[str],
@@ -71,14 +71,14 @@ def describe(
     --------
     >>> from daskinfer.scheduling.chunking import lay_out
     >>> layout = lay_out(8, [1.0], batch_size=2)
-    >>> one = describe(
+    >>> one = make_device_plans(
     ...     layout, names=["cpu:0"], labels=["CPU"], weights=[1.0], row_in_nbytes=8, row_out_nbytes=4, model_nbytes=9
     ... )[0]
     >>> one.n_rows, one.n_chunks, one.input_nbytes, one.output_nbytes, one.peak_nbytes
     (8, 4, 64, 32, 33)
     """
     row_nbytes = row_in_nbytes + row_out_nbytes
-    n_chunks = Counter(chunk.device for chunk in layout.chunks)
+    n_chunks = Counter(chunk.device_index for chunk in layout.chunks)
     n_rows_of = layout.rows_per_device(len(names))
     parts = zip(names, labels, weights, n_rows_of, layout.largest_chunks(len(names)), strict=True)
     return tuple(
@@ -123,7 +123,7 @@ class Plan:
     --------
     >>> from daskinfer.scheduling.chunking import lay_out
     >>> layout = lay_out(1000, [3.0, 1.0], batch_size=10)
-    >>> devices = describe(
+    >>> devices = make_device_plans(
     ...     layout,
     ...     names=["cuda:0", "cpu:0"],
     ...     labels=["H100", "CPU"],
@@ -144,7 +144,7 @@ class Plan:
     """
 
     devices: tuple[DevicePlan, ...]
-    layout: Layout
+    layout: ChunkLayout
     weights_assumed: bool
     model: str
     inputs: tuple[str, ...]
@@ -200,46 +200,46 @@ class Plan:
             "output_nbytes": self.output_nbytes,
             "weights_assumed": self.weights_assumed,
             "devices": [asdict(device) for device in self.devices],
-            "chunks": [[chunk.start, chunk.stop, chunk.device] for chunk in self.layout.chunks],
+            "chunks": [[chunk.start, chunk.stop, chunk.device_index] for chunk in self.layout.chunks],
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        table = text_table(self._headers(), [*self._cells(), self._total()])
-        return "\n".join([*self._head(), "", table, *(f"note: {note}" for note in self.notes)])
+        table = format_text_table(self._get_column_names(), [*self._format_device_cells(), self._format_total_cells()])
+        return "\n".join([*self._format_header_lines(), "", table, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
 
     def _repr_html_(self) -> str:
-        head = "<br>".join(html.escape(line) for line in self._head())
-        table = html_table(self._headers(), [*self._cells(), self._total()])
+        head = "<br>".join(html.escape(line) for line in self._format_header_lines())
+        table = format_html_table(self._get_column_names(), [*self._format_device_cells(), self._format_total_cells()])
         return f"<p>{head}</p>{table}" + "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
 
-    def _head(self) -> list[str]:
+    def _format_header_lines(self) -> list[str]:
         return [
             f"{self.model} on {self.n_rows:,} rows in {self.n_chunks:,} chunks",
             *(f"input   {port}" for port in self.inputs),
             *(f"output  {port}" for port in self.outputs),
-            *([] if self.seconds is None else [f"time    about {self.seconds:,.3g} s {_FROM_WHEN}"]),
+            *([] if self.seconds is None else [f"time    about {self.seconds:,.3g} s {_TIME_CAVEAT}"]),
         ]
 
     @property
-    def _measured(self) -> bool:
+    def _has_measured_speeds(self) -> bool:
         return any(device.rows_per_second for device in self.devices)
 
-    def _headers(self) -> list[str]:
+    def _get_column_names(self) -> list[str]:
         weight = "weight (assumed)" if self.weights_assumed else "weight"
-        speed = ["rows/s"] if self._measured else []
+        speed = ["rows/s"] if self._has_measured_speeds else []
         return ["device", "name", weight, *speed, "share", "rows", "chunks", "micro-batch", "in", "out", "needs"]
 
-    def _cells(self) -> list[list[str]]:
+    def _format_device_cells(self) -> list[list[str]]:
         return [
             [
                 d.device,
                 d.label,
                 f"{d.weight:,.4g}",
-                *([f"{d.rows_per_second:,.0f}"] if self._measured else []),
+                *([f"{d.rows_per_second:,.0f}"] if self._has_measured_speeds else []),
                 f"{d.share:.1%}",
                 f"{d.n_rows:,}",
                 f"{d.n_chunks:,}",
@@ -251,24 +251,24 @@ class Plan:
             for d in self.devices
         ]
 
-    def _total(self) -> list[str]:
+    def _format_total_cells(self) -> list[str]:
         nbytes = [format_nbytes(self.input_nbytes), format_nbytes(self.output_nbytes)]
-        speed = [""] if self._measured else []
+        speed = [""] if self._has_measured_speeds else []
         return ["total", "", "", *speed, "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
 
 
-_FROM_WHEN = "by the speeds measured, once workers run; more where storage, or other work, holds them up"
+_TIME_CAVEAT = "by the speeds measured, once workers run; more where storage, or other work, holds them up"
 
 
-def memory_refusals(
-    devices: Sequence[DevicePlan], layout: Layout, limits: Sequence[int], *, row_nbytes: int, model_nbytes: int
+def find_memory_problems(
+    devices: Sequence[DevicePlan], layout: ChunkLayout, limits: Sequence[int], *, row_nbytes: int, model_nbytes: int
 ) -> list[str]:
     """Say which devices a plan cannot fit on, in sentences, worst offender first.
 
     Parameters
     ----------
     devices, layout
-        As ``describe`` made the one of the other.
+        As ``make_device_plans`` made the one of the other.
     limits
         Free bytes of each device; a limit of 0 is unknown and never refused.
     row_nbytes
@@ -285,10 +285,10 @@ def memory_refusals(
     --------
     >>> from daskinfer.scheduling.chunking import lay_out
     >>> layout = lay_out(1000, [1.0], batch_size=250)
-    >>> plan = describe(
+    >>> plan = make_device_plans(
     ...     layout, names=["cuda:0"], labels=[""], weights=[1.0], row_in_nbytes=1000, row_out_nbytes=24, model_nbytes=0
     ... )
-    >>> sentence = memory_refusals(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
+    >>> sentence = find_memory_problems(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
     >>> sentence.removesuffix(" Use batch_size=200 or less (--batch-size).")
     'chunk 0 (rows 0:250) needs 250.0 KiB on cuda:0 at batch_size=250; 200.0 KiB is free.'
     """
@@ -298,13 +298,13 @@ def memory_refusals(
             sentence = (
                 f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) needs {format_nbytes(device.peak_nbytes)} "
                 f"on {device.device} at batch_size={layout.batch_size}; {format_nbytes(limit)} is free. "
-                f"{_cure(layout, device.device, limit - model_nbytes, row_nbytes)}"
+                f"{_suggest_fix(layout, device.device, limit - model_nbytes, row_nbytes)}"
             )
             found.append((device.peak_nbytes - limit, sentence))
     return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _cure(layout: Layout, device: str, nbytes: int, row_nbytes: int) -> str:
+def _suggest_fix(layout: ChunkLayout, device: str, nbytes: int, row_nbytes: int) -> str:
     rows = nbytes // max(1, row_nbytes)
     if rows < 1:
         return f"Not even one row fits beside the network: leave {device} out, or use one with more memory."

@@ -23,7 +23,7 @@ MIN_BATCHES = 8  # micro-batches in the smallest share, so that whole cells meet
 NEGLIGIBLE_WEIGHT = 1e-3  # of the largest; lighter devices would cut everybody's micro-batch to a row; arbitrary
 
 
-def auto_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> int:
+def choose_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> int:
     """Choose the rows of a micro-batch from the size of a row and the smallest share.
 
     The largest power of two whose rows fit in ``AUTO_BATCH_NBYTES``, between ``AUTO_BATCH_MIN`` and
@@ -34,9 +34,9 @@ def auto_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> i
 
     Examples
     --------
-    >>> auto_batch_size(200_000, 256, [1.0, 1.0]), auto_batch_size(200_000, 150_528, [8.0, 1.0])
+    >>> choose_batch_size(200_000, 256, [1.0, 1.0]), choose_batch_size(200_000, 150_528, [8.0, 1.0])
     (1024, 8)
-    >>> auto_batch_size(9, 256, [1.0] * 8)
+    >>> choose_batch_size(9, 256, [1.0] * 8)
     1
     """
     fitting = AUTO_BATCH_NBYTES // max(1, row_nbytes)
@@ -49,26 +49,26 @@ def auto_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> i
     return max(1, min(by_size, by_share, by_devices))
 
 
-def within(unit_rows: int, batch_size: int) -> int:
+def align_batch_size(unit_rows: int, batch_size: int) -> int:
     """The largest micro-batch up to ``batch_size`` that divides the rows that are read in one go, unless it is too small.
 
     Examples
     --------
-    >>> within(1000, 64), within(512, 64), within(1, 64), within(997, 64)
+    >>> align_batch_size(1000, 64), align_batch_size(512, 64), align_batch_size(1, 64), align_batch_size(997, 64)
     (50, 64, 64, 64)
     """
     divisor = next(rows for rows in range(min(unit_rows, batch_size), 0, -1) if unit_rows % rows == 0)
     return divisor if 2 * divisor >= batch_size else batch_size
 
 
-def read_grid(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: int, chunk_nbytes: int) -> int:
+def read_cell_rows(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: int, chunk_nbytes: int) -> int:
     """Rows of a cell that neither cuts a micro-batch nor what is read in one go; a micro-batch where that is too coarse.
 
     ``unit_rows`` are the rows that are read in one go: a cut inside them reads them twice.
 
     Examples
     --------
-    >>> [read_grid(64, 512, n_rows, row_nbytes=100, chunk_nbytes=10**8) for n_rows in (10**6, 900)]
+    >>> [read_cell_rows(64, 512, n_rows, row_nbytes=100, chunk_nbytes=10**8) for n_rows in (10**6, 900)]
     [512, 64]
     """
     cell_rows = lcm(batch_size, unit_rows)
@@ -76,20 +76,20 @@ def read_grid(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: int, 
     return cell_rows if fits else batch_size
 
 
-def tried_sizes(first: int, max_rows: int, divides: int | None = None) -> tuple[int, ...]:
+def make_batch_size_candidates(initial: int, max_rows: int, write_unit_rows: int | None = None) -> tuple[int, ...]:
     """Micro-batches to try: doubled from the first up to ``max_rows``; those that divide a write-unit, where there is one.
 
     And the first halved, where there are rows enough for twice as many.
 
     Examples
     --------
-    >>> tried_sizes(64, 1000), tried_sizes(64, 10_000, divides=384), tried_sizes(64, 100)
+    >>> make_batch_size_candidates(64, 1000), make_batch_size_candidates(64, 10_000, divides=384), make_batch_size_candidates(64, 100)
     ((16, 32, 64, 128, 256, 512), (16, 32, 64, 128), (64,))
     """
-    doubled = (first << step for step in range(1, BATCH_DOUBLINGS + 1))
-    halved = (first >> step for step in range(BATCH_HALVINGS, 0, -1) if first % (1 << step) == 0)
-    smaller = (size for size in halved if size >= AUTO_BATCH_MIN and max_rows >= 2 * first)
-    return (*smaller, first, *(size for size in doubled if size <= max_rows and (divides or size) % size == 0))
+    doubled = (initial << step for step in range(1, BATCH_DOUBLINGS + 1))
+    halved = (initial >> step for step in range(BATCH_HALVINGS, 0, -1) if initial % (1 << step) == 0)
+    smaller = (size for size in halved if size >= AUTO_BATCH_MIN and max_rows >= 2 * initial)
+    return (*smaller, initial, *(size for size in doubled if size <= max_rows and (write_unit_rows or size) % size == 0))
 
 
 def check_batch_size(batch_size: object) -> int | None:

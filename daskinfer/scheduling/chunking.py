@@ -1,7 +1,7 @@
 """Rows and device weights in, chunks out; pure numbers, no Dask and no device.
 
-Three steps: ``resolve_weights`` makes one number per device of whatever was typed, ``auto_batch_size`` chooses
-the micro-batch, ``lay_out`` cuts the rows. Chunks are whole cells of a grid that is anchored at global row 0, so the
+Three steps: ``resolve_weights`` makes one number per device of whatever was typed, ``choose_batch_size`` chooses
+the micro-batch, ``make_chunks`` cuts the rows. Chunks are whole cells of a grid that is anchored at global row 0, so the
 bytes of an answer do not depend on how many devices share the work. A cell is a micro-batch, or a write-unit of the
 output store.
 
@@ -24,14 +24,18 @@ from daskinfer.errors import OptionError
 
 CHUNK_NBYTES = 64 << 20  # bytes of rows in a chunk; measured: with 32 MiB a CNN over 0.5 GB takes 4 % longer
 MIN_ROUNDS = 4  # rounds even where everything fits in one, so that there is something to move; arbitrary
-KIND_PRIOR = {"cuda": 8.0, "cpu": 1.0, "inline": 1.0}  # rows per unit of time; arbitrary prior until a run measured it
+KIND_SPEED_PRIORS = {
+    "cuda": 8.0,
+    "cpu": 1.0,
+    "inline": 1.0,
+}  # rows per unit of time; arbitrary prior until a run measured it
 
-_TAIL = (2, 3, 4)  # where the parts of the last round end, in quarters of a round: a half and two quarters
-_SHOWN_NAMES = 8  # device names that a message lists before it counts the rest
+_LAST_ROUND_ENDS = (2, 3, 4)  # where the parts of the last round end, in quarters of a round: a half and two quarters
+_MAX_SHOWN_NAMES = 8  # device names that a message lists before it counts the rest
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ChunkLayout:
     """Which rows form which chunk: contiguous, in row order, each starting on a cell of the grid.
 
     ``cell_rows`` is a multiple of ``batch_size``; the two are equal unless a store's write-unit is larger.
@@ -51,16 +55,16 @@ class Layout:
         """Rows that each of ``n_devices`` devices gets."""
         rows = [0] * n_devices
         for chunk in self.chunks:
-            rows[chunk.device] += chunk.n_rows
+            rows[chunk.device_index] += chunk.n_rows
         return tuple(rows)
 
     def largest_chunks(self, n_devices: int) -> tuple[Chunk | None, ...]:
         """The first of each device's largest chunks; None for a device without any."""
         largest: list[Chunk | None] = [None] * n_devices
         for chunk in self.chunks:
-            known = largest[chunk.device]
+            known = largest[chunk.device_index]
             if known is None or chunk.n_rows > known.n_rows:
-                largest[chunk.device] = chunk
+                largest[chunk.device_index] = chunk
         return tuple(largest)
 
     def padded_rows(self, chunk: Chunk) -> int:
@@ -68,7 +72,7 @@ class Layout:
         return -(-chunk.n_rows // self.batch_size) * self.batch_size
 
 
-def lay_out(
+def make_chunks(
     n_rows: int,
     weights: Sequence[float],
     *,
@@ -76,7 +80,7 @@ def lay_out(
     cell_rows: int | None = None,
     row_nbytes: int = 0,
     chunk_nbytes: int = CHUNK_NBYTES,
-) -> Layout:
+) -> ChunkLayout:
     """Cut ``n_rows`` rows into chunks for devices of the given weights.
 
     Parameters
@@ -106,7 +110,7 @@ def lay_out(
 
     Examples
     --------
-    >>> layout = lay_out(100, [3.0, 1.0], batch_size=5)
+    >>> layout = make_chunks(100, [3.0, 1.0], batch_size=5)
     >>> layout.row_chunks, layout.rows_per_device(2)
     ((20, 10, 20, 5, 20, 5, 10, 5, 5), (75, 25))
     """
@@ -114,16 +118,16 @@ def lay_out(
     cells = apportion(-(-n_rows // cell_rows), weights)
     cells_per_chunk = max(1, chunk_nbytes // (cell_rows * row_nbytes) if row_nbytes else max(cells))
     n_rounds = max(MIN_ROUNDS, -(-max(cells) // cells_per_chunk))
-    parts = sorted((part, device, n) for device, c in enumerate(cells) for part, n in _parts(c, n_rounds))
+    parts = sorted((part, device, n) for device, c in enumerate(cells) for part, n in _iter_round_cells(c, n_rounds))
     chunks, start = [], 0
     for index, (_, device, n_cells) in enumerate(parts):
         stop = min(start + n_cells * cell_rows, n_rows)
         chunks.append(Chunk(index, start, stop, device))
         start = stop
-    return Layout(n_rows, batch_size, cell_rows, tuple(chunks))
+    return ChunkLayout(n_rows, batch_size, cell_rows, tuple(chunks))
 
 
-def follow(row_chunks: Sequence[int], weights: Sequence[float], *, batch_size: int) -> Layout:
+def assign_chunks(row_chunks: Sequence[int], weights: Sequence[float], *, batch_size: int) -> ChunkLayout:
     """Keep chunks that are cut already, and give each to the device that is furthest behind its share.
 
     Chunks need not start on the grid; a row keeps its place in its micro-batch all the same, at the price of a
@@ -131,7 +135,7 @@ def follow(row_chunks: Sequence[int], weights: Sequence[float], *, batch_size: i
 
     Examples
     --------
-    >>> [chunk.device for chunk in follow((10, 10, 10, 10), [3.0, 1.0], batch_size=5).chunks]
+    >>> [chunk.device for chunk in assign_chunks((10, 10, 10, 10), [3.0, 1.0], batch_size=5).chunks]
     [0, 0, 0, 1]
     """
     given = [0] * len(weights)
@@ -145,16 +149,16 @@ def follow(row_chunks: Sequence[int], weights: Sequence[float], *, batch_size: i
         given[device] += n_rows
         chunks.append(Chunk(index, start, start + n_rows, device))
         start += n_rows
-    return Layout(start, batch_size, batch_size, tuple(chunks))
+    return ChunkLayout(start, batch_size, batch_size, tuple(chunks))
 
 
-def _parts(n_cells: int, n_rounds: int) -> Iterator[tuple[int, int]]:
+def _iter_round_cells(n_cells: int, n_rounds: int) -> Iterator[tuple[int, int]]:
     """One device's chunks as (part, cells): sizes differ by rounding only and the first part is the largest."""
     if n_cells < n_rounds:  # a cell is indivisible: spread them, and spend no time on rounds without one
         yield from ((n_rounds * cell // n_cells, 1) for cell in range(n_cells))
         return
     quarters = 4 * n_rounds
-    ends = chain(range(4, quarters - 3, 4), (quarters - 4 + end for end in _TAIL))
+    ends = chain(range(4, quarters - 3, 4), (quarters - 4 + end for end in _LAST_ROUND_ENDS))
     done = 0
     for part, end in enumerate(ends):
         upto = -(-n_cells * end // quarters)  # rounded up, so that no later part can be larger than the first
@@ -200,7 +204,7 @@ def resolve_weights(
     ----------
     weights
         A list in the devices' order; a mapping by device (``"cuda:0"``) or kind (``"cuda"``, also called ``"gpu"``), in
-        any letter case, where a device's own entry wins over its kind's; ``"even"``; or ``"auto"``: ``KIND_PRIOR``.
+        any letter case, where a device's own entry wins over its kind's; ``"even"``; or ``"auto"``: ``KIND_SPEED_PRIORS``.
     names, kinds
         Of each device, in order.
 
@@ -221,52 +225,55 @@ def resolve_weights(
     """
     plain = getattr(weights, "tolist", lambda: weights)()  # arrays and tensors
     if isinstance(plain, str) and plain in ("even", "auto"):
-        found: list[object] = [1.0 if plain == "even" else KIND_PRIOR[kind] for kind in kinds]
+        found: list[object] = [1.0 if plain == "even" else KIND_SPEED_PRIORS[kind] for kind in kinds]
     elif isinstance(plain, Mapping):
-        found = _from_mapping(plain, names, kinds)
+        found = _resolve_weight_mapping(plain, names, kinds)
     elif isinstance(plain, Sequence) and not isinstance(plain, str | bytes):
         found = list(plain)
     else:
         raise OptionError(
             f"device_weights is {weights!r}; allowed are 'auto', 'even', a list in the devices' order "
-            f"and a mapping by device or kind. Give one number for each of {_join(names)}."
+            f"and a mapping by device or kind. Give one number for each of {_format_names(names)}."
         )
     if len(found) != len(names):
         raise OptionError(
-            f"device_weights has {len(found)} entries for {len(names)} devices ({_join(names)}). "
+            f"device_weights has {len(found)} entries for {len(names)} devices ({_format_names(names)}). "
             "Give one per device, in this order; 0 leaves a device out."
         )
     checked = tuple(_check_weight(name, weight) for name, weight in zip(names, found, strict=True))
     if not any(checked):
         raise OptionError(
-            f"device_weights are all 0 ({_join(names)}); at least one must be above 0. Give one a weight of 1."
+            f"device_weights are all 0 ({_format_names(names)}); at least one must be above 0. Give one a weight of 1."
         )
     return checked
 
 
-def _from_mapping(weights: Mapping[str, float], names: Sequence[str], kinds: Sequence[str]) -> list[object]:
-    known = {_fold(word) for word in (*names, *kinds)}
+def _resolve_weight_mapping(weights: Mapping[str, float], names: Sequence[str], kinds: Sequence[str]) -> list[object]:
+    known = {_normalize_device_name(word) for word in (*names, *kinds)}
     by_word: dict[str, object] = {}
     for key, weight in weights.items():
-        word = _fold(key)
+        word = _normalize_device_name(key)
         if word not in known:
             raise OptionError(
-                f"device_weights has an entry {key!r} that matches no device; the devices are {_join(names)}. "
+                f"device_weights has an entry {key!r} that matches no device; the devices are {_format_names(names)}. "
                 "Take the entry out, or add the device to devices."
             )
         if word in by_word:
             raise OptionError(f"device_weights has two entries for {word!r}, {key!r} is one; allowed is one. Take one out.")
         by_word[word] = weight
     for name, kind in zip(names, kinds, strict=True):
-        if _fold(name) not in by_word and _fold(kind) not in by_word:
+        if _normalize_device_name(name) not in by_word and _normalize_device_name(kind) not in by_word:
             raise OptionError(
                 f"device_weights has no entry for {name}; every device needs one. Add {name!r} or {kind!r}; 0 leaves it out."
             )
-    return [by_word.get(_fold(name), by_word.get(_fold(kind))) for name, kind in zip(names, kinds, strict=True)]
+    return [
+        by_word.get(_normalize_device_name(name), by_word.get(_normalize_device_name(kind)))
+        for name, kind in zip(names, kinds, strict=True)
+    ]
 
 
-def _fold(word: object) -> str:
-    folded = str(word).strip().lower()
+def _normalize_device_name(name: object) -> str:
+    folded = str(name).strip().lower()
     kind, colon, number = folded.partition(":")
     return f"cuda{colon}{number}" if kind == "gpu" else folded
 
@@ -282,9 +289,9 @@ def _check_weight(name: str, weight: object) -> float:
     raise OptionError(f"the weight of {name} is {weight!r}; allowed are finite numbers from 0. Use 0 to leave {name} out.")
 
 
-def _join(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+def _format_names(names: Sequence[str]) -> str:
+    rest = len(names) - _MAX_SHOWN_NAMES
+    return ", ".join(names[:_MAX_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _check_cell_rows(cell_rows: int, batch_size: int) -> int:
@@ -297,10 +304,10 @@ def _check_cell_rows(cell_rows: int, batch_size: int) -> int:
     return cell_rows
 
 
-def fit_chunk_nbytes(limits: Sequence[int], model_nbytes: int) -> int:
+def fit_chunk_nbytes(memory_limits: Sequence[int], model_nbytes: int) -> int:
     """Bytes that a chunk may take on the device with the least memory: ``CHUNK_NBYTES``, or less where that is short.
 
-    ``limits`` are free bytes per device, 0 where unknown. With this as ``lay_out``'s ``chunk_nbytes``, what is still
+    ``limits`` are free bytes per device, 0 where unknown. With this as ``make_chunks``'s ``chunk_nbytes``, what is still
     too large is a single cell, and only a smaller batch size or write-unit helps.
 
     Examples
@@ -308,4 +315,4 @@ def fit_chunk_nbytes(limits: Sequence[int], model_nbytes: int) -> int:
     >>> fit_chunk_nbytes([0, 5000], model_nbytes=1000), fit_chunk_nbytes([0], model_nbytes=1000) == CHUNK_NBYTES
     (4000, True)
     """
-    return max(1, min([CHUNK_NBYTES, *(limit - model_nbytes for limit in limits if limit)]))
+    return max(1, min([CHUNK_NBYTES, *(limit - model_nbytes for limit in memory_limits if limit)]))

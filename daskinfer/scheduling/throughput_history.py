@@ -12,17 +12,17 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from daskinfer.scheduling.autotune import Best
+from daskinfer.scheduling.autotune import BatchSizeChoice
 
-MAX_KNOWN = 64  # networks and shapes; arbitrary, a record is some hundred bytes
+MAX_RECORDS = 64  # networks and shapes; arbitrary, a record is some hundred bytes
 
 
 @dataclass
-class Known:
+class PerformanceRecord:
     """What is known of one network on rows of one shape: rows/s by layout or device, and by kind the micro-batch that pays.
 
     ``channels_last`` says by kind whether that memory format pays, as far as was tried.
-    ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them. ``promise`` is
+    ``n_rows`` is how many rows were computed so far: who asks for many short runs will ask for more of them. ``output_spec`` is
     what the answer looks like (``probe``); None: not found out yet.
     """
 
@@ -30,21 +30,21 @@ class Known:
     batch_sizes: dict[str, int] = field(default_factory=dict)
     channels_last: dict[str, bool] = field(default_factory=dict)
     n_rows: int = 0
-    promise: Any = None
+    output_spec: Any = None
 
-    def pays(self, kind: str, best: Best) -> None:
+    def record_choice(self, kind: str, choice: BatchSizeChoice) -> None:
         """Note what pays on a kind of device; of a short run only the memory format is known."""
-        if best.channels_last is not None:
-            self.channels_last[kind] = best.channels_last
-        if not best.short:
-            self.batch_sizes[kind] = best.size
+        if choice.channels_last is not None:
+            self.channels_last[kind] = choice.channels_last
+        if not choice.is_short_run:
+            self.batch_sizes[kind] = choice.batch_size
 
-    def in_channels_last(self, kinds: Iterable[str]) -> list[str]:
+    def get_channels_last_kinds(self, kinds: Iterable[str]) -> list[str]:
         """Of these kinds, those on which that memory format pays."""
         return [kind for kind in kinds if self.channels_last.get(kind)]
 
 
-class Memory:
+class PerformanceHistory:
     """Records by key, those used last.
 
     Note: threads share it; the lock guards the table, a record is written by whoever measured last.
@@ -52,29 +52,29 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[Hashable, Known] = OrderedDict()
+        self._records: OrderedDict[Hashable, PerformanceRecord] = OrderedDict()
 
-    def of(self, key: Hashable) -> Known:
+    def get_or_create(self, key: Hashable) -> PerformanceRecord:
         """The record under ``key``, new where nothing is known.
 
         Examples
         --------
-        >>> memory = Memory()
-        >>> memory.of("net").speeds["inline"] = 1e6
-        >>> memory.of("net").speeds
+        >>> history = PerformanceHistory()
+        >>> history.get_or_create("net").speeds["inline"] = 1e6
+        >>> history.get_or_create("net").speeds
         {'inline': 1000000.0}
         """
         with self._lock:
-            known = self._known.setdefault(key, Known())
-            self._known.move_to_end(key)
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
+            known = self._records.setdefault(key, PerformanceRecord())
+            self._records.move_to_end(key)
+            if len(self._records) > MAX_RECORDS:
+                self._records.popitem(last=False)
             return known
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._known.clear()
+            self._records.clear()
 
 
-memory = Memory()
+history = PerformanceHistory()

@@ -33,41 +33,41 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from daskinfer.core.chunks import Failure, Written
-from daskinfer.core.files import Syncer, remove, sync, write_whole
-from daskinfer.core.row_ranges import left_over
+from daskinfer.core.chunks import RowFailure, StoredPart
+from daskinfer.core.files import Syncer, fsync_path, remove_path, write_atomic
+from daskinfer.core.row_ranges import subtract_ranges
 from daskinfer.errors import OutputExists, OutputLocked, StorageError
 from daskinfer.storage import staging
-from daskinfer.storage.manifest import Entry, Header, Part, Progress, read_lines, to_line
+from daskinfer.storage.manifest import CommitState, Header, JournalEntry, StoredRange, format_line, parse_lines
 from daskinfer.storage.paths import (
     COMPLETE,
-    CREATING,
-    FAILED,
+    CREATION_LOCK,
+    FAILED_ROWS,
     HEADER,
     LOCK,
     STAGING,
     Shard,
-    anew,
-    begun,
-    foreign,
-    is_stored,
-    manifest_of,
-    measured,
-    partial_of,
+    check_same_run,
+    existing_header,
+    format_receipts_name,
+    format_shard_suffix,
+    get_manifest_path,
+    get_partial_path,
+    how_to_restart,
+    is_part_intact,
+    make_stored_part,
+    not_ours_error,
     read_header,
     read_part,
     read_record,
-    receipts_name,
-    refuse_differences,
-    suffix,
 )
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 
-Make = Callable[[str], None]  # makes the empty output at a path
+OutputCreator = Callable[[str], None]  # makes the empty output at a path
 
 
-class Ledger:
+class OutputJournal:
     """One output's manifest, held by one run; a context manager that lets go of it.
 
     Note: one thread uses it; flushing is done in a thread of its own.
@@ -86,16 +86,16 @@ class Ledger:
 
     def __init__(self, path: str, header: Header, batch_size: int | None = None, shard: Shard | None = None) -> None:
         self.path, self.header, self.shard = path, header, shard
-        self.folder, self.partial = manifest_of(path), partial_of(path)
-        self.complete = False
-        self.progress = Progress(header.n_rows, header.unit_rows)
+        self.folder, self.partial_path = get_manifest_path(path), get_partial_path(path)
+        self.is_complete = False
+        self.commit_state = CommitState(header.n_rows, header.unit_rows)
         self.run_folder = ""
         self._batch_size = batch_size
-        self._held: list[int] = []
+        self._lock_descriptors: list[int] = []
         self._log: BinaryIO | None = None
         self._syncer = Syncer()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> OutputJournal:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,29 +105,31 @@ class Ledger:
             if self._log is not None:
                 self._log.close()
             with contextlib.suppress(OSError):
-                self._leave_no_locks()
-            for descriptor in self._held:
+                self._remove_empty_manifest()
+            for descriptor in self._lock_descriptors:
                 os.close(descriptor)
-            self._held.clear()
+            self._lock_descriptors.clear()
 
-    def _leave_no_locks(self) -> None:
+    def _remove_empty_manifest(self) -> None:
         """Remove the manifest where it is nothing but the locks, and all of it is this run's."""
-        if self.shard or not self._is_ours():
+        if self.shard or not self._has_current_lock():
             return
         left = sorted(self.folder.iterdir(), key=lambda path: path.name == LOCK)
-        if all(path.name.startswith((LOCK, CREATING)) for path in left):
+        if all(path.name.startswith((LOCK, CREATION_LOCK)) for path in left):
             for path in left:  # the one that is held last: without it another run begins, and takes the others
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def _is_ours(self) -> bool:
+    def _has_current_lock(self) -> bool:
         """Whether the lock that is held is the one that lies there: somebody may have removed all, and begun anew."""
         try:
-            return bool(self._held) and os.path.samestat(os.fstat(self._held[0]), os.stat(self.folder / LOCK))
+            return bool(self._lock_descriptors) and os.path.samestat(
+                os.fstat(self._lock_descriptors[0]), os.stat(self.folder / LOCK)
+            )
         except FileNotFoundError:
             return False
 
-    def hold(self) -> None:
+    def lock(self) -> None:
         """Take the lock.
 
         Raises
@@ -135,11 +137,11 @@ class Ledger:
         OutputLocked
             Where another run has it.
         """
-        self._lock(LOCK, fcntl.LOCK_SH if self.shard else fcntl.LOCK_EX)
+        self._acquire_lock(LOCK, fcntl.LOCK_SH if self.shard else fcntl.LOCK_EX)
         if self.shard:
-            self._lock(f"{LOCK}{suffix(self.shard)}", fcntl.LOCK_EX)
+            self._acquire_lock(f"{LOCK}{format_shard_suffix(self.shard)}", fcntl.LOCK_EX)
 
-    def _lock(self, name: str, kind: int) -> None:
+    def _acquire_lock(self, name: str, kind: int) -> None:
         path, held = self.folder / name, False
         while not held:  # or its owner has just withdrawn the output: the lock was nobody's any more
             with contextlib.suppress(FileExistsError):
@@ -156,11 +158,11 @@ class Ledger:
                     ) from None
                 finally:
                     if held:
-                        self._held.append(descriptor)
+                        self._lock_descriptors.append(descriptor)
                     else:
                         os.close(descriptor)
 
-    def open(self, make: Make, *, fresh: bool = False, again: bool = False) -> None:
+    def open(self, create: OutputCreator, *, overwrite: bool = False, retry_failed_rows: bool = False) -> None:
         """Begin the output, or find out what of it is done; ``again``: rows without an answer count as not done.
 
         Raises
@@ -168,191 +170,204 @@ class Ledger:
         OutputExists
             Where the output was begun with something else, or is not daskinfer's.
         """
-        with self._creating():
-            if fresh:
+        with self._hold_creation_lock():
+            if overwrite:
                 self._wipe()
             found = read_header(self.path)
-            self._refuse_foreign(found)
-            if found is None or begun(self.path) is None:  # or whoever removed the output wants it anew
-                self._begin(make)
+            self._check_covered_by_manifest(found)
+            if found is None or existing_header(self.path) is None:  # or whoever removed the output wants it anew
+                self._create_output(create)
             else:
-                refuse_differences(self.path, found, self.header, self._batch_size)
-                self.header, self.complete = found, self._is_complete()
-                if self.complete and self.partial.exists():
-                    self._publish()  # the last run was killed just before
-            if self.complete:
+                check_same_run(self.path, found, self.header, self._batch_size)
+                self.header, self.is_complete = found, self._has_completion_record()
+                if self.is_complete and self.partial_path.exists():
+                    self._rename_output()  # the last run was killed just before
+            if self.is_complete:
                 return
             boot = self._open_log()
-        if boot not in ("", _boot()):
+        if boot not in ("", _read_boot_id()):
             self._recheck(everything=True)
-        for failure in self.progress.failures if again else ():
-            self.void(failure.start, failure.stop)
+        for failure in self.commit_state.failures if retry_failed_rows else ():
+            self.invalidate(failure.start, failure.stop)
 
     @property
     def done(self) -> list[tuple[int, int]]:
         """Rows that are stored."""
-        return [(0, self.header.n_rows)] if self.complete else self.progress.done
+        return [(0, self.header.n_rows)] if self.is_complete else self.commit_state.done
 
     @property
-    def failures(self) -> tuple[Failure, ...]:
+    def failures(self) -> tuple[RowFailure, ...]:
         """Rows that are done, and have no answer."""
-        progress = self._whole() if self.complete else self.progress
+        progress = self._merge_shards() if self.is_complete else self.commit_state
         return progress.failures if progress is not None else ()
 
-    def _whole(self) -> Progress | None:
+    def _merge_shards(self) -> CommitState | None:
         """What all shards have done; None where one has not ended."""
-        progress = Progress(self.header.n_rows, self.header.unit_rows)
+        progress = CommitState(self.header.n_rows, self.header.unit_rows)
         paths = sorted(self.folder.glob("receipts*.jsonl"))
-        ended = [progress.read(read_lines(path.read_bytes())[0]).ended for path in paths]
+        ended = [progress.replay(parse_lines(path.read_bytes())[0]).is_finished for path in paths]
         n_logs = self.header.shards or 1
-        return progress if ended == [True] * n_logs and not any(left_over((0, self.header.n_rows), progress.done)) else None
+        return (
+            progress
+            if ended == [True] * n_logs and not any(subtract_ranges((0, self.header.n_rows), progress.done))
+            else None
+        )
 
-    def _is_complete(self) -> bool:
+    def _has_completion_record(self) -> bool:
         record = read_record(self.folder / COMPLETE)
         if record == {}:
             raise OutputExists(
                 f"the manifest {str(self.folder)!r} was changed: {COMPLETE} is not as it was written. Look with daskinfer "
-                f"verify what else was, or {anew(str(self.path), self.header)} to start over."
+                f"verify what else was, or {how_to_restart(str(self.path), self.header)} to start over."
             )
         return record is not None
 
-    def chose(self, micro_batches: Mapping[str, Any]) -> None:
+    def record_batch_config(self, batch_config: Mapping[str, Any]) -> None:
         """Keep the micro-batches that were chosen, before the first receipt: whoever goes on computes the same bytes."""
-        header = replace(self.header, **micro_batches)
+        header = replace(self.header, **batch_config)
         if header != self.header:
             self.header = header
-            write_whole(self.folder / HEADER, to_line(header.record()))
+            write_atomic(self.folder / HEADER, format_line(header.to_record()))
 
-    def commit(self, entry: Entry, files: Iterable[str]) -> None:
+    def commit(self, entry: JournalEntry, files: Iterable[str]) -> None:
         """Say that a chunk is stored, in these files, under the names that they keep."""
-        self.progress.add(entry)
-        self._append(entry.record())
+        self.commit_state.add(entry)
+        self._append_record(entry.to_record())
         assert self._log is not None  # open() was called
         self._syncer.add(files, self._log.fileno())
 
-    def void(self, start: int, stop: int) -> None:
+    def invalidate(self, start: int, stop: int) -> None:
         """Say that rows are not stored as was said."""
-        self.progress.void(start, stop)
-        self._append({"void": [start, stop]})
+        self.commit_state.invalidate(start, stop)
+        self._append_record({"void": [start, stop]})
 
-    def recheck(self) -> list[Part]:
+    def recheck(self) -> list[StoredRange]:
         """Read again what may have been written more than once; what is not as its receipt says counts as not done."""
-        return [] if self.complete else self._recheck(everything=False)
+        return [] if self.is_complete else self._recheck(everything=False)
 
-    def _recheck(self, *, everything: bool) -> list[Part]:
+    def _recheck(self, *, everything: bool) -> list[StoredRange]:
         wrong = [
             part
-            for part in self.progress.parts
-            if part.written is not None and (part.again or everything) and not is_stored(self.partial, part.written)
+            for part in self.commit_state.stored_ranges
+            if part.part is not None
+            and (part.needs_recheck or everything)
+            and not is_part_intact(self.partial_path, part.part)
         ]
         for part in wrong:
-            self.void(part.start, part.stop)
+            self.invalidate(part.start, part.stop)
         return wrong
 
-    def finish(self, metadata: Sequence[str]) -> None:
+    def finish(self, metadata_parts: Sequence[str]) -> None:
         """Where all rows of all shards are stored: mark the output complete, and give it its name.
 
         ``metadata`` are the parts that hold no rows. Each step can be repeated: a run killed between two of them is
         continued by the next.
         """
-        if self.complete:
+        if self.is_complete:
             return
         self._syncer.flush()
-        with self._creating():
+        with self._hold_creation_lock():
             # Nothing is read again after this: another shard may complete the output, which moves it.
-            self._append({"end": True})
-            whole = self._whole()
+            self._append_record({"end": True})
+            whole = self._merge_shards()
             if whole is None:
                 return  # another shard will be the last
-            staging.end(self.folder / STAGING)
+            staging.remove_run_folders(self.folder / STAGING)
             for path in self.folder.glob("*.new"):
-                remove(path)  # of a run that was killed
+                remove_path(path)  # of a run that was killed
             if whole.failures:
                 listed = [asdict(failure) for failure in whole.failures]
-                write_whole(self.folder / FAILED, (json.dumps(listed, indent=1) + "\n").encode())
-            write_whole(self.folder / COMPLETE, to_line(self._completion(metadata)))
-            self.complete = True
+                write_atomic(self.folder / FAILED_ROWS, (json.dumps(listed, indent=1) + "\n").encode())
+            write_atomic(self.folder / COMPLETE, format_line(self._build_completion_record(metadata_parts)))
+            self.is_complete = True
             # Last: what has the output's own name is always complete.
-            self._publish()
+            self._rename_output()
 
-    def withdraw(self) -> None:
+    def discard(self) -> None:
         """Remove what was begun, where nothing is stored and nobody takes part; not what has come to lie at the path."""
-        if self._is_ours():
-            with self._creating():
-                remove(self.partial)
+        if self._has_current_lock():
+            with self._hold_creation_lock():
+                remove_path(self.partial_path)
                 self._wipe_manifest()
 
-    def _completion(self, metadata: Sequence[str]) -> dict[str, Any]:
+    def _build_completion_record(self, metadata_parts: Sequence[str]) -> dict[str, Any]:
         names = [HEADER, *(path.name for path in sorted(self.folder.glob("receipts*.jsonl")))]
-        names += [FAILED] if (self.folder / FAILED).exists() else []
-        files = [measured(name, (self.folder / name).read_bytes()) for name in names]
-        heads = [measured(name, read_part(self.partial, name, _n_bytes(name, self.partial))) for name in metadata]
-        return {"files": _plain(files), "metadata": _plain(heads), "nbytes": _size(self.partial)}
+        names += [FAILED_ROWS] if (self.folder / FAILED_ROWS).exists() else []
+        files = [make_stored_part(name, (self.folder / name).read_bytes()) for name in names]
+        heads = [
+            make_stored_part(name, read_part(self.partial_path, name, _get_part_nbytes(name, self.partial_path)))
+            for name in metadata_parts
+        ]
+        return {
+            "files": _serialize_parts(files),
+            "metadata": _serialize_parts(heads),
+            "nbytes": _get_file_nbytes(self.partial_path),
+        }
 
-    def _publish(self) -> None:
+    def _rename_output(self) -> None:
         if os.path.lexists(self.path):
             raise OutputExists(
                 f"the output {self.path!r} appeared while it was being computed; nothing is ever overwritten. "
-                f"The whole answer lies at {str(self.partial)!r}: move what is in the way, and repeat the call."
+                f"The whole answer lies at {str(self.partial_path)!r}: move what is in the way, and repeat the call."
             )
-        os.rename(self.partial, self.path)
-        sync(self.folder.parent)
+        os.rename(self.partial_path, self.path)
+        fsync_path(self.folder.parent)
 
-    def _begin(self, make: Make) -> None:
+    def _create_output(self, create: OutputCreator) -> None:
         self._wipe()
         # The header first: an output without one is not known to be ours.
-        write_whole(self.folder / HEADER, to_line(self.header.record()))
+        write_atomic(self.folder / HEADER, format_line(self.header.to_record()))
         made = self.folder / f"made{Path(self.path).suffix}"
         try:
-            make(str(made))
+            create(str(made))
         except BaseException:
-            remove(made)  # a disk that is full leaves half a file
+            remove_path(made)  # a disk that is full leaves half a file
             raise
-        os.rename(made, self.partial)  # whole, or not at all
-        sync(self.folder.parent)
+        os.rename(made, self.partial_path)  # whole, or not at all
+        fsync_path(self.folder.parent)
 
     def _wipe(self) -> None:
         """Remove all but the locks; what says that it is complete first, what says whose it is last."""
-        for path in (self.folder / COMPLETE, Path(self.path), self.partial):
-            remove(path)
+        for path in (self.folder / COMPLETE, Path(self.path), self.partial_path):
+            remove_path(path)
         self._wipe_manifest()
 
     def _wipe_manifest(self) -> None:
-        staging.end(self.folder / STAGING)
-        kept = (LOCK, CREATING)
+        staging.remove_run_folders(self.folder / STAGING)
+        kept = (LOCK, CREATION_LOCK)
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == HEADER):
             if not path.name.startswith(kept):
-                remove(path)
+                remove_path(path)
 
-    def _refuse_foreign(self, found: Header | None) -> None:
-        unfinished = found is None or self.partial.exists() or not (self.folder / COMPLETE).exists()
+    def _check_covered_by_manifest(self, found: Header | None) -> None:
+        unfinished = found is None or self.partial_path.exists() or not (self.folder / COMPLETE).exists()
         if os.path.lexists(self.path) and unfinished:
-            raise foreign(self.path)
-        if found is None and self.partial.exists():
-            raise foreign(self.partial)
+            raise not_ours_error(self.path)
+        if found is None and self.partial_path.exists():
+            raise not_ours_error(self.partial_path)
 
     def _open_log(self) -> str:
         """Cut off what a crash tore, and begin a run; on which machine the last one was."""
         # Before the log is read: who wrote for an earlier run has ended then.
-        staging.end(self.folder / STAGING, self._label)
-        self._log = open(self.folder / receipts_name(self.shard), "a+b", buffering=0)  # noqa: SIM115  # __exit__ closes it
+        staging.remove_run_folders(self.folder / STAGING, self._label)
+        self._log = open(self.folder / format_receipts_name(self.shard), "a+b", buffering=0)  # noqa: SIM115  # __exit__ closes it
         self._log.seek(0)
-        records, n_bytes = read_lines(self._log.read())
+        records, n_bytes = parse_lines(self._log.read())
         self._log.truncate(n_bytes)
-        self.progress = Progress(self.header.n_rows, self.header.unit_rows).read(records)
-        self.run_folder = str(staging.begin(self.folder / STAGING, self._label))
-        boot, here = self.progress.boot, {"run": self.progress.n_runs + 1, "boot": _boot()}
-        self._append(here)
-        self.progress.read([here])
+        self.commit_state = CommitState(self.header.n_rows, self.header.unit_rows).replay(records)
+        self.run_folder = str(staging.create_run_folder(self.folder / STAGING, self._label))
+        boot, here = self.commit_state.boot_id, {"run": self.commit_state.n_runs + 1, "boot": _read_boot_id()}
+        self._append_record(here)
+        self.commit_state.replay([here])
         return boot
 
     @property
     def _label(self) -> str:
-        return f"run{suffix(self.shard)}"
+        return f"run{format_shard_suffix(self.shard)}"
 
-    def _append(self, record: Mapping[str, Any]) -> None:
+    def _append_record(self, record: Mapping[str, Any]) -> None:
         assert self._log is not None  # open() was called
-        line = to_line(record)
+        line = format_line(record)
         try:
             if self._log.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -364,9 +379,9 @@ class Ledger:
             ) from error
 
     @contextlib.contextmanager
-    def _creating(self) -> Iterator[None]:
+    def _hold_creation_lock(self) -> Iterator[None]:
         """Hold the lock under which an output is begun and completed; shards wait for one another."""
-        descriptor = os.open(self.folder / CREATING, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self.folder / CREATION_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -374,24 +389,24 @@ class Ledger:
             os.close(descriptor)
 
 
-def _n_bytes(name: str, output: Path) -> int:
+def _get_part_nbytes(name: str, output: Path) -> int:
     if ":" not in name:
         return (output / name).stat().st_size
     start, _, stop = name.partition(":")
     return int(stop) - int(start)
 
 
-def _size(path: Path) -> int:
+def _get_file_nbytes(path: Path) -> int:
     """Bytes of a single file; 0 for a folder, whose files all have receipts."""
     return path.stat().st_size if path.is_file() else 0
 
 
-def _plain(parts: Sequence[Written]) -> list[list[Any]]:
+def _serialize_parts(parts: Sequence[StoredPart]) -> list[list[Any]]:
     return [list(asdict(part).values()) for part in parts]
 
 
-def _boot() -> str:
+def _read_boot_id() -> str:
     try:
-        return _BOOT_ID.read_text().strip()
+        return _BOOT_ID_PATH.read_text().strip()
     except OSError:
         return "unknown"

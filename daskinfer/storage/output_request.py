@@ -7,37 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from daskinfer.errors import OptionError
-from daskinfer.models.fingerprint import fingerprint
+from daskinfer.models.fingerprint import compute_fingerprint
 from daskinfer.options import Options
-from daskinfer.storage.manifest import ANSWER_OPTIONS, Header
-from daskinfer.storage.paths import Shard, begun, refuse_differences, refuse_gone
+from daskinfer.storage.manifest import RESULT_OPTIONS, Header
+from daskinfer.storage.paths import Shard, check_parts_present, check_same_run, existing_header
 
 
 @dataclass(frozen=True)
-class Into:
-    """What rows are laid out for: an output that was ``begun`` already (None: a new one), and this run's part of it."""
+class ExistingOutput:
+    """What rows are laid out for: an output that was ``header`` already (None: a new one), and this run's part of it."""
 
-    begun: Header | None = None
+    header: Header | None = None
     shard: Shard | None = None
 
     @classmethod
-    def of(cls, paths: Sequence[str], shard: Shard | None) -> Into:
+    def from_paths(cls, paths: Sequence[str], shard: Shard | None) -> ExistingOutput:
         """As the outputs at these paths are found."""
-        found = [header for path in paths if (header := begun(path)) is not None]
+        found = [header for path in paths if (header := existing_header(path)) is not None]
         return cls(found[0] if found else None, shard)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputRequest:
     """What a run wants to store: each output's path and header, the micro-batch that was named, its part of the rows."""
 
     paths: tuple[str, ...]
     headers: tuple[Header, ...]
     batch_size: int | None
     shard: Shard | None
-    retries_failed: bool = False
+    retry_failed_rows: bool = False
 
-    def refuse_differences(self) -> None:
+    def check_existing_outputs(self) -> None:
         """Refuse outputs that were begun with something else (looked at again once they are locked), or that lost parts.
 
         Raises
@@ -46,23 +46,23 @@ class Wanted:
             With each difference, what it was and is, or what is gone.
         """
         for path, header in zip(self.paths, self.headers, strict=True):
-            if (found := begun(path)) is not None:
-                refuse_differences(path, found, header, self.batch_size)
-                refuse_gone(path, found)
+            if (found := existing_header(path)) is not None:
+                check_same_run(path, found, header, self.batch_size)
+                check_parts_present(path, found)
 
 
-def answer_options(options: Options) -> dict[str, Any]:
+def collect_result_options(options: Options) -> dict[str, Any]:
     """The options that change the answer, as a manifest keeps them."""
-    return {name: _plain(getattr(options, name)) for name in ANSWER_OPTIONS}
+    return {name: _serialize_option(getattr(options, name)) for name in RESULT_OPTIONS}
 
 
-def check_shard(shard: object, *, fresh: bool) -> Shard | None:
+def check_shard(shard: object, *, overwrite: bool) -> Shard | None:
     """A shard (i, n), counted from 1; None for all of the output.
 
     Raises
     ------
     OptionError
-        Where it is something else, or ``fresh`` is asked for beside it.
+        Where it is something else, or ``overwrite`` is asked for beside it.
     """
     if shard is None:
         return None
@@ -72,19 +72,19 @@ def check_shard(shard: object, *, fresh: bool) -> Shard | None:
             f"shard is {shard!r}; it may be (i, n), part i of n, counted from 1, or None. "
             "Pass (1, 64) to (64, 64), on the command line --shard 1/64 to 64/64."
         )
-    if fresh:
+    if overwrite:
         raise OptionError(
-            f"fresh=True was given with shard={shard!r}; it would remove what the other shards have done. Remove the "
+            f"overwrite=True was given with shard={shard!r}; it would remove what the other shards have done. Remove the "
             "output, and what lies beside it under its name (.partial, .daskinfer), before the first of them starts, or "
             "choose another path."
         )
     return numbers[0], numbers[1]
 
 
-def _plain(value: Any) -> Any:
+def _serialize_option(value: Any) -> Any:
     if callable(value):
-        return fingerprint(value)
+        return compute_fingerprint(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _serialize_option(item) for key, item in value.items()}
     # NaN is not equal to itself.
     return repr(value) if isinstance(value, float) else value

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from daskinfer.core.files import remove
+from daskinfer.core.files import remove_path
 from daskinfer.errors import OutputLocked
 
 FENCE = "fence"
@@ -24,7 +24,7 @@ WAIT_SECONDS = 30.0  # that a writer of an earlier run may take to end; arbitrar
 POLL_SECONDS = 0.02
 
 
-def begin(staging: Path, label: str) -> Path:
+def create_run_folder(staging: Path, label: str) -> Path:
     """A new folder for a run; ``label`` says whose runs it belongs to."""
     run = staging / f"{label}.{uuid.uuid4().hex}"
     run.mkdir(parents=True)
@@ -32,7 +32,7 @@ def begin(staging: Path, label: str) -> Path:
     return run
 
 
-def end(staging: Path, label: str | None = None) -> None:
+def remove_run_folders(staging: Path, label: str | None = None) -> None:
     """Remove the folders of all runs with this label, those of all for None, once nobody writes for them any more.
 
     Raises
@@ -42,13 +42,13 @@ def end(staging: Path, label: str | None = None) -> None:
     """
     for run in list(staging.iterdir()) if staging.exists() else ():
         if label is None or run.name.startswith(f"{label}."):
-            _end(run)
+            _remove_run_folder(run)
     if label is None:
-        remove(staging)
+        remove_path(staging)
 
 
 @contextlib.contextmanager
-def writing(run: str) -> Iterator[None]:
+def write_fence(run_folder: str) -> Iterator[None]:
     """Write into the output itself, as long as the run is the output's.
 
     Raises
@@ -56,22 +56,22 @@ def writing(run: str) -> Iterator[None]:
     FileNotFoundError
         Where another run has taken over.
     """
-    with open(os.path.join(run, FENCE), "r+b") as fence:
+    with open(os.path.join(run_folder, FENCE), "r+b") as fence:
         fcntl.flock(fence, fcntl.LOCK_SH)
         os.stat(fence.name)  # whoever held the lock until now may have removed it
         yield
 
 
-def _end(run: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(run / FENCE, "r+b") as fence:
-        _wait_for(fence.fileno(), run / FENCE)
-        (run / FENCE).unlink()  # while it is held: who waits for it sees that it is gone
-    gone = run if run.suffix == ".old" else run.with_name(f"{run.name}.old")
-    os.rename(run, gone)  # at once, whatever is being written into it
-    remove(gone)
+def _remove_run_folder(run_folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), open(run_folder / FENCE, "r+b") as fence:
+        _wait_for_writers(fence.fileno(), run_folder / FENCE)
+        (run_folder / FENCE).unlink()  # while it is held: who waits for it sees that it is gone
+    gone = run_folder if run_folder.suffix == ".old" else run_folder.with_name(f"{run_folder.name}.old")
+    os.rename(run_folder, gone)  # at once, whatever is being written into it
+    remove_path(gone)
 
 
-def _wait_for(descriptor: int, path: Path) -> None:
+def _wait_for_writers(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:

@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from daskinfer.core.arrays import Array, Elsewhere, UnreadableError
+from daskinfer.core.arrays import Array, RemoteArray, UnreadableError
 
 _PR_SET_PTRACER = 0x59616D61  # prctl.h
-_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_PTRACE_SCOPE_PATH = Path("/proc/sys/kernel/yama/ptrace_scope")
 _token = ctypes.create_string_buffer(uuid.uuid4().hex.encode())
 
 
 @dataclass(frozen=True)
-class MemoryRef:
+class ProcessMemoryRef:
     """What a worker needs to try whether it can read a process's memory: picklable, small."""
 
     pid: int
@@ -43,13 +43,13 @@ class MemoryRef:
 
 
 @dataclass(frozen=True)
-class Borrowed(Elsewhere):
+class ProcessMemoryArray(RemoteArray):
     """A C-contiguous array in another process's memory; slices of it cost nothing, its bytes are copied out when asked for.
 
     Examples
     --------
     >>> here = np.arange(6.0).reshape(3, 2)
-    >>> Borrowed.of(here)[1:].shape
+    >>> ProcessMemoryArray.from_array(here)[1:].shape
     (2, 2)
     """
 
@@ -59,16 +59,16 @@ class Borrowed(Elsewhere):
     dtype: np.dtype[Any]
 
     @classmethod
-    def of(cls, array: Array) -> Borrowed:
+    def from_array(cls, array: Array) -> ProcessMemoryArray:
         """An array of this process, which has to outlive whoever reads it."""
         return cls(os.getpid(), array.ctypes.data, array.shape, array.dtype)
 
-    def __getitem__(self, rows: slice) -> Borrowed:
+    def __getitem__(self, rows: slice) -> ProcessMemoryArray:
         start, stop, step = rows.indices(len(self))
         assert step == 1  # what the runner asks for
         row_nbytes = self.dtype.itemsize * math.prod(self.shape[1:])
         shape = (max(0, stop - start), *self.shape[1:])
-        return Borrowed(self.pid, self.address + start * row_nbytes, shape, self.dtype)
+        return ProcessMemoryArray(self.pid, self.address + start * row_nbytes, shape, self.dtype)
 
     def read_into(self, out: Array) -> None:
         """Copy all of it into a C-contiguous array of the same shape and dtype.
@@ -78,50 +78,50 @@ class Borrowed(Elsewhere):
         UnreadableError
             Where the process is gone, or does not let this one read.
         """
-        read(self.pid, self.address, out)
+        read_process_memory(self.pid, self.address, out)
 
-    def copier(self, out: Array) -> Callable[[int], None]:
+    def make_copier(self, out: Array) -> Callable[[int], None]:
         """As :meth:`read_into`, with the call to the system made ready."""
         row_nbytes, wanted = self.dtype.itemsize * math.prod(self.shape[1:]), out.nbytes
-        pid, address, reader = self.pid, self.address, _reader()
-        places = _Places(out.__array_interface__["data"][0], wanted, address, wanted)
-        here, there = ctypes.byref(places), ctypes.byref(places, _PLACE_NBYTES)
+        pid, address, reader = self.pid, self.address, _get_process_vm_readv()
+        places = _IovecPair(out.__array_interface__["data"][0], wanted, address, wanted)
+        here, there = ctypes.byref(places), ctypes.byref(places, _IOVEC_NBYTES)
 
         def copy(begin: int) -> None:
             places[2] = start = address + begin * row_nbytes
             if reader(pid, here, 1, there, 1, 0) != wanted:
-                read(pid, start, out)  # the rest of it, or why not
+                read_process_memory(pid, start, out)  # the rest of it, or why not
 
         return copy
 
 
-def lendable(array: Array) -> bool:
+def is_readable_by_peers(array: Array) -> bool:
     """Whether the system gives the bytes of an array of this process to others; of a driver's memory it may not."""
     try:
-        read(os.getpid(), array.ctypes.data, np.empty(min(1, array.nbytes), np.uint8))
+        read_process_memory(os.getpid(), array.ctypes.data, np.empty(min(1, array.nbytes), np.uint8))
     except OSError:
         return False
     return True
 
 
-def own_memory() -> MemoryRef:
+def advertise_process_memory() -> ProcessMemoryRef:
     """This process's memory; its descendants are let in where only those that were let in may read."""
-    if _scope() == "1":
-        _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getpid()), 0, 0, 0)
-    return MemoryRef(os.getpid(), ctypes.addressof(_token), _token.value)
+    if _read_ptrace_scope() == "1":
+        _load_libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getpid()), 0, 0, 0)
+    return ProcessMemoryRef(os.getpid(), ctypes.addressof(_token), _token.value)
 
 
-def readable(ref: MemoryRef) -> bool:
+def can_read_memory(ref: ProcessMemoryRef) -> bool:
     """Whether this process can read that memory; one of the same number in another container is another's."""
     found = np.empty(len(ref.token), np.uint8)
     try:
-        read(ref.pid, ref.address, found)
+        read_process_memory(ref.pid, ref.address, found)
     except OSError:
         return False
     return found.tobytes() == ref.token
 
 
-def read(pid: int, address: int, out: Array) -> None:
+def read_process_memory(pid: int, address: int, out: Array) -> None:
     """Copy ``out.nbytes`` bytes at ``address`` of a process.
 
     Raises
@@ -132,8 +132,8 @@ def read(pid: int, address: int, out: Array) -> None:
     copied, wanted, start = 0, out.nbytes, out.__array_interface__["data"][0]
     while copied < wanted:
         left = wanted - copied
-        places = _Places(start + copied, left, address + copied, left)
-        n_copied = _reader()(pid, ctypes.byref(places), 1, ctypes.byref(places, _PLACE_NBYTES), 1, 0)
+        places = _IovecPair(start + copied, left, address + copied, left)
+        n_copied = _get_process_vm_readv()(pid, ctypes.byref(places), 1, ctypes.byref(places, _IOVEC_NBYTES), 1, 0)
         if n_copied <= 0:
             number = ctypes.get_errno()
             raise UnreadableError(number, f"the memory of process {pid} cannot be read: {os.strerror(number)}")
@@ -141,18 +141,18 @@ def read(pid: int, address: int, out: Array) -> None:
 
 
 # Two of the C type ``iovec``: where the bytes go to and how many they are, where they come from and how many.
-_Places = ctypes.c_size_t * 4
-_PLACE_NBYTES = ctypes.sizeof(_Places) // 2
+_IovecPair = ctypes.c_size_t * 4
+_IOVEC_NBYTES = ctypes.sizeof(_IovecPair) // 2
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def _load_libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
 @functools.cache
-def _reader() -> Callable[..., int]:
-    reader = getattr(_libc(), "process_vm_readv", None)
+def _get_process_vm_readv() -> Callable[..., int]:
+    reader = getattr(_load_libc(), "process_vm_readv", None)
     if reader is None:
         raise UnreadableError("this system cannot read another process's memory")
     reader.restype = ctypes.c_ssize_t
@@ -161,8 +161,8 @@ def _reader() -> Callable[..., int]:
     return reader  # type: ignore[no-any-return]  # ctypes knows no types
 
 
-def _scope() -> str:
+def _read_ptrace_scope() -> str:
     try:
-        return _YAMA.read_text().strip()
+        return _PTRACE_SCOPE_PATH.read_text().strip()
     except OSError:
         return ""

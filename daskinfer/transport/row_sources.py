@@ -16,95 +16,95 @@ import numpy as np
 from distributed import Future
 from distributed.protocol.pickle import dumps, loads
 
-from daskinfer.core.arrays import Array, Elsewhere, Source
+from daskinfer.core.arrays import Array, ArraySource, RemoteArray
 from daskinfer.core.chunks import Chunk
-from daskinfer.transport.process_memory import Borrowed
-from daskinfer.transport.shared_memory import ArenaRef, Place
+from daskinfer.transport.process_memory import ProcessMemoryArray
+from daskinfer.transport.shared_memory import ArrayRef, PoolRef
 
 
 @dataclass(frozen=True)
-class Within:
+class TaskResources:
     """What a chunk has at hand: memory shared with the client, if any, what Dask brought, graphs that are computed."""
 
-    memory: mmap.mmap | None = None
-    brought: Sequence[Any] = ()
-    computed: dict[int, dict[Hashable, Array]] = field(default_factory=dict)
+    shared_memory: mmap.mmap | None = None
+    dependency_results: Sequence[Any] = ()
+    graph_results: dict[int, dict[Hashable, Array]] = field(default_factory=dict)
 
 
-class Part(Protocol):
+class RowSource(Protocol):
     """Rows, (n, ...), that are fetched where they are needed."""
 
-    def rows(self, within: Within) -> Array | Elsewhere: ...
+    def read_rows(self, resources: TaskResources) -> Array | RemoteArray: ...
 
 
-class UnsentError(Exception):
+class RowTransferError(Exception):
     """Rows have no way to their worker: it has just ended."""
 
 
-class Taking(Protocol):
+class RowSender(Protocol):
     """How rows of this process get to a worker (``ways``)."""
 
-    def take(self, array: Array) -> Part: ...
+    def send_rows(self, array: Array) -> RowSource: ...
 
-    def bring(self, future: Future) -> Part: ...
+    def add_dependency(self, future: Future) -> RowSource: ...
 
 
 @dataclass(frozen=True)
-class FromFile:
+class FileRows:
     """Rows of a file, read by the worker."""
 
-    source: Source
+    source: ArraySource
     start: int
     stop: int
 
-    def rows(self, within: Within) -> Array:
+    def read_rows(self, resources: TaskResources) -> Array:
         return self.source[self.start : self.stop]
 
 
 @dataclass(frozen=True)
-class FromSlot:
+class SharedMemoryRows:
     """Rows that the client has put into shared memory; not copied."""
 
-    place: Place
+    array_ref: ArrayRef
 
-    def rows(self, within: Within) -> Array:
-        assert within.memory is not None  # the client asked for it before
-        return self.place.array(within.memory)
+    def read_rows(self, resources: TaskResources) -> Array:
+        assert resources.shared_memory is not None  # the client asked for it before
+        return self.array_ref.get_array(resources.shared_memory)
 
 
 @dataclass(frozen=True)
-class FromClient:
+class ProcessMemoryRows:
     """Rows that stay in the client's memory until they are computed."""
 
-    borrowed: Borrowed
+    array: ProcessMemoryArray
 
-    def rows(self, within: Within) -> Elsewhere:
-        return self.borrowed
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Rows that travel in the task, to workers that share no memory with the client."""
-
-    array: Array
-
-    def rows(self, within: Within) -> Array:
+    def read_rows(self, resources: TaskResources) -> RemoteArray:
         return self.array
 
 
 @dataclass(frozen=True)
-class Brought:
+class InlineRows:
+    """Rows that travel in the task, to workers that share no memory with the client."""
+
+    array: Array
+
+    def read_rows(self, resources: TaskResources) -> Array:
+        return self.array
+
+
+@dataclass(frozen=True)
+class ScatteredRows:
     """Rows that are the result of another Dask task; ``position`` counts within what Dask brings."""
 
     position: int
 
-    def rows(self, within: Within) -> Array:
-        found: Array = within.brought[self.position]
+    def read_rows(self, resources: TaskResources) -> Array:
+        found: Array = resources.dependency_results[self.position]
         return found
 
 
 @dataclass(frozen=True)
-class FromGraph:
+class GraphRows:
     """A block of a dask array: the tasks that lead to it, computed one after the other; ``leaves`` are where they begin.
 
     Ports of a chunk share one graph, which is computed once for all of their ``keys``; none: for this one alone.
@@ -112,52 +112,55 @@ class FromGraph:
 
     graph: Mapping[Hashable, Any]
     key: Hashable
-    leaves: Mapping[Hashable, Part] = field(default_factory=dict)
+    leaves: Mapping[Hashable, RowSource] = field(default_factory=dict)
     keys: tuple[Hashable, ...] = ()
 
-    def rows(self, within: Within) -> Array:
-        if id(self.graph) not in within.computed:
-            within.computed[id(self.graph)] = self._computed(within)
-        return within.computed[id(self.graph)][self.key]
+    def read_rows(self, resources: TaskResources) -> Array:
+        if id(self.graph) not in resources.graph_results:
+            resources.graph_results[id(self.graph)] = self._compute_graph(resources)
+        return resources.graph_results[id(self.graph)][self.key]
 
-    def _computed(self, within: Within) -> dict[Hashable, Array]:
-        given, keys = {key: _here(part.rows(within)) for key, part in self.leaves.items()}, list(self.keys or (self.key,))
+    def _compute_graph(self, resources: TaskResources) -> dict[Hashable, Array]:
+        given, keys = (
+            {key: _read_remote_rows(part.read_rows(resources)) for key, part in self.leaves.items()},
+            list(self.keys or (self.key,)),
+        )
         found = dask.get({**self.graph, **given}, keys)  # Dask's own scheduler, without threads
         return dict(zip(keys, found, strict=True))
 
 
-def _here(rows: Array | Elsewhere) -> Array:
+def _read_remote_rows(rows: Array | RemoteArray) -> Array:
     """Rows as a graph takes them: what Dask brought as it is, which may be masked, or no array at all."""
-    return np.asarray(rows) if isinstance(rows, Elsewhere) else rows
+    return np.asarray(rows) if isinstance(rows, RemoteArray) else rows
 
 
 @dataclass(frozen=True)
-class Piece:
+class ChunkInput:
     """One chunk of a task: where its rows are, and where its answer goes in shared memory (None: it comes back)."""
 
     chunk: Chunk
-    parts: tuple[Part, ...]
-    places: tuple[Place, ...] | None
+    row_sources: tuple[RowSource, ...]
+    output_refs: tuple[ArrayRef, ...] | None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Chunks for one worker; ``arena`` and ``note_offset`` say where the receipts go. None: they come back.
+    """Chunks for one worker; ``pool_ref`` and ``header_offset`` say where the receipts go. None: they come back.
 
     ``alone``: nothing else of its call is in flight on that device.
     """
 
-    pieces: tuple[Piece, ...]
-    arena: ArenaRef | None = None
-    note_offset: int = 0
+    chunk_inputs: tuple[ChunkInput, ...]
+    pool_ref: PoolRef | None = None
+    header_offset: int = 0
     alone: bool = False
 
-    def sealed(self) -> bytes:
+    def serialize(self) -> bytes:
         """As it travels: Dask keeps the last 1,000 messages; 64 chunks are 110 KB as objects and 3 KB so (measured)."""
         return zlib.compress(dumps(self), level=1)
 
     @classmethod
-    def opened(cls, sealed: bytes) -> Task:
-        """What :meth:`sealed` made bytes of."""
-        task: Task = loads(zlib.decompress(sealed))
+    def deserialize(cls, data: bytes) -> Task:
+        """What :meth:`serialize` made bytes of."""
+        task: Task = loads(zlib.decompress(data))
         return task

@@ -18,12 +18,12 @@ _MMAP_THRESHOLD = (-3, 1 << 30)  # bytes from which a block is mapped on its own
 _ARENA_MAX = (-8, 1)  # one heap for all threads (launch), where no second thread has asked for memory yet
 
 
-def keep_freed_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Set this process's allocator so; False where it is not glibc's.
 
     Examples
     --------
-    >>> keep_freed_memory() in (True, False)
+    >>> retain_freed_memory() in (True, False)
     True
     """
     try:

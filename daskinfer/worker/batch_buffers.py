@@ -14,44 +14,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskinfer.core.arrays import NUMBERS, Array, Elsewhere, copier, copy_rows
+from daskinfer.core.arrays import NUMERIC_KINDS, Array, RemoteArray, copy_rows, make_row_copier
 from daskinfer.errors import OptionError
 from daskinfer.worker.loaded import LoadedModel
 
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a micro-batch
+CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
-class Buffer:
+class PortBuffer:
     """Rows of one port, and the dtype and the memory format that torch gives them on the device.
 
-    ``looks`` is what it was made for: how many rows, and their shape and dtype.
+    ``spec`` is what it was made for: how many rows, and their shape and dtype.
     """
 
-    looks: tuple[int, tuple[int, ...], np.dtype[Any]]
+    spec: tuple[int, tuple[int, ...], np.dtype[Any]]
     array: Array
-    by_torch: torch.dtype | None
+    torch_dtype: torch.dtype | None
     memory_format: torch.memory_format | None
 
-    def fill(self, rows: Array | Elsewhere, places: slice | Array) -> None:
+    def fill(self, rows: Array | RemoteArray, positions: slice | Array) -> None:
         """Copy rows to their places; the others are zeros, each time anew, for the network may have written there."""
-        if not isinstance(places, slice):
+        if not isinstance(positions, slice):
             self.array[...] = 0
-            self.array[places] = rows
+            self.array[positions] = rows
             return
         if len(rows) < len(self.array):
-            self.array[: places.start] = 0
-            self.array[places.stop :] = 0
-        copy_rows(rows, self.array[places])
+            self.array[: positions.start] = 0
+            self.array[positions.stop :] = 0
+        copy_rows(rows, self.array[positions])
 
-    def on(self, device: torch.device) -> torch.Tensor:
+    def copy_to_device(self, device: torch.device) -> torch.Tensor:
         """All of it as a tensor there; a new one each time, for a network may change its shape too."""
         tensor = torch.from_numpy(self.array).to(device)
-        tensor = tensor if self.by_torch is None else tensor.to(self.by_torch)
+        tensor = tensor if self.torch_dtype is None else tensor.to(self.torch_dtype)
         return tensor if self.memory_format is None else tensor.contiguous(memory_format=self.memory_format)
 
 
-class Buffers:
+class BatchBuffers:
     """The buffers of one pass over a chunk; ``cast`` names the dtype that a port is cast to, None: its own.
 
     ``channels_last``: images and volumes reach the network in that memory format; they are copied as they lie, and then
@@ -61,52 +61,56 @@ class Buffers:
 
     def __init__(self, model: LoadedModel, cast: Callable[[str], str | None], *, channels_last: bool = False) -> None:
         self.model, self.cast = model, cast
-        self._formats = CHANNELS_LAST if channels_last else {}
-        self._of: dict[str, Buffer] = {}  # by the port's name
+        self._formats = CHANNELS_LAST_FORMATS if channels_last else {}
+        self._buffers_by_port: dict[str, PortBuffer] = {}  # by the port's name
 
-    def batched(self, name: str, rows: Array | Elsewhere, size: int, places: slice | Array) -> Any:
+    def make_batch(self, name: str, rows: Array | RemoteArray, size: int, positions: slice | Array) -> Any:
         """Rows at their places among ``size``, as the model takes them."""
-        buffer = self._buffer(name, (size, rows.shape[1:], rows.dtype))
-        buffer.fill(rows, places)
-        return self._given(buffer)
+        buffer = self._get_buffer(name, (size, rows.shape[1:], rows.dtype))
+        buffer.fill(rows, positions)
+        return self._make_model_input(buffer)
 
-    def whole(self, names: Sequence[str], ports: Sequence[Array | Elsewhere], size: int) -> Callable[[int], list[Any]]:
+    def make_batch_reader(
+        self, names: Sequence[str], ports: Sequence[Array | RemoteArray], size: int
+    ) -> Callable[[int], list[Any]]:
         """What gives ``size`` rows of every port from a row on as the model takes them, with as little to do as can be."""
-        buffers = [self._buffer(name, (size, rows.shape[1:], rows.dtype)) for name, rows in zip(names, ports, strict=True)]
-        copies = [copier(rows, buffer.array) for rows, buffer in zip(ports, buffers, strict=True)]
+        buffers = [
+            self._get_buffer(name, (size, rows.shape[1:], rows.dtype)) for name, rows in zip(names, ports, strict=True)
+        ]
+        copies = [make_row_copier(rows, buffer.array) for rows, buffer in zip(ports, buffers, strict=True)]
 
-        def batch(begin: int) -> list[Any]:
+        def read_batch(begin: int) -> list[Any]:
             for copy in copies:
                 copy(begin)
-            return [self._given(buffer) for buffer in buffers]
+            return [self._make_model_input(buffer) for buffer in buffers]
 
-        return batch
+        return read_batch
 
-    def _given(self, buffer: Buffer) -> Any:
+    def _make_model_input(self, buffer: PortBuffer) -> Any:
         """The rows in a buffer as the model takes them: an array or a tensor of its own, whose shape it may change."""
-        return buffer.on(self.model.device) if self.model.takes_tensors else buffer.array.view()
+        return buffer.copy_to_device(self.model.device) if self.model.takes_tensors else buffer.array.view()
 
-    def _buffer(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
-        buffer = self._of.get(name)
-        if buffer is None or buffer.looks != looks:
-            buffer = self._of[name] = self._made(name, looks)
+    def _get_buffer(self, name: str, spec: tuple[int, tuple[int, ...], np.dtype[Any]]) -> PortBuffer:
+        buffer = self._buffers_by_port.get(name)
+        if buffer is None or buffer.spec != spec:
+            buffer = self._buffers_by_port[name] = self._make_buffer(name, spec)
         return buffer
 
-    def _made(self, name: str, looks: tuple[int, tuple[int, ...], np.dtype[Any]]) -> Buffer:
-        by_numpy, by_torch = _casts(name, self.cast(name), for_torch=self.model.takes_tensors)
-        size, shape, dtype = looks
+    def _make_buffer(self, name: str, spec: tuple[int, tuple[int, ...], np.dtype[Any]]) -> PortBuffer:
+        by_numpy, by_torch = _resolve_cast_dtypes(name, self.cast(name), for_torch=self.model.takes_tensors)
+        size, shape, dtype = spec
         # torch takes this machine's byte order only.
         array = np.empty((size, *shape), by_numpy or dtype.newbyteorder("="))
-        return Buffer(looks, array, by_torch, self._formats.get(array.ndim))
+        return PortBuffer(spec, array, by_torch, self._formats.get(array.ndim))
 
 
-def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
+def _resolve_cast_dtypes(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
     """The dtypes to cast to while copying and then by torch; None where that is nothing to do (NumPy has no bfloat16)."""
     if cast is None:
         return None, None
     by_torch = getattr(torch, cast, None) if for_torch else None
     # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
-    by_numpy = _numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
+    by_numpy = _parse_numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
     if for_torch and not isinstance(by_torch, torch.dtype):
         raise OptionError(
             f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32' (--dtype)."
@@ -119,9 +123,9 @@ def _casts(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[An
     return by_numpy, by_torch
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any] | None:
+def _parse_numpy_dtype(name: str) -> np.dtype[Any] | None:
     try:
         dtype = np.dtype(name)
     except TypeError:
         return None
-    return dtype if dtype.kind in NUMBERS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"
+    return dtype if dtype.kind in NUMERIC_KINDS else None  # once ml_dtypes is imported, NumPy knows a bfloat16 of kind "V"

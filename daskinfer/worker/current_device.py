@@ -22,11 +22,11 @@ from distributed import get_worker
 
 from daskinfer.core import env
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.discovery import Device, cpu_label
+from daskinfer.hardware.discovery import Device, read_cpu_label
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerDevice:
     """The device that this process computes on.
 
     ``device`` is its name in the plan, ``torch_device`` torch's; ``n_threads`` None leaves torch's threads as they are.
@@ -39,7 +39,7 @@ class Seat:
     worker: str
 
     @contextlib.contextmanager
-    def threads(self) -> Iterator[None]:
+    def limit_threads(self) -> Iterator[None]:
         """Use this seat's share of the cores in the current thread; torch keeps the number per thread."""
         if self.n_threads is None:
             yield
@@ -59,9 +59,9 @@ class Seat:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe(dask_worker: Any) -> Device:
+def describe_worker_device(dask_worker: Any) -> Device:
     """What this worker is, as the plan wants to know it; the client runs it, and Dask hands over the worker."""
-    here = seat_of(dask_worker)
+    here = get_worker_device(dask_worker)
     device = Device(here.device, here.torch_device.type, index=0, label=here.device_name)
     if device.kind == "cpu":
         return replace(device, memory_nbytes=int(dask_worker.memory_manager.memory_limit or 0))
@@ -74,7 +74,7 @@ def describe(dask_worker: Any) -> Device:
     )
 
 
-def seat() -> Seat:
+def current_device() -> WorkerDevice:
     """The seat of the task that asks, or of this process where it is no worker's.
 
     Raises
@@ -85,29 +85,29 @@ def seat() -> Seat:
     try:
         worker = get_worker()
     except ValueError:
-        return Seat("inline", _cpu_here(), torch.device("cpu"), None, f"process {os.getpid()}")
-    return seat_of(worker)
+        return WorkerDevice("inline", _read_cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
+    return get_worker_device(worker)
 
 
-def seat_of(worker: Any) -> Seat:
+def get_worker_device(worker: Any) -> WorkerDevice:
     """The seat of a Dask worker, asked for in its own process."""
     name = os.environ.get(env.DEVICE) or str(worker.name)
     n_threads = int(os.environ.get(env.THREADS) or worker.state.nthreads)
-    device, device_name = _torch_device(os.environ.get(env.DEVICE), os.environ.get(env.UUID, ""))
-    return Seat(name, device_name, device, n_threads, worker.address)
+    device, device_name = _resolve_torch_device(os.environ.get(env.DEVICE), os.environ.get(env.UUID, ""))
+    return WorkerDevice(name, device_name, device, n_threads, worker.address)
 
 
 @functools.cache
-def _cpu_here() -> str:
+def _read_cpu_label() -> str:
     """Read once: each chunk that this process computes says it, and reading takes 0.5 ms."""
-    return cpu_label()
+    return read_cpu_label()
 
 
 @functools.cache
-def _torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
+def _resolve_torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
     """Torch's device and the hardware's name. dask-cuda rotates the visible GPUs: a worker's own is always the first."""
     if pinned is not None and pinned.startswith("cpu"):
-        return torch.device("cpu"), cpu_label()
+        return torch.device("cpu"), read_cpu_label()
     if not torch.cuda.is_available():
         if pinned is not None:
             raise DeviceError(
@@ -115,11 +115,11 @@ def _torch_device(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
                 f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}, torch {torch.__version__}); it needs the GPU that it is "
                 "pinned to. Install the CUDA build of torch, or leave the device out."
             )
-        return torch.device("cpu"), cpu_label()
-    return _first_gpu(pinned, uuid)
+        return torch.device("cpu"), read_cpu_label()
+    return _resolve_first_gpu(pinned, uuid)
 
 
-def _first_gpu(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
+def _resolve_first_gpu(pinned: str | None, uuid: str) -> tuple[torch.device, str]:
     found = torch.cuda.get_device_properties(0)
     if uuid.startswith("GPU-") and str(found.uuid) != uuid.removeprefix("GPU-"):
         raise DeviceError(

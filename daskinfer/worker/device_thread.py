@@ -25,42 +25,42 @@ class DeviceThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="daskinfer-device")
-        self._ended = time.perf_counter()
+        self._idle_since = time.perf_counter()
 
-    def run(self, compute: Callable[[], T], there_since: float) -> tuple[T, float]:
+    def run(self, compute: Callable[[], T], arrived_at: float) -> tuple[T, float]:
         """What ``compute()`` gives, and for how many seconds the device stood still before it.
 
         ``there_since`` is when the task came to the worker, by ``time.perf_counter()``: earlier it was not this task that
         the device waited for.
         """
         # In the task's own context: distributed.get_worker() works inside a network.
-        return self._executor.submit(contextvars.copy_context().run, self._run, compute, there_since).result()
+        return self._executor.submit(contextvars.copy_context().run, self._run_timed, compute, arrived_at).result()
 
-    def _run(self, compute: Callable[[], T], there_since: float) -> tuple[T, float]:
-        waited = max(0.0, time.perf_counter() - max(self._ended, there_since))
+    def _run_timed(self, compute: Callable[[], T], arrived_at: float) -> tuple[T, float]:
+        waited = max(0.0, time.perf_counter() - max(self._idle_since, arrived_at))
         try:
             return compute(), waited
         finally:
-            self._ended = time.perf_counter()
+            self._idle_since = time.perf_counter()
 
     def close(self) -> None:
         """End the thread once it has nothing more to do."""
         self._executor.shutdown(wait=False)
 
 
-_threads: dict[str, DeviceThread] = {}
+_device_threads: dict[str, DeviceThread] = {}
 _lock = threading.Lock()
 
 
-def of_worker(address: str) -> DeviceThread:
+def get_device_thread(address: str) -> DeviceThread:
     """The device thread of a worker, made when it is first asked for; several workers may live in one process."""
     with _lock:
-        return _threads.setdefault(address, DeviceThread())
+        return _device_threads.setdefault(address, DeviceThread())
 
 
-def close(address: str) -> None:
+def close_device_thread(address: str) -> None:
     """End the device thread of a worker, if it has one."""
     with _lock:
-        thread = _threads.pop(address, None)
+        thread = _device_threads.pop(address, None)
     if thread is not None:
         thread.close()

@@ -13,7 +13,7 @@ from daskinfer.errors import ChunkError, ModelError, OptionError
 
 # torch has no class of its own for running out of memory on the CPU, nor inside cuBLAS and cuDNN.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED", "MemoryError: ")
-_HERE = f"{Path(__file__).parents[1]}{os.sep}"
+_PACKAGE_PREFIX = f"{Path(__file__).parents[1]}{os.sep}"
 # Of CUDA's errors those after which its documentation has the process end (cudaError_t).
 _STICKY = (
     *("illegal memory access", "illegal instruction", "invalid program counter", "misaligned address", "device-side assert"),
@@ -22,7 +22,7 @@ _STICKY = (
 )
 
 
-class AtFaultError(Exception):
+class BadRowsError(Exception):
     """Rows of the chunk, begin to end, that fail by themselves; its cause is what they raised."""
 
 
@@ -39,31 +39,31 @@ def is_sticky(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def said_of_rows(device: torch.device, start: int, stop: int) -> Iterator[None]:
+def annotate_errors(device: torch.device, start: int, stop: int) -> Iterator[None]:
     """Say which rows, on which device, whatever goes wrong meanwhile."""
     where = f"rows {start}:{stop} on {device}"
     try:
         yield
-    except AtFaultError as fault:
-        raise ChunkError(_said_of_fault(fault, start, device)) from _from_their_code(fault.__cause__)
+    except BadRowsError as fault:
+        raise ChunkError(_format_bad_rows_error(fault, start, device)) from _strip_internal_frames(fault.__cause__)
     except (ModelError, OptionError) as error:
         raise type(error)(f"{where}: {error}") from error
     except Exception as error:
         advice = "The device is of no more use to this process: start another." if is_sticky(error) else "Repeat the call."
-        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from _from_their_code(error)
+        raise ChunkError(f"{where} failed: {type(error).__name__}: {error}. {advice}") from _strip_internal_frames(error)
 
 
-def _from_their_code(error: BaseException | None) -> BaseException | None:
+def _strip_internal_frames(error: BaseException | None) -> BaseException | None:
     """An error without the frames that lead to the caller's own function or network; whole where it is of daskinfer's."""
     if error is None:
         return None
     theirs = error.__traceback__
-    while theirs is not None and theirs.tb_frame.f_code.co_filename.startswith(_HERE):
+    while theirs is not None and theirs.tb_frame.f_code.co_filename.startswith(_PACKAGE_PREFIX):
         theirs = theirs.tb_next
     return error if theirs is None else error.with_traceback(theirs)
 
 
-def _said_of_fault(fault: AtFaultError, start: int, device: torch.device) -> str:
+def _format_bad_rows_error(fault: BadRowsError, start: int, device: torch.device) -> str:
     begin, end = (start + row for row in fault.args)
     error = fault.__cause__
     assert error is not None  # it is raised from what the rows raised

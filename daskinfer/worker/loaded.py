@@ -25,20 +25,20 @@ class LoadedModel:
     on_close: Callable[[], None] | None = None
     compiled: bool = False
     max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what memory held, by the shape of a row
-    contiguous_only: set[Any] = field(default_factory=set)  # shapes of rows with which it failed in channels_last
+    contiguous_only_shapes: set[Any] = field(default_factory=set)  # shapes of rows with which it failed in channels_last
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, network: Any, device: torch.device) -> LoadedModel:
+    def from_model(cls, model: Any, device: torch.device) -> LoadedModel:
         """Put a network that nobody else uses onto ``device``."""
-        if isinstance(network, torch.nn.Module):
-            network.eval()  # one by one: a network's own train() often forgets to return it
-            network.requires_grad_(False)
-            network.to(device)
-            return cls(network, device, takes_tensors=True, compiled=any(map(_is_compiled, network.modules())))
-        if hasattr(network, "load"):
-            network.load(str(device))
-        return cls(network, device, takes_tensors=False, on_close=getattr(network, "close", None))
+        if isinstance(model, torch.nn.Module):
+            model.eval()  # one by one: a network's own train() often forgets to return it
+            model.requires_grad_(False)
+            model.to(device)
+            return cls(model, device, takes_tensors=True, compiled=any(map(_is_compiled, model.modules())))
+        if hasattr(model, "load"):
+            model.load(str(device))
+        return cls(model, device, takes_tensors=False, on_close=getattr(model, "close", None))
 
     def close(self) -> None:
         """Tell the model that it is needed no more."""

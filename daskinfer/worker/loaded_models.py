@@ -31,21 +31,21 @@ class ModelCache:
         self.n_loads = 0
         self._max_models = max_models
         self._lock = threading.Lock()
-        self._loading: dict[Any, threading.Lock] = {}
+        self._load_locks: dict[Any, threading.Lock] = {}
         self._models: OrderedDict[Any, LoadedModel] = OrderedDict()
 
     def get(self, key: Any, load: Callable[[], LoadedModel]) -> LoadedModel:
         """The model under ``key``, loaded by the first who asks; a load that fails is tried again by the next."""
         with self._lock:
-            loading = self._loading.setdefault(key, threading.Lock())
+            loading = self._load_locks.setdefault(key, threading.Lock())
         with loading:
             with self._lock:
                 if key in self._models:
                     self._models.move_to_end(key)
                     return self._models[key]
-            self._evict(self._max_models - 1)  # before loading: the device may not hold one more
+            self._evict_models(self._max_models - 1)  # before loading: the device may not hold one more
             model = load()
-            self._keep(key, model)
+            self._insert_model(key, model)
             return model
 
     def __contains__(self, key: Any) -> bool:
@@ -54,22 +54,22 @@ class ModelCache:
 
     def clear(self) -> None:
         """Close every model and forget it."""
-        self._evict(0)
+        self._evict_models(0)
 
-    def _keep(self, key: Any, model: LoadedModel) -> None:
+    def _insert_model(self, key: Any, model: LoadedModel) -> None:
         with self._lock:
             self.n_loads += 1
             self._models[key] = model
-        self._evict(self._max_models)
+        self._evict_models(self._max_models)
 
-    def _evict(self, n_kept: int) -> None:
+    def _evict_models(self, n_kept: int) -> None:
         with self._lock:
             evicted = [self._models.popitem(last=False)[1] for _ in range(max(0, len(self._models) - n_kept))]
         for model in evicted:
-            _close(model)
+            _close_model(model)
 
 
-def _close(model: LoadedModel) -> None:
+def _close_model(model: LoadedModel) -> None:
     """Close a model that nobody asked to close: what goes wrong is not the fault of whoever loads the next."""
     with model.lock:
         try:
@@ -78,4 +78,4 @@ def _close(model: LoadedModel) -> None:
             logger.warning("a model could not be closed", exc_info=True)
 
 
-models = ModelCache()
+model_cache = ModelCache()

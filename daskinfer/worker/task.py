@@ -3,7 +3,7 @@
 A task is one chunk, or several small ones, since a task costs the scheduler 2 to 3 ms. Several tasks are on a worker at a
 time, each in a thread of its own: while one reads, another computes (``device_thread``), and a third writes.
 
-What is the same for all tasks of a call, the :class:`Order`, is pickled once and unpickled once per worker.
+What is the same for all tasks of a call, the :class:`TaskContext`, is pickled once and unpickled once per worker.
 """
 
 from __future__ import annotations
@@ -17,162 +17,182 @@ from typing import Any, TypeVar
 
 import cloudpickle
 
-from daskinfer.core.arrays import Array, Elsewhere
-from daskinfer.core.chunks import Chunk, Failure, Receipt, Written
+from daskinfer.core.arrays import Array, RemoteArray
+from daskinfer.core.chunks import Chunk, ChunkStats, RowFailure, StoredPart
 from daskinfer.errors import ChunkError, StorageError
-from daskinfer.models.model import Recipe
-from daskinfer.models.serialization import ByValue
-from daskinfer.scheduling.autotune import Best, best, pays_at_once, usual_speed
+from daskinfer.models.model import ModelLoader
+from daskinfer.models.serialization import ByValueFunction
+from daskinfer.scheduling.autotune import BatchSizeChoice, is_channels_last_faster, sustained_throughput, tune_batch_size
 from daskinfer.storage.formats import Target
-from daskinfer.transport.row_sources import Piece, Task, Within
-from daskinfer.transport.shared_memory import mapped, write_note
+from daskinfer.transport.row_sources import ChunkInput, Task, TaskResources
+from daskinfer.transport.shared_memory import attach_pool, write_result_header
 from daskinfer.worker import device_thread
-from daskinfer.worker.benchmark import Trial
-from daskinfer.worker.current_device import Seat, seat
+from daskinfer.worker.benchmark import ModelBenchmark
+from daskinfer.worker.current_device import WorkerDevice, current_device
 from daskinfer.worker.loaded import LoadedModel
-from daskinfer.worker.loaded_models import models
-from daskinfer.worker.model_runner import Answer, Job, run_chunk
+from daskinfer.worker.loaded_models import model_cache
+from daskinfer.worker.model_runner import ModelOutput, ModelRunConfig, run_model
 
 T = TypeVar("T")
 
 # What is unpickled may import packages. With dask-cuda installed Dask's own are imported by a loader that stops the whole
 # worker where one thread imports dask.array and another uses what there is of it (seen in Python 3.11, 2 runs of 3).
-_unpickling = threading.Lock()
+_unpickle_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Block:
-    """A chunk's outputs, each (n, *shape); ``receipt`` is None for a chunk without rows.
+class ComputedChunk:
+    """A chunk's outputs, each (n, *shape); ``stats`` is None for a chunk without rows.
 
     ``written`` is what was written of each target, ``failures`` the rows without an answer, in order.
     """
 
     arrays: list[Array]
-    receipt: Receipt | None
-    written: tuple[tuple[Written, ...], ...] = ()
-    failures: tuple[Failure, ...] = ()
+    stats: ChunkStats | None
+    written: tuple[tuple[StoredPart, ...], ...] = ()
+    failures: tuple[RowFailure, ...] = ()
 
 
 @dataclass(frozen=True)
-class Order:
+class TaskContext:
     """What is the same for every task of a call; ``targets`` is empty where the answers come back."""
 
-    recipe: Recipe
-    job: Job
+    loader: ModelLoader
+    run_config: ModelRunConfig
     targets: tuple[Target, ...] = ()
 
-    def sealed(self) -> bytes:
+    def serialize(self) -> bytes:
         """As it travels."""
-        return bytes(cloudpickle.dumps(replace(self, job=travelling(self.job))))
+        return bytes(cloudpickle.dumps(replace(self, run_config=make_portable(self.run_config))))
 
 
-def travelling(job: Job) -> Job:
+def make_portable(run_config: ModelRunConfig) -> ModelRunConfig:
     """A job whose functions reach workers that cannot import them, and without the rows that ``output=`` may have."""
-    before, after = job.options.preprocess, job.options.postprocess
-    options = replace(job.options, preprocess=before and ByValue(before), postprocess=after and ByValue(after), output=None)
-    return replace(job, options=options)
+    before, after = run_config.options.preprocess, run_config.options.postprocess
+    options = replace(
+        run_config.options,
+        preprocess=before and ByValueFunction(before),
+        postprocess=after and ByValueFunction(after),
+        output=None,
+    )
+    return replace(run_config, options=options)
 
 
-def run_task(sealed: bytes, task: Task | bytes, brought: Sequence[Any] = ()) -> list[Block] | None:
+def run_task(
+    serialized_context: bytes, task: Task | bytes, dependency_results: Sequence[Any] = ()
+) -> list[ComputedChunk] | None:
     """Do a task on this worker; None where all of the answer is in shared memory or in files.
 
     Parameters
     ----------
     sealed
-        The call's :class:`Order`, as :meth:`Order.sealed` gives it.
+        The call's :class:`TaskContext`, as :meth:`TaskContext.serialize` gives it.
     task
-        The chunks, as :meth:`Task.sealed` gives them or as they are.
+        The chunks, as :meth:`Task.serialize` gives them or as they are.
     brought
         Results of other Dask tasks that parts ask for by position.
     """
-    with _unpickling:
-        order, task = _opened(sealed), Task.opened(task) if isinstance(task, bytes) else task
-    order = replace(order, job=replace(order.job, alone=task.alone))
-    memory = mapped(task.arena) if task.arena else None
-    blocks = [_run_piece(piece, order, Within(memory, brought)) for piece in task.pieces]
+    with _unpickle_lock:
+        order, task = _deserialize_context(serialized_context), Task.deserialize(task) if isinstance(task, bytes) else task
+    order = replace(order, run_config=replace(order.run_config, alone=task.alone))
+    memory = attach_pool(task.pool_ref) if task.pool_ref else None
+    blocks = [_process_chunk(piece, order, TaskResources(memory, dependency_results)) for piece in task.chunk_inputs]
     if memory is None:
         return blocks
-    fits = write_note(memory, task.note_offset, [replace(block, arrays=[]) for block in blocks])
+    fits = write_result_header(memory, task.header_offset, [replace(block, arrays=[]) for block in blocks])
     return None if fits and not any(block.arrays for block in blocks) else blocks
 
 
-def measure_task(
-    sealed: bytes, task: Task, brought: Sequence[Any], tried: Sequence[int], n_rows: int, *, usual: bool = False
-) -> Best:
+def run_benchmark_task(
+    serialized_context: bytes,
+    task: Task,
+    dependency_results: Sequence[Any],
+    candidates: Sequence[int],
+    n_rows: int,
+    *,
+    sustained: bool = False,
+) -> BatchSizeChoice:
     """Which micro-batch pays on this worker, as ``ladder.best`` finds it on the first chunk of a task."""
-    order, (piece, *_), here = _opened(sealed), task.pieces, seat()
-    within = Within(mapped(task.arena) if task.arena else None, brought)
-    rows = read(lambda: [part.rows(within) for part in piece.parts], piece.chunk)
-    measured, _ = device_thread.of_worker(here.worker).run(
-        lambda: measure(rows, order.recipe, order.job, here, tried, n_rows, usual=usual), time.perf_counter()
+    order, (piece, *_), here = _deserialize_context(serialized_context), task.chunk_inputs, current_device()
+    within = TaskResources(attach_pool(task.pool_ref) if task.pool_ref else None, dependency_results)
+    rows = read_chunk(lambda: [part.read_rows(within) for part in piece.row_sources], piece.chunk)
+    measured, _ = device_thread.get_device_thread(here.worker).run(
+        lambda: measure_batch_sizes(rows, order.loader, order.run_config, here, candidates, n_rows, sustained=sustained),
+        time.perf_counter(),
     )
     return measured
 
 
-def measure(
-    rows: Sequence[Array | Elsewhere],
-    recipe: Recipe,
-    job: Job,
-    here: Seat,
-    tried: Sequence[int],
+def measure_batch_sizes(
+    rows: Sequence[Array | RemoteArray],
+    loader: ModelLoader,
+    run_config: ModelRunConfig,
+    worker_device: WorkerDevice,
+    candidates: Sequence[int],
     n_rows: int,
     *,
-    usual: bool = False,
-) -> Best:
+    sustained: bool = False,
+) -> BatchSizeChoice:
     """Which micro-batch pays, in this thread, of those that there are rows for, and its rows/s.
 
     ``rows`` begin with the input's first. ``usual``: its speed is the usual one, for whoever wants to know what to expect.
     """
-    trial = Trial(_model(recipe, here), rows, job)
-    with here.threads():
-        first = job.batch_size
-        there = [size for size in tried if size <= max(first, len(rows[0]))]
-        channels_last = trial.run_channels_last if trial.may_be_channels_last else None
-        found = best(trial.run, there, n_rows, channels_last, first=first)
-        if not usual:
+    trial = ModelBenchmark(_get_model(loader, worker_device), rows, run_config)
+    with worker_device.limit_threads():
+        first = run_config.batch_size
+        there = [size for size in candidates if size <= max(first, len(rows[0]))]
+        channels_last = trial.run_channels_last if trial.can_use_channels_last else None
+        found = tune_batch_size(trial.run, there, n_rows, channels_last, initial=first)
+        if not sustained:
             return found
-        return found._replace(speed=usual_speed(trial.run_channels_last if found.channels_last else trial.run, found.size))
+        return found._replace(
+            speed=sustained_throughput(trial.run_channels_last if found.channels_last else trial.run, found.batch_size)
+        )
 
 
-def channels_last_pays_at_once(rows: Sequence[Array | Elsewhere], recipe: Recipe, job: Job, here: Seat) -> bool:
+def measure_channels_last(
+    rows: Sequence[Array | RemoteArray], loader: ModelLoader, run_config: ModelRunConfig, worker_device: WorkerDevice
+) -> bool:
     """Whether that memory format pays in this thread, as one micro-batch says."""
-    trial = Trial(_model(recipe, here), rows, job)
-    with here.threads():
-        return trial.may_be_channels_last and pays_at_once(trial.run, trial.run_channels_last, job.batch_size)
+    trial = ModelBenchmark(_get_model(loader, worker_device), rows, run_config)
+    with worker_device.limit_threads():
+        return trial.can_use_channels_last and is_channels_last_faster(
+            trial.run, trial.run_channels_last, run_config.batch_size
+        )
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(sealed: bytes) -> Order:
-    order: Order = cloudpickle.loads(sealed)
+def _deserialize_context(serialized_context: bytes) -> TaskContext:
+    order: TaskContext = cloudpickle.loads(serialized_context)
     return order
 
 
-def _run_piece(piece: Piece, order: Order, within: Within) -> Block:
-    there_since, read_began, chunk = time.perf_counter(), time.time(), piece.chunk
-    rows = read(lambda: [part.rows(within) for part in piece.parts], chunk)
+def _process_chunk(chunk_input: ChunkInput, context: TaskContext, resources: TaskResources) -> ComputedChunk:
+    there_since, read_began, chunk = time.perf_counter(), time.time(), chunk_input.chunk
+    rows = read_chunk(lambda: [part.read_rows(resources) for part in chunk_input.row_sources], chunk)
     read_seconds = time.perf_counter() - there_since
     out = None
-    if piece.places is not None and within.memory is not None:
-        out = [place.array(within.memory) for place in piece.places]
-    here = seat()
-    block, waited_seconds = device_thread.of_worker(here.worker).run(
-        lambda: compute(rows, chunk.start, chunk.stop, order.recipe, order.job, here, out), there_since
+    if chunk_input.output_refs is not None and resources.shared_memory is not None:
+        out = [place.get_array(resources.shared_memory) for place in chunk_input.output_refs]
+    here = current_device()
+    block, waited_seconds = device_thread.get_device_thread(here.worker).run(
+        lambda: compute_chunk(rows, chunk.start, chunk.stop, context.loader, context.run_config, here, out), there_since
     )
-    block, write_seconds = store(block, chunk, order.targets)
-    receipt = block.receipt and block.receipt.timed(
+    block, write_seconds = write_outputs(block, chunk, context.targets)
+    receipt = block.stats and block.stats.with_timing(
         read_began=read_began,
         ended=time.time(),
         read_seconds=read_seconds,
         write_seconds=write_seconds,
         waited_seconds=waited_seconds,
     )
-    return replace(block, arrays=[] if out is not None else block.arrays, receipt=receipt)
+    return replace(block, arrays=[] if out is not None else block.arrays, stats=receipt)
 
 
-def read(rows: Callable[[], T], chunk: Chunk) -> T:
+def read_chunk(read_rows: Callable[[], T], chunk: Chunk) -> T:
     """The rows of a chunk; what goes wrong with them is said of the chunk."""
     try:
-        return rows()
+        return read_rows()
     except Exception as error:
         raise StorageError(
             f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be read: {type(error).__name__}: {error}. Look "
@@ -181,31 +201,31 @@ def read(rows: Callable[[], T], chunk: Chunk) -> T:
         ) from error
 
 
-def store(block: Block, chunk: Chunk, targets: Sequence[Target]) -> tuple[Block, float]:
+def write_outputs(computed: ComputedChunk, chunk: Chunk, targets: Sequence[Target]) -> tuple[ComputedChunk, float]:
     """Write each output to its target: the block with what was written instead of its arrays, and the seconds it took."""
     if not targets:
-        return block, 0.0
+        return computed, 0.0
     began = time.perf_counter()
     try:
-        written = tuple(target.write(chunk.start, rows) for target, rows in zip(targets, block.arrays, strict=True))
+        written = tuple(target.write(chunk.start, rows) for target, rows in zip(targets, computed.arrays, strict=True))
     except Exception as error:
         raise StorageError(
             f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be written: {type(error).__name__}: {error}. "
             "Look at the output's disk.",
             getattr(error, "errno", None) or 0,
         ) from error
-    return replace(block, arrays=[], written=written), time.perf_counter() - began
+    return replace(computed, arrays=[], written=written), time.perf_counter() - began
 
 
-def compute(
-    rows: Sequence[Array | Elsewhere],
+def compute_chunk(
+    rows: Sequence[Array | RemoteArray],
     start: int,
     stop: int,
-    recipe: Recipe,
-    job: Job,
-    here: Seat,
+    loader: ModelLoader,
+    run_config: ModelRunConfig,
+    worker_device: WorkerDevice,
     out: Sequence[Array] | None = None,
-) -> Block:
+) -> ComputedChunk:
     """Compute one chunk in this thread: what every way of computing calls in the end.
 
     Parameters
@@ -219,44 +239,51 @@ def compute(
     here
         The device.
     out
-        Where the answer goes, as for ``run_chunk``. None: into new arrays.
+        Where the answer goes, as for ``run_model``. None: into new arrays.
     """
     if start == stop:
-        assert job.outputs is not None  # found out before any chunk is computed
-        return Block([output.copy() for output in job.outputs], None)
-    _check_rows(job, rows, start, stop)
-    with here.threads():
-        model = _model(recipe, here)
+        assert run_config.outputs is not None  # found out before any chunk is computed
+        return ComputedChunk([output.copy() for output in run_config.outputs], None)
+    _check_dask_row_counts(run_config, rows, start, stop)
+    with worker_device.limit_threads():
+        model = _get_model(loader, worker_device)
         began = time.time()
-        answer = run_chunk(model, rows, start, job, out)
-    return Block(answer.arrays, _receipt(start, stop, here, answer, began), failures=_failures(start, here, answer))
-
-
-def _failures(start: int, here: Seat, answer: Answer) -> tuple[Failure, ...]:
-    return tuple(Failure(start + row, start + row + 1, here.device, why) for row, why in sorted(answer.failed.items()))
-
-
-def _model(recipe: Recipe, here: Seat) -> LoadedModel:
-    return models.get((recipe.key, str(here.torch_device)), lambda: recipe.load(here.torch_device))
-
-
-def _receipt(start: int, stop: int, here: Seat, answer: Answer, began: float) -> Receipt:
-    return Receipt(
-        start,
-        stop,
-        here.device,
-        here.device_name,
-        answer.batch_size,
-        answer.seconds,
-        here.worker,
-        began=began,
-        peak_nbytes=here.peak_nbytes(),
-        channels_last=answer.channels_last,
+        answer = run_model(model, rows, start, run_config, out)
+    return ComputedChunk(
+        answer.arrays,
+        _make_chunk_stats(start, stop, worker_device, answer, began),
+        failures=_make_row_failures(start, worker_device, answer),
     )
 
 
-def _check_rows(job: Job, rows: Sequence[Array | Elsewhere], start: int, stop: int) -> None:
-    for name, port in zip(job.ports.names, rows, strict=True):
+def _make_row_failures(start: int, worker_device: WorkerDevice, output: ModelOutput) -> tuple[RowFailure, ...]:
+    return tuple(
+        RowFailure(start + row, start + row + 1, worker_device.device, why)
+        for row, why in sorted(output.failed_rows.items())
+    )
+
+
+def _get_model(loader: ModelLoader, worker_device: WorkerDevice) -> LoadedModel:
+    return model_cache.get((loader.key, str(worker_device.torch_device)), lambda: loader.load(worker_device.torch_device))
+
+
+def _make_chunk_stats(start: int, stop: int, worker_device: WorkerDevice, output: ModelOutput, began: float) -> ChunkStats:
+    return ChunkStats(
+        start,
+        stop,
+        worker_device.device,
+        worker_device.device_name,
+        output.batch_size,
+        output.seconds,
+        worker_device.worker,
+        began=began,
+        peak_nbytes=worker_device.peak_nbytes(),
+        channels_last=output.channels_last,
+    )
+
+
+def _check_dask_row_counts(run_config: ModelRunConfig, rows: Sequence[Array | RemoteArray], start: int, stop: int) -> None:
+    for name, port in zip(run_config.ports.names, rows, strict=True):
         if len(port) != stop - start:
             raise ChunkError(
                 f"rows {start}:{stop}: the dask array of {name} computed {len(port)} rows there; its chunks "

@@ -26,9 +26,9 @@ def plan(session: Session) -> Verdicts:
 
 def laid_out() -> dict[str, Any]:
     """The planner alone."""
-    from daskinfer.scheduling.chunking import lay_out
+    from daskinfer.scheduling.chunking import make_chunks
 
-    return _measured(lambda: lay_out(_N_ROWS, [1.0] * _N_DEVICES, batch_size=1024, row_nbytes=_ROW_NBYTES))
+    return _measured(lambda: make_chunks(_N_ROWS, [1.0] * _N_DEVICES, batch_size=1024, row_nbytes=_ROW_NBYTES))
 
 
 def planned() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from daskinfer.cluster.nanny import kill
+from daskinfer.cluster.nanny import kill_processes
 from tests.benchmarks.processes import ROOT, Failed, Unavailable
 
 MARK = "CHAOS_MARK"  # variable: all that a process starts, and whatever that starts, has it too
@@ -80,7 +80,7 @@ def started(command: Sequence[str], log: Path, env: Mapping[str, str] | None = N
 
 def _end(mark: str) -> None:
     """Kill all processes of a mark; Python's trackers of semaphores first get time to remove those of the killed."""
-    kill(marked(mark))
+    kill_processes(marked(mark))
     deadline = time.monotonic() + TRACKER_SECONDS
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -165,7 +165,7 @@ def _use_trusted(path: Path) -> None:
         if path.suffix == ".npy":
             np.load(path, allow_pickle=True)
         else:
-            di.Model(path, trust=True).recipe().load(torch.device("cpu"))
+            di.Model(path, trust=True).make_loader().load(torch.device("cpu"))
 
 
 def declared(effort: Effort) -> Verdict:
@@ -214,7 +214,7 @@ def refuse(folder: str, *names: str) -> None:
     import resource
 
     import daskinfer as di
-    from daskinfer.hardware.discovery import machine
+    from daskinfer.hardware.discovery import inspect_machine
 
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -226,7 +226,7 @@ def refuse(folder: str, *names: str) -> None:
             di.plan(np.sqrt, Path(folder, name), devices="inline")
         except di.DaskInferError:
             said.append(name)
-    print(json.dumps({"refused": said, "peak": peak(), "grown": peak() - before, "budget": machine().memory_nbytes}))
+    print(json.dumps({"refused": said, "peak": peak(), "grown": peak() - before, "budget": inspect_machine().memory_nbytes}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tests.faults.effort import Effort, judged
 
 N_CHUNKS, CHUNK_ROWS = 200, 10
 CHUNK_SECONDS = 0.06  # more than `dealer.TASK_SECONDS`: a task is one chunk
-WINDOW = 3  # tasks in flight per device: readers + 2
+WINDOW = 3  # tasks in flight per device: prefetch + 2
 DEVICES = ["cpu", "cpu"]
 
 
@@ -56,9 +56,9 @@ def killer(pids: Any, seed: int) -> Iterator[list[float]]:
 
 def worker_pids() -> list[int]:
     """The workers of the cluster that this process keeps, not their nannies, in order."""
-    from daskinfer.cluster.process_cluster import kept
+    from daskinfer.cluster.process_cluster import default_cluster
 
-    current = kept._current
+    current = default_cluster._current
     nannies = list(current.cluster.workers.values()) if current is not None else []
     found = [child for nanny in nannies for process in nanny.processes()[:1] for child in process.children()]
     return sorted(p.pid for p in found if p.is_running() and not any("resource_tracker" in w for w in _words(p)))

@@ -39,7 +39,7 @@ class Zygote:
         self.beside.mkdir()
         np.save(self.beside / "x.npy", nets.rows(n_chunks * BATCH_ROWS))
         os.environ[nets.FOLDER] = str(self.beside)
-        balancer.MAX_TASK_SECONDS = balancer.TASK_SECONDS = 0.0
+        balancer.MAX_TASK_SECONDS = balancer.MIN_TASK_SECONDS = 0.0
         torch.set_num_threads(1)
         self.command = ["run", "tests.faults.nets:made", str(self.beside / "x.npy"), str(self.output)]
         self.command += ["--devices", "inline", "--batch-size", str(BATCH_ROWS)]

@@ -16,12 +16,12 @@ from distributed import Client
 import daskinfer as di
 from daskinfer.errors import DeviceError
 from daskinfer.hardware.device_spec import check_drivable
-from daskinfer.hardware.discovery import machine
+from daskinfer.hardware.discovery import inspect_machine
 
 
 def _reason_to_skip() -> str:
     """Why no GPU can be used here; empty where one can."""
-    here = machine()
+    here = inspect_machine()
     if not here.gpus:
         return "NVML sees no GPU here"
     try:

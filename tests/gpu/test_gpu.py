@@ -9,8 +9,8 @@ import torch
 from distributed import Client
 
 import daskinfer as di
-from daskinfer.cluster.worker_spec import resource
-from daskinfer.hardware.discovery import machine
+from daskinfer.cluster.worker_spec import resource_name
+from daskinfer.hardware.discovery import inspect_machine
 
 N_ROWS = 1000
 # Matrix products of a GPU may round to 10 bits of mantissa (TF32); these networks add up 64 of them.
@@ -50,8 +50,8 @@ def test_each_workers_first_gpu_is_the_one_it_is_pinned_to(gpu_client: Client) -
 
         return str(torch.cuda.get_device_properties(0).uuid)
 
-    gpus = [gpu for gpu in machine().gpus if gpu.uuid.startswith("GPU-")]
-    asked = [gpu_client.submit(uuid, pure=False, resources={resource(gpu.name): 1}) for gpu in gpus]
+    gpus = [gpu for gpu in inspect_machine().gpus if gpu.uuid.startswith("GPU-")]
+    asked = [gpu_client.submit(uuid, pure=False, resources={resource_name(gpu.name): 1}) for gpu in gpus]
     assert [f"GPU-{found}" for found in gpu_client.gather(asked)] == [gpu.uuid for gpu in gpus]
 
 
@@ -63,7 +63,7 @@ def test_a_cpu_worker_beside_gpus_sees_none(gpu_client: Client) -> None:
 
         return torch.cuda.device_count()
 
-    assert gpu_client.submit(n_gpus, resources={resource("cpu:0"): 1}).result() == 0
+    assert gpu_client.submit(n_gpus, resources={resource_name("cpu:0"): 1}).result() == 0
 
 
 def test_predict_on_a_gpu_equals_a_loop_on_the_cpu(x: np.ndarray[Any, Any]) -> None:
@@ -74,7 +74,7 @@ def test_predict_on_a_gpu_equals_a_loop_on_the_cpu(x: np.ndarray[Any, Any]) -> N
     finally:
         di.close()
     np.testing.assert_allclose(y, on_cpu(net, x), **TF32)
-    assert {d.device for d in report.devices if d.n_rows} <= {gpu.name for gpu in machine().gpus}
+    assert {d.device for d in report.devices if d.n_rows} <= {gpu.name for gpu in inspect_machine().gpus}
     assert not torch.cuda.is_initialized()
 
 

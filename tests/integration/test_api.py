@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import daskinfer as di
-from daskinfer.cluster.placement import workers_of
+from daskinfer.cluster.placement import fetch_workers
 from daskinfer.scheduling import chunking
 from tests.conftest import wait_until
 
@@ -58,9 +58,9 @@ class Pair(NamedTuple):
 
 def n_loads() -> int:
     """Models that the process has loaded so far."""
-    from daskinfer.worker.loaded_models import models
+    from daskinfer.worker.loaded_models import model_cache
 
-    return models.n_loads
+    return model_cache.n_loads
 
 
 class Loads:
@@ -233,10 +233,10 @@ def test_one_load_per_worker_and_one_more_after_a_kill(own_client: Client, tmp_p
         y = di.predict(model, x, client=own_client, device_weights="even")
     assert loads() == 1 + 2  # the first call looks at the answer once on the client
     np.testing.assert_allclose(y, x.sum(axis=1), rtol=1e-5, atol=1e-6)
-    before = set(workers_of(own_client))
+    before = set(fetch_workers(own_client))
     os.kill(next(iter(own_client.run(os.getpid).values())), signal.SIGKILL)
-    wait_until(lambda: len(set(workers_of(own_client)) - before) == 1, 60)
-    wait_until(lambda: len(workers_of(own_client)) == 2, 60)
+    wait_until(lambda: len(set(fetch_workers(own_client)) - before) == 1, 60)
+    wait_until(lambda: len(fetch_workers(own_client)) == 2, 60)
     di.predict(model, x, client=own_client, device_weights="even")
     assert loads() == 1 + 3
 

@@ -29,23 +29,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import daskinfer as di
-from daskinfer.cluster.worker_spec import Start
-from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.cluster.worker_spec import WorkerSpec
+from daskinfer.core.chunks import ChunkStats, RowFailure
 from daskinfer.diagnostics.dashboard import page, plugin, publisher
-from daskinfer.diagnostics.dashboard.chunk_map import N_CELLS, UNKNOWN, ChunkMap
-from daskinfer.diagnostics.dashboard.publisher import MAX_TROUBLES, PATIENCE_SECONDS, Sender
+from daskinfer.diagnostics.dashboard.chunk_map import N_CELLS, UNKNOWN_DEVICE, ChunkMap
+from daskinfer.diagnostics.dashboard.publisher import INITIAL_DELAY_SECONDS, MAX_ERRORS, StatusPublisher
 from daskinfer.diagnostics.dashboard.state import (
     MAX_DEVICES,
     MAX_POINTS,
     MAX_RUNS,
     OTHERS,
     STEP_SECONDS,
-    Board,
-    Course,
+    RunRegistry,
     Snapshot,
-    folded,
+    ThroughputHistory,
+    limit_devices,
 )
-from daskinfer.diagnostics.events import Asked, ChunkDone, ChunkFailed, ChunkStarted, Event, RunEnded, RunStarted
+from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, ChunkStarted, Event, PlannedDevice, RunEnded, RunStarted
 from tests.conftest import wait_until
 from tests.support import browser
 from tests.support.dask_commands import others
@@ -57,9 +57,9 @@ Net = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 in_browser = pytest.mark.skipif(browser.PROGRAM is None, reason="needs a browser: apt-get install chromium")
 
 
-def receipt(start: int, stop: int, device: str = "cpu:0", began: float = 11.0) -> Receipt:
+def receipt(start: int, stop: int, device: str = "cpu:0", began: float = 11.0) -> ChunkStats:
     """What a worker says; ``began`` is 0 for rows that were given up."""
-    return Receipt(start, stop, device, "EPYC", 4, 1.0, "w", began=began)
+    return ChunkStats(start, stop, device, "EPYC", 4, 1.0, "w", began=began)
 
 
 def started(start: int, stop: int, device: str = "cpu:0") -> ChunkStarted:
@@ -74,23 +74,23 @@ def came_back(start: int, stop: int, why: str = "ValueError: no") -> ChunkFailed
 
 def done(start: int, stop: int, *failed: int, attempts: int = 1, began: float = 11.0, device: str = "cpu:0") -> ChunkDone:
     """The event of a chunk that is done, but for the rows that failed."""
-    failures = tuple(Failure(at, at + 1, device, f"ValueError: {at}") for at in failed)
+    failures = tuple(RowFailure(at, at + 1, device, f"ValueError: {at}") for at in failed)
     return ChunkDone("a", 12.0, start, stop, device, receipt(start, stop, device, began), failures, attempts)
 
 
-def told(*events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2) -> Sender:
+def told(*events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2) -> StatusPublisher:
     """A sender that has heard of a run."""
-    found = Sender()
-    asked = tuple(Asked(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
+    found = StatusPublisher()
+    asked = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
     found(RunStarted(run, 9.0, model, ("x",), ("y",), (0, n_rows), (), 8, asked))
     for event in events:
         found(event)
     return found
 
 
-def shown_on(board: Board, told: Sender, now: float = 20.0) -> None:
+def shown_on(board: RunRegistry, told: StatusPublisher, now: float = 20.0) -> None:
     """Have a board show what a sender knows."""
-    board.take(pickle.loads(pickle.dumps(told.snapshot(now).message())))
+    board.update(pickle.loads(pickle.dumps(told.make_snapshot(now).to_message())))
 
 
 # ---------------------------------------------------------------------------------------------------------- what is counted
@@ -125,47 +125,47 @@ def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
             rows["done"][here] = True
         if fate in ("waits", "was done before"):
             continue
-        drawn.began(started(start, stop), 1)
+        drawn.mark_started(started(start, stop), 1)
         rows["in_flight"][here] = True
         if fate in ("comes back", "begins again", "given up"):
-            drawn.came_back(came_back(start, stop))
+            drawn.mark_failed(came_back(start, stop))
             rows["in_flight"][here], rows["again"][here] = False, True
         if fate == "begins again":
-            drawn.began(started(start, stop), 1)
+            drawn.mark_started(started(start, stop), 1)
             rows["in_flight"][here] = True
             if data.draw(st.booleans()):
-                drawn.done(done(start, stop, attempts=2), 1)
+                drawn.mark_done(done(start, stop, attempts=2), 1)
                 rows["in_flight"][here], rows["again"][here], rows["done"][here] = False, False, True
         elif fate == "given up":
-            drawn.done(done(start, stop, *range(start, stop), began=0.0), 1)
+            drawn.mark_done(done(start, stop, *range(start, stop), began=0.0), 1)
             rows["again"][here], rows["failed"][here] = False, True
         elif fate == "done":
-            drawn.done(done(start, stop, start), 1)
+            drawn.mark_done(done(start, stop, start), 1)
             rows["in_flight"][here], rows["done"][here] = False, True
             rows["done"][a], rows["failed"][a] = False, True
-    cells = drawn.cells()
+    cells = drawn.get_cells()
     assert {state: list(getattr(cells, state)) for state in rows} == {
         state: by_hand(counts) for state, counts in rows.items()
     }
-    drawn.ended()
-    assert not any(drawn.cells().in_flight)
+    drawn.mark_ended()
+    assert not any(drawn.get_cells().in_flight)
 
 
 def test_cells_know_who_was_there() -> None:
     """A cell has the number of the last device that was there; those beyond the last number are not told apart."""
     drawn = ChunkMap((0, 4))
-    drawn.began(started(0, 1), 0)
-    drawn.began(started(1, 2), 3)
-    drawn.done(done(1, 2), 2)
-    drawn.began(started(2, 3), 1000)
-    assert list(drawn.cells().device) == [0, 2, UNKNOWN, UNKNOWN]
-    assert list(ChunkMap((10, 14), [(10, 12)]).cells().device) == [UNKNOWN] * 4
-    assert ChunkMap((0, 0)).cells().done == b""
+    drawn.mark_started(started(0, 1), 0)
+    drawn.mark_started(started(1, 2), 3)
+    drawn.mark_done(done(1, 2), 2)
+    drawn.mark_started(started(2, 3), 1000)
+    assert list(drawn.get_cells().device) == [0, 2, UNKNOWN_DEVICE, UNKNOWN_DEVICE]
+    assert list(ChunkMap((10, 14), [(10, 12)]).get_cells().device) == [UNKNOWN_DEVICE] * 4
+    assert ChunkMap((0, 0)).get_cells().done == b""
 
 
 def test_a_course_is_halved_when_it_grows_too_long() -> None:
     """Points of time stay boundedly many over any run, evenly spaced, and the latest is always there."""
-    course = Course()
+    course = ThroughputHistory()
     for i in range(20 * MAX_POINTS):
         course.add(i * STEP_SECONDS, (float(i),))
     at = np.array([seconds for seconds, _ in course.points])
@@ -177,58 +177,58 @@ def test_a_course_is_halved_when_it_grows_too_long() -> None:
 def test_devices_beyond_the_last_colour_are_summed_up() -> None:
     """Of many devices the first are told apart, the others are one."""
     events = [started(i, i + 1, f"cpu:{i}") for i in range(30)] + [done(i, i + 1, device=f"cpu:{i}") for i in range(29)]
-    devices = told(*events, n_devices=30).snapshot(20.0).status.devices
+    devices = told(*events, n_devices=30).make_snapshot(20.0).status.devices
     assert [device.device for device in devices] == [*(f"cpu:{i}" for i in range(MAX_DEVICES - 1)), OTHERS]
     assert (devices[-1].label, devices[-1].n_rows, devices[-1].n_in_flight) == ("7 devices", 6, 1)
     assert sum(device.asked_share for device in devices) == pytest.approx(1.0)
-    assert folded(devices[:2]) == devices[:2]
+    assert limit_devices(devices[:2]) == devices[:2]
 
 
 def test_a_snapshot_crosses_processes_in_plain_values() -> None:
     """What is told of a run is read as it was written, has the last messages, and grows with nothing."""
     many = [came_back(i, i + 1, "E" * 10_000) for i in range(50)]
-    snapshot = told(started(0, 50), *many, done(60, 62, 61), model="N" * 10_000, n_rows=10**9).snapshot(20.0)
-    assert Snapshot.of(json.loads(json.dumps(snapshot.message(), default=list))).troubles == snapshot.troubles
-    assert Snapshot.of(pickle.loads(pickle.dumps(snapshot.message()))) == snapshot
-    assert len(snapshot.troubles) == MAX_TROUBLES
-    assert (snapshot.troubles[-1].start, snapshot.troubles[-1].exception) == (61, "ValueError: 61")
-    assert len(pickle.dumps(snapshot.message())) < 10_000
+    snapshot = told(started(0, 50), *many, done(60, 62, 61), model="N" * 10_000, n_rows=10**9).make_snapshot(20.0)
+    assert Snapshot.from_message(json.loads(json.dumps(snapshot.to_message(), default=list))).errors == snapshot.errors
+    assert Snapshot.from_message(pickle.loads(pickle.dumps(snapshot.to_message()))) == snapshot
+    assert len(snapshot.errors) == MAX_ERRORS
+    assert (snapshot.errors[-1].start, snapshot.errors[-1].exception) == (61, "ValueError: 61")
+    assert len(pickle.dumps(snapshot.to_message())) < 10_000
 
 
 def test_the_last_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A board keeps boundedly many runs, those heard of last, and lists the one that began last first."""
     clock = iter(range(1000))
     monkeypatch.setattr("daskinfer.diagnostics.dashboard.state.time.time", lambda: float(next(clock)))
-    board = Board()
+    board = RunRegistry()
     shown_on(board, told(run="goes on"))
     for i in range(MAX_RUNS + 3):
         shown_on(board, told(run=f"run {i}"))
         shown_on(board, told(started(0, 1), run="goes on"))
     names = [shown.snapshot.status.run for shown in board.runs]
     assert names == [*(f"run {i}" for i in range(MAX_RUNS + 2, 3, -1)), "goes on"]
-    assert len(board.runs[-1].course.points) == 1  # all was told of one moment
+    assert len(board.runs[-1].throughput.points) == 1  # all was told of one moment
 
 
 # --------------------------------------------------------------------------------------------------------- what one reads
 
 
-def seen(board: Board) -> tuple[page.View, str]:
+def seen(board: RunRegistry) -> tuple[page.PageView, str]:
     """What a reader sees, as HTML."""
-    view = page.View(board)
+    view = page.PageView(board)
     view.update()
-    return view, view._head.text + view._devices.text + view._troubles.text
+    return view, view._headline.text + view._device_table.text + view._error_table.text
 
 
 def test_no_run_yet() -> None:
     """Where nothing was computed yet the page says so."""
-    view, text = seen(Board())
+    view, text = seen(RunRegistry())
     assert "No run yet" in text
     assert not view._body.visible
 
 
 def test_a_run_that_goes_on() -> None:
     """Rows, speed, what is left, what is in flight and what came back stand at the top, escaped."""
-    board = Board()
+    board = RunRegistry()
     events = [
         started(0, 10),
         started(10, 20, "cpu:1"),
@@ -246,13 +246,13 @@ def test_a_run_that_goes_on() -> None:
 
 def test_before_the_first_chunk_and_after_the_end() -> None:
     """Before its first chunk a run's workers start; at its end its speed is that of all of it, and why it ended is there."""
-    board = Board()
+    board = RunRegistry()
     shown_on(board, told())
     assert "0%, 0 of 100 rows, workers start<" in seen(board)[1]
     shown_on(board, told(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
     view, text = seen(board)
     assert "50%, 50 of 100 rows, ended after 0:10, 5 rows/s, ValueError: &lt;no&gt;" in text
-    assert f"Net (failed), {publisher._who()}" in view._choice.options[1][1]
+    assert f"Net (failed), {publisher._get_user()}" in view._run_select.options[1][1]
     shown_on(board, told(started(0, 1), done(0, 1), RunEnded("a", 10.0, ""), n_rows=1))
     assert "100%, 1 of 1 rows, done after" in seen(board)[1]
     shown_on(board, told(started(0, 1), replace(done(0, 1), at=11.0), RunEnded("a", 11.0, ""), n_rows=0))
@@ -261,70 +261,70 @@ def test_before_the_first_chunk_and_after_the_end() -> None:
 
 def test_runs_of_one_second() -> None:
     """Runs that begin in the same second with the same network can be told apart in the list, the first first."""
-    board = Board()
+    board = RunRegistry()
     for number in range(3):
         shown_on(board, told(started(0, 50), run=f"run {number}"))
-        board._runs[f"run {number}"].first_heard = 100.0 + number / 10
+        board._runs[f"run {number}"].first_seen = 100.0 + number / 10
     view, _ = seen(board)
-    (_, latest), (run, third), (_, second), (_, first) = view._choice.options
+    (_, latest), (run, third), (_, second), (_, first) = view._run_select.options
     assert (latest, run) == ("the latest", "run 2")
     assert (second, third) == (f"{first}, no. 2", f"{first}, no. 3")
 
 
 def test_a_run_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose process is gone without a word is said to be silent after a while."""
-    board = Board()
+    board = RunRegistry()
     shown_on(board, told(started(0, 10)))
     view, text = seen(board)
     assert "nothing was heard" not in text
     monkeypatch.setattr(page, "SILENT_SECONDS", -1.0)
     view.update()
-    assert "nothing was heard of it for a while: its process may hang" in view._head.text
-    assert "(silent), " in view._choice.options[1][1]
+    assert "nothing was heard of it for a while: its process may hang" in view._headline.text
+    assert "(silent), " in view._run_select.options[1][1]
 
 
 def test_who_computes_has_a_name_as_far_as_the_system_knows_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user and host stand beside each run; a number without a name is left out."""
-    assert publisher._who().endswith(platform.node())
-    publisher._who.cache_clear()
+    assert publisher._get_user().endswith(platform.node())
+    publisher._get_user.cache_clear()
     monkeypatch.setattr(publisher.getpass, "getuser", {}.__getitem__)  # as where no such user is known
-    assert publisher._who() == platform.node()
-    publisher._who.cache_clear()
+    assert publisher._get_user() == platform.node()
+    publisher._get_user.cache_clear()
 
 
 def test_one_run_of_several_is_looked_at() -> None:
     """The latest that goes on is shown until another is chosen; a run that is no longer kept gives way to the latest."""
-    board = Board()
+    board = RunRegistry()
     for run in ("first", "second"):
         shown_on(board, told(run=run, model=run))
     view, text = seen(board)
     assert "<b>second</b>" in text
     assert "another run goes on on this cluster" in text
-    view._choice.value = "first"
-    assert "<b>first</b>" in view._head.text
+    view._run_select.value = "first"
+    assert "<b>first</b>" in view._headline.text
     shown_on(board, told(run="third"))
     view.update()
-    assert "2 other runs go on on this cluster" in view._head.text
+    assert "2 other runs go on on this cluster" in view._headline.text
     for run in ("second", "third"):
         shown_on(board, told(RunEnded(run, 10.0, ""), run=run))
     view.update()
-    assert "on this cluster" not in view._head.text
-    view._choice.value = ""
+    assert "on this cluster" not in view._headline.text
+    view._run_select.value = ""
     view.update()
-    assert "<b>first</b>" in view._head.text  # those that began after it have ended
-    view._choice.value = "first"
+    assert "<b>first</b>" in view._headline.text  # those that began after it have ended
+    view._run_select.value = "first"
     for i in range(MAX_RUNS):
         shown_on(board, told(run=f"run {i}", model=f"run {i}"))
     view.update()
-    assert f"<b>run {MAX_RUNS - 1}</b>" in view._head.text
+    assert f"<b>run {MAX_RUNS - 1}</b>" in view._headline.text
 
 
 def test_devices_that_came_later_have_no_speed_before() -> None:
     """A device that joined a run has its line from then on, and is not mistaken for another."""
-    board = Board()
+    board = RunRegistry()
     shown_on(board, told(started(0, 10), done(0, 10)), now=14.0)
     shown_on(board, told(started(0, 10), done(0, 10), started(10, 20, "inline")), now=15.0)
-    lines = seen(board)[0]._speeds._source.data
+    lines = seen(board)[0]._throughput_plot._source.data
     assert lines["device"] == ["all", "cpu:0", "cpu:1", "inline"]
     assert [len(line) for line in lines["ys"]] == [2] * 4
     assert len(set(lines["colour"])) == 4
@@ -349,9 +349,9 @@ def test_a_short_run_is_not_told(cluster_client: Client, caplog: pytest.LogCaptu
     """A run that ends well before anybody could look costs no message, one that fails is shown however short it is."""
     handler = plugin.HANDLER
     with caplog.at_level(logging.INFO, SENDER):
-        publisher._showing.discard(cluster_client)
+        publisher._registered_clients.discard(cluster_client)
         di.predict(abs, [1.0], client=cluster_client)
-        time.sleep(2 * PATIENCE_SECONDS)  # nothing is what is waited for
+        time.sleep(2 * INITIAL_DELAY_SECONDS)  # nothing is what is waited for
         assert not said(caplog)
         with pytest.raises(di.DaskInferError, match="ZeroDivisionError"):
             di.predict(lambda batch: 1 // 0, [1.0], client=cluster_client, output=OUTPUT)
@@ -379,14 +379,14 @@ def test_a_cluster_of_ours_has_the_page_from_its_start() -> None:
     """Whoever opens it before the first run finds it."""
     with di.LocalDeviceCluster("cpu") as cluster:
         dashboard = cluster.dashboard_link.removesuffix("/status")
-        assert plots(dashboard)["Individual Daskinfer"] == page.PLOT
-        with urllib.request.urlopen(dashboard + page.PAGE, timeout=30) as answer:
+        assert plots(dashboard)["Individual Daskinfer"] == page.PLOT_PATH
+        with urllib.request.urlopen(dashboard + page.PAGE_PATH, timeout=30) as answer:
             assert answer.read().count(b'href="daskinfer"') == 1
 
 
 def test_preloads_that_are_configured_stay() -> None:
     """A configured preload of the scheduler is not replaced by our page's, which then comes with the first run."""
-    start = Start(2**30, ".", "127.0.0.1:0", 1.0)
+    start = WorkerSpec(2**30, ".", "127.0.0.1:0", 1.0)
     assert start.scheduler_options()["preload"] == ["daskinfer.diagnostics.dashboard.plugin"]
     assert replace(start, dashboard_address=None).scheduler_options()["preload"] == []
     with dask.config.set({"distributed.scheduler.preload": ["theirs"]}):
@@ -415,18 +415,18 @@ def test_a_client_that_closes_with_the_run(caplog: pytest.LogCaptureFixture) -> 
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         with Client(cluster, set_as_default=False) as client:
-            found.connected(client)
-            found.connected(client)  # the same again changes nothing
-            wait_until(lambda: client in publisher._showing)
+            found.attach_client(client)
+            found.attach_client(client)  # the same again changes nothing
+            wait_until(lambda: client in publisher._registered_clients)
         found(RunEnded("a", 13.0, ""))
         wait_until(lambda: len(said(caplog)) == 2)  # where it was shown, and why no more
     assert said(caplog)[1].startswith("the dashboard shows this run no more: ")
-    assert client not in publisher._showing
+    assert client not in publisher._registered_clients
 
 
 def test_another_version_of_daskinfer_on_the_scheduler(cluster_client: Client) -> None:
     """A message that the scheduler cannot read is answered with why, and is nothing in its log."""
-    cluster_client.register_plugin(plugin.Page())
+    cluster_client.register_plugin(plugin.DashboardPlugin())
     handler, message = plugin.HANDLER, {"status": {"devices": [], "unheard": 1}}
     answer = cluster_client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.handlers[handler](message=message))
     assert answer.startswith("the scheduler has another version of daskinfer: ")
@@ -434,9 +434,11 @@ def test_another_version_of_daskinfer_on_the_scheduler(cluster_client: Client) -
 
 def test_insides_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the page cannot be added to a dashboard of another version, the scheduler says what kept it from that."""
-    assert plugin._installed(None, Board()) == "AttributeError: 'NoneType' object has no attribute 'http_application'"
+    assert (
+        plugin._install_page(None, RunRegistry()) == "AttributeError: 'NoneType' object has no attribute 'http_application'"
+    )
     monkeypatch.delitem(sys.modules, "distributed.dashboard.scheduler")
-    assert plugin._installed(None, Board()) == "the scheduler has no bokeh, or no dashboard"
+    assert plugin._install_page(None, RunRegistry()) == "the scheduler has no bokeh, or no dashboard"
 
 
 # --------------------------------------------------------------------------------------------- schedulers of other processes
@@ -480,7 +482,7 @@ def test_a_scheduler_that_loads_the_page_itself(tmp_path: Path) -> None:
         dashboard = client.dashboard_link.removesuffix("/status")
         assert (before := plots(dashboard))["Individual Daskinfer"] == "/individual-daskinfer"
         di.predict(slow(0.05), rows(80), client=client, batch_size=4)
-        wait_until(lambda: client in publisher._showing)
+        wait_until(lambda: client in publisher._registered_clients)
         assert plots(dashboard) == before
 
 
@@ -557,11 +559,11 @@ def test_no_run_yet_in_a_browser() -> None:
     """A page that has nothing to show yet is as quiet in a browser, and fills when the first run is heard of."""
     how = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**how) as cluster, Client(cluster, set_as_default=False) as client:
-        client.register_plugin(plugin.Page())
+        client.register_plugin(plugin.DashboardPlugin())
         with browser.opened(f"http://127.0.0.1:{cluster.scheduler.http_server.port}/daskinfer") as tab:
             tab.wait_for(lambda: "No run yet" in tab.text)
             found = told(started(0, 10), done(0, 10, 3))
-            found.connected(client)
+            found.attach_client(client)
             tab.wait_for(lambda: "10 of 100 rows" in tab.text)
             found(RunEnded("a", 13.0, "ValueError: no"))
             tab.wait_for(lambda: "ended after 0:03, 3 rows/s, 1 failed, ValueError: no" in tab.text)

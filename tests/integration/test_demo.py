@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from daskinfer.demo import digits, train
-from daskinfer.demo.net import DigitNet, make
+from daskinfer.demo.net import DigitNet, make_model
 
-WEIGHTS = digits.DIGITS.with_name("digits.safetensors")
+WEIGHTS = digits.DIGITS_PATH.with_name("digits.safetensors")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def net() -> DigitNet:
     """The network with the shipped weights, in evaluation mode."""
-    net = make()
+    net = make_model()
     net.load_state_dict(load_file(WEIGHTS), strict=True)
     return net.eval()
 
@@ -44,12 +44,12 @@ def test_the_weights_fit_the_factory(net: DigitNet) -> None:
 def test_the_files_are_small() -> None:
     """The weights take less than 300 KB and the digits less than 120 KB."""
     assert WEIGHTS.stat().st_size < 300_000
-    assert digits.DIGITS.stat().st_size < 120_000
+    assert digits.DIGITS_PATH.stat().st_size < 120_000
 
 
 def test_the_network_reads_digits_it_was_not_trained_on(net: DigitNet) -> None:
     """The shipped weights read over 97 % of the held-out digits, and over 96 % of those with shifts and noise."""
-    clean, augmented = train.held_out_accuracy(net)
+    clean, augmented = train.compute_held_out_accuracy(net)
     assert clean > 0.97
     assert augmented > 0.96
 
@@ -75,7 +75,7 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
 def test_the_digits_can_be_rebuilt(tmp_path: Path) -> None:
     """Rebuilding the digits from scikit-learn gives the shipped array."""
     train.rebuild_digits(tmp_path / "digits.npy")
-    np.testing.assert_array_equal(np.load(tmp_path / "digits.npy"), np.load(digits.DIGITS))
+    np.testing.assert_array_equal(np.load(tmp_path / "digits.npy"), np.load(digits.DIGITS_PATH))
 
 
 def test_the_split_is_disjoint_and_complete() -> None:
@@ -101,7 +101,7 @@ def test_training_draws_from_its_split_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_made_digits_come_from_held_out_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without noise, every made digit is a held-out one of its label, shifted by at most a pixel."""
-    monkeypatch.setattr(digits, "NOISE", 0)
+    monkeypatch.setattr(digits, "NOISE_STD", 0)
     images, labels = (array[digits.HELD_OUT] for array in digits.load())  # (360, 8, 8), (360,)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
     allowed = {
@@ -129,7 +129,7 @@ def test_the_seed_decides() -> None:
 def test_a_block_can_be_made_alone() -> None:
     """The second block is the same when drawn without the first, and fewer rows are the beginning of more."""
     blocks = list(digits.augment(25_000, seed=5))
-    alone, labels = digits.draw(digits.HELD_OUT, digits.BLOCK, np.random.default_rng([5, 1]))
+    alone, labels = digits.draw(digits.HELD_OUT, digits.BLOCK_ROWS, np.random.default_rng([5, 1]))
     np.testing.assert_array_equal(blocks[1][0], alone)
     np.testing.assert_array_equal(blocks[1][1], labels)
     assert [len(images) for images, _ in blocks] == [10_000, 10_000, 5_000]
@@ -142,10 +142,10 @@ def test_the_store_reads_back(tmp_path: Path, n_rows: int) -> None:
     labels = digits.write(tmp_path / "digits.zarr", n_rows, seed=2)
     array = zarr.open_array(tmp_path / "digits.zarr", mode="r")
     assert (array.metadata.zarr_format, array.shape) == (3, (n_rows, 1, 8, 8))
-    assert (array.dtype, array.chunks) == (np.float32, (digits.CHUNK, 1, 8, 8))
+    assert (array.dtype, array.chunks) == (np.float32, (digits.CHUNK_ROWS, 1, 8, 8))
     blocks = list(digits.augment(n_rows, seed=2))
     for i, (images, block_labels) in enumerate(blocks):
-        rows = slice(i * digits.BLOCK, (i + 1) * digits.BLOCK)
+        rows = slice(i * digits.BLOCK_ROWS, (i + 1) * digits.BLOCK_ROWS)
         np.testing.assert_array_equal(array[rows], images)
         np.testing.assert_array_equal(labels[rows], block_labels)
     assert (len(labels), labels.dtype) == (n_rows, np.int64)
@@ -166,7 +166,7 @@ def test_training_learns_and_repeats() -> None:
     first, again = train.train(steps=60), train.train(steps=60)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
-    assert train.held_out_accuracy(first)[0] > 0.5
+    assert train.compute_held_out_accuracy(first)[0] > 0.5
 
 
 def test_the_script_writes_weights(
@@ -175,5 +175,5 @@ def test_the_script_writes_weights(
     """The training script prints the accuracy and writes weights that load strictly."""
     monkeypatch.setattr(sys, "argv", ["train", "--steps", "2", "--folder", str(tmp_path)])
     runpy.run_path(train.__file__, run_name="__main__")
-    make().load_state_dict(load_file(tmp_path / "digits.safetensors"), strict=True)
+    make_model().load_state_dict(load_file(tmp_path / "digits.safetensors"), strict=True)
     assert "% right" in capsys.readouterr().out

@@ -17,11 +17,11 @@ import pytest
 from distributed import Client
 
 import daskinfer as di
-from daskinfer.cluster.process_cluster import kept
+from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.diagnostics.report import RunReport
 from daskinfer.execution import run, tuning
 from daskinfer.scheduling import autotune
-from daskinfer.scheduling.throughput_history import Known, memory
+from daskinfer.scheduling.throughput_history import PerformanceRecord, history
 from tests.conftest import wait_until
 
 N_ROWS = 4000
@@ -38,33 +38,33 @@ def slow(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def waits_for_workers(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A network that does its first rows at once, and in the client's process no more until the workers are there."""
-    from daskinfer.cluster.process_cluster import kept  # it holds a lock: it cannot travel with the function
+    from daskinfer.cluster.process_cluster import default_cluster  # it holds a lock: it cannot travel with the function
 
     if batch.max() >= 3000 and "DASKINFER_DEVICE" not in os.environ:
-        wait_until(lambda: kept.has(["cpu", "cpu"]), 120)
+        wait_until(lambda: default_cluster.is_running(["cpu", "cpu"]), 120)
     return -batch
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A process that has measured nothing, on a machine of two cores, whose DEBUG lines are kept."""
-    monkeypatch.setattr(run, "START_SECONDS", FOREVER)
-    monkeypatch.setattr(run, "TRIAL_SECONDS", FOREVER)
-    memory.clear()
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", FOREVER)
+    monkeypatch.setattr(run, "MIN_COMPARE_SECONDS", FOREVER)
+    history.clear()
     with caplog.at_level(logging.DEBUG, "daskinfer.execution.run"):
         yield
-    memory.clear()
+    history.clear()
 
 
 @pytest.fixture
 def as_if_none_ran(two_cpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kept cluster is there, but the ladder does not see it: starting it takes no time."""
-    monkeypatch.setattr(kept, "has", lambda devices: False)
+    monkeypatch.setattr(default_cluster, "is_running", lambda devices: False)
 
 
-def known() -> Known:
+def known() -> PerformanceRecord:
     """What the only network of this test is known for."""
-    (only,) = memory._known.values()
+    (only,) = history._records.values()
     return only
 
 
@@ -86,14 +86,14 @@ def rules(caplog: pytest.LogCaptureFixture) -> list[int]:
 @pytest.mark.slow
 def test_workers_that_are_started_take_over(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule 7, cold: this process begins, a cluster starts beside it, does the rest and is kept for the next call."""
-    monkeypatch.setattr(run, "START_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", 0.0)
     di.close()
     try:
         by_device, _ = computed(waits_for_workers, np.arange(20_000, dtype=np.float32))
         assert rules(caplog) == [7]
         assert by_device["inline"] > 0
         assert by_device["cpu:0"] + by_device["cpu:1"] > 0
-        assert kept.has(["cpu", "cpu"])
+        assert default_cluster.is_running(["cpu", "cpu"])
     finally:
         di.close()
 
@@ -156,7 +156,7 @@ def test_rule_6(as_if_none_ran: None, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_rule_7(as_if_none_ran: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would take longer is begun in this process and goes on on the workers; both speeds are remembered."""
-    monkeypatch.setattr(run, "START_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", 0.0)
     by_device, _ = computed(x=np.arange(20_000, dtype=np.float32))
     assert rules(caplog) == [7]
     assert by_device["inline"] >= 100
@@ -168,7 +168,7 @@ def test_slower_workers_give_way(
     two_cpus: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers that turn out slower than this process was stop after their trial, and it does the rest."""
-    monkeypatch.setattr(run, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(run, "MIN_COMPARE_SECONDS", 0.0)
     computed(devices="inline")
     known().speeds.update(inline=1e9)
     caplog.clear()
@@ -182,7 +182,7 @@ def test_slower_workers_give_way(
 
 def test_faster_workers_stay(two_cpus: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that are no slower than this process was keep all rows."""
-    monkeypatch.setattr(run, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(run, "MIN_COMPARE_SECONDS", 0.0)
     computed(devices="inline")
     known().speeds.update(inline=1.0)
     caplog.clear()
@@ -201,8 +201,8 @@ def test_workers_that_do_not_start(
         raise OSError("no port is free")
         yield
 
-    monkeypatch.setattr(run, "START_SECONDS", 0.0)
-    monkeypatch.setattr(kept, "client", broken)
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", 0.0)
+    monkeypatch.setattr(default_cluster, "client", broken)
     assert computed()[0]["inline"] == N_ROWS
     (warned,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert warned.getMessage() == "the workers did not start, this process goes on alone: no port is free"
@@ -224,7 +224,7 @@ def test_a_run_to_storage_takes_the_same_ladder(
     as_if_none_ran: None, tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store is written by this process and by workers alike."""
-    monkeypatch.setattr(run, "START_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", 0.0)
     x = np.arange(20_000, dtype=np.float32)
     np.save(tmp_path / "x.npy", x)
     report = di.run(slow, tmp_path / "x.npy", tmp_path / "y.npy", batch_size=100)
@@ -237,7 +237,7 @@ def test_a_stream_takes_the_same_ladder(
     as_if_none_ran: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks come in order though this process and workers computed them."""
-    monkeypatch.setattr(run, "START_SECONDS", 0.0)
+    monkeypatch.setattr(run, "CLUSTER_START_SECONDS", 0.0)
     x = np.arange(20_000, dtype=np.float32)
     np.testing.assert_array_equal(np.concatenate(list(di.stream(slow, x, batch_size=100))), -x)
     assert rules(caplog) == [7]
@@ -289,7 +289,9 @@ def test_a_short_run_keeps_the_first_micro_batch(two_cpus: list[str], devices: A
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
 def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was computed with a network before counts as what there is to do: in time, short runs get what pays, too."""
-    monkeypatch.setattr(autotune, "STEP_SECONDS", 0.2)  # here: a loaded machine interrupts some of twenty micro-batches
+    monkeypatch.setattr(
+        autotune, "MIN_MEASURE_SECONDS", 0.2
+    )  # here: a loaded machine interrupts some of twenty micro-batches
     short = LARGE[:50_000]
     for n_calls in range(1, 200):
         _, report = computed(fixed_cost, short, devices=devices, batch_size="auto")
@@ -303,7 +305,7 @@ def test_of_many_short_runs_one_measures(two_cpus: list[str], devices: Any, monk
 
 def test_a_given_micro_batch_is_not_measured(two_cpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Who names the micro-batch gets it."""
-    monkeypatch.setattr(tuning, "measured", None)  # measuring would fail
+    monkeypatch.setattr(tuning, "benchmark_devices", None)  # measuring would fail
     assert computed(fixed_cost, LARGE, devices=two_cpus, batch_size=30_000)[1].batch_size == 30_000
 
 

@@ -392,7 +392,7 @@ def test_distributed(cluster_client: Client) -> None:
         {"on_error": "skip"},
         {"retries": 5},
         {"chunk_timeout": 3.0},
-        {"readers": 3},
+        {"prefetch": 3},
         {"fill_value": 0.0},
         {"max_failed_rows": 3},
         {"restart_workers": True},

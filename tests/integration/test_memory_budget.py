@@ -252,4 +252,4 @@ def test_inputs_of_every_kind_fit(tmp_path: Path) -> None:
     """Arrays, lists and files that fit are let through."""
     np.save(tmp_path / "x.npy", np.ones((3, 2)))
     for x in (np.ones((3, 2)), [[1.0, 2.0]], tmp_path / "x.npy", store(tmp_path / "x.zarr", (3, 2), chunks=(1, 2))):
-        Inputs.of(x).check_sizes(16)
+        Inputs.from_value(x).check_sizes(16)

@@ -21,16 +21,16 @@ import daskinfer as di
 from daskinfer.core.pytree import Ports
 from daskinfer.errors import ChunkError, OutputExists
 from daskinfer.execution import tuning
-from daskinfer.execution.tuning import WORTH_BATCHES
+from daskinfer.execution.tuning import MIN_FORMAT_TRIAL_BATCHES
 from daskinfer.options import Options
 from daskinfer.scheduling import autotune
-from daskinfer.scheduling.throughput_history import memory
-from daskinfer.storage.manifest import Header, from_line
-from daskinfer.storage.paths import manifest_of
+from daskinfer.scheduling.throughput_history import history
+from daskinfer.storage.manifest import Header, parse_line
+from daskinfer.storage.paths import get_manifest_path
 from daskinfer.worker import task
-from daskinfer.worker.benchmark import Trial
+from daskinfer.worker.benchmark import ModelBenchmark
 from daskinfer.worker.loaded import LoadedModel
-from daskinfer.worker.model_runner import Answer, Job, run_chunk
+from daskinfer.worker.model_runner import ModelOutput, ModelRunConfig, run_model
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).normal(size=(40, 3, 6, 5)).astype("float32")
@@ -76,12 +76,14 @@ class SlowIfContiguous(nn.Module):
         return plain(nn.Sequential(self.conv, nn.Flatten()), x[..., :6, :5])
 
 
-def run(network: Any, x: Any = IMAGES, start: int = 0, *, measured: bool = True, size: int = 8, **fields: Any) -> Answer:
+def run(
+    network: Any, x: Any = IMAGES, start: int = 0, *, measured: bool = True, size: int = 8, **fields: Any
+) -> ModelOutput:
     """One chunk, where channels_last was measured to pay, or was not."""
-    model = network if isinstance(network, LoadedModel) else LoadedModel.of(network, CPU)
-    ports = Ports.of(x)
-    job = Job(ports, size, Options(**fields), channels_last=("cpu",) if measured else ())
-    return run_chunk(model, ports.split(x), start, job)
+    model = network if isinstance(network, LoadedModel) else LoadedModel.from_model(network, CPU)
+    ports = Ports.from_input(x)
+    job = ModelRunConfig(ports, size, Options(**fields), channels_last=("cpu",) if measured else ())
+    return run_model(model, ports.split(x), start, job)
 
 
 def plain(network: nn.Module, x: Any = IMAGES) -> Any:
@@ -136,7 +138,7 @@ def views(x: torch.Tensor) -> None:
 def test_a_network_that_fails_in_that_format(caplog: pytest.LogCaptureFixture) -> None:
     """It is run in torch's own, once found out, and no row is lost; a line says so."""
     caplog.set_level(logging.INFO, "daskinfer.worker.model_runner")
-    model = LoadedModel.of(network := Looks(views), CPU)
+    model = LoadedModel.from_model(network := Looks(views), CPU)
     for _ in range(2):
         answer = run(model)
         assert not answer.channels_last
@@ -159,13 +161,13 @@ def test_a_row_at_fault_is_at_fault_in_either_format(on_error: str, caplog: pyte
     bad = IMAGES.copy()
     bad[13] = 9
     caplog.set_level(logging.INFO, "daskinfer.worker.model_runner")
-    model = LoadedModel.of(network := Looks(picky), CPU)
+    model = LoadedModel.from_model(network := Looks(picky), CPU)
     if on_error == "raise":
         with pytest.raises(ChunkError, match="rows 13:14 on cpu failed: ArithmeticError: a nine"):
             run(model, bad, on_error=on_error)
     else:
         answer = run(model, bad, on_error=on_error)
-        assert list(answer.failed) == [13]
+        assert list(answer.failed_rows) == [13]
         good = np.arange(len(bad)) != 13
         np.testing.assert_allclose(answer.arrays[0][good], plain(network, bad[good]), rtol=1e-5, atol=1e-6)
     assert run(model).channels_last
@@ -196,29 +198,31 @@ def test_memory_that_runs_out_in_that_format() -> None:
 def test_the_bytes_do_not_depend_on_the_cut(cuts: set[int]) -> None:
     """However the rows are cut, every row has the same bytes in that format, too."""
     edges = [0, *sorted(cuts), len(IMAGES)]
-    model = LoadedModel.of(Looks(), CPU)
+    model = LoadedModel.from_model(Looks(), CPU)
     parts = [run(model, IMAGES[a:b], a).arrays[0] for a, b in pairwise(edges)]
     assert np.concatenate(parts).tobytes() == run(model).arrays[0].tobytes()
 
 
-def trial(network: Any, x: Any = IMAGES, **fields: Any) -> Trial:
+def trial(network: Any, x: Any = IMAGES, **fields: Any) -> ModelBenchmark:
     """A network that is to be timed."""
-    ports = Ports.of(x)
-    return Trial(LoadedModel.of(network, CPU), ports.split(x), Job(ports, 8, Options(**fields)))
+    ports = Ports.from_input(x)
+    return ModelBenchmark(LoadedModel.from_model(network, CPU), ports.split(x), ModelRunConfig(ports, 8, Options(**fields)))
 
 
 def test_which_networks_may_be_faster() -> None:
     """Those with convolutions that get images, of any kind that torch may lay out otherwise."""
-    assert trial(Looks()).may_be_channels_last
-    assert trial(nn.Conv3d(1, 1, 2), np.ones((4, 1, 2, 3, 4), np.float32)).may_be_channels_last
-    assert trial(Looks(), IMAGES.reshape(len(IMAGES), -1), preprocess=np.abs).may_be_channels_last  # it may make images
-    assert not trial(nn.Flatten()).may_be_channels_last
-    assert not trial(nn.Conv1d(3, 1, 2), np.ones((4, 3, 5), np.float32)).may_be_channels_last
-    assert not trial(np.negative).may_be_channels_last
-    compiled = Trial(LoadedModel(Looks(), CPU, takes_tensors=True, compiled=True), [IMAGES], Job(Ports.of(IMAGES), 8))
-    assert not compiled.may_be_channels_last
-    assert not trial(Looks(), memory_format="contiguous").may_be_channels_last
-    assert not trial(Looks(), memory_format="channels_last").may_be_channels_last  # settled
+    assert trial(Looks()).can_use_channels_last
+    assert trial(nn.Conv3d(1, 1, 2), np.ones((4, 1, 2, 3, 4), np.float32)).can_use_channels_last
+    assert trial(Looks(), IMAGES.reshape(len(IMAGES), -1), preprocess=np.abs).can_use_channels_last  # it may make images
+    assert not trial(nn.Flatten()).can_use_channels_last
+    assert not trial(nn.Conv1d(3, 1, 2), np.ones((4, 3, 5), np.float32)).can_use_channels_last
+    assert not trial(np.negative).can_use_channels_last
+    compiled = ModelBenchmark(
+        LoadedModel(Looks(), CPU, takes_tensors=True, compiled=True), [IMAGES], ModelRunConfig(Ports.from_input(IMAGES), 8)
+    )
+    assert not compiled.can_use_channels_last
+    assert not trial(Looks(), memory_format="contiguous").can_use_channels_last
+    assert not trial(Looks(), memory_format="channels_last").can_use_channels_last  # settled
 
 
 def test_answers_have_to_agree() -> None:
@@ -259,7 +263,7 @@ def test_answers_agree_where_there_is_none() -> None:
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
 def test_the_format_that_pays_is_found_and_kept(two_cpus: list[str], devices: Any) -> None:
     """Where there is enough to do it is measured, said in the report, and known to the next call."""
-    memory.clear()
+    history.clear()
     net = SlowIfContiguous()
     expected = net.answer(SLOW)
     first, report = di.predict(net, SLOW, devices=devices, return_report=True)
@@ -279,8 +283,8 @@ def test_the_format_that_pays_is_found_and_kept(two_cpus: list[str], devices: An
 
 def test_short_runs_try_it_with_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process three micro-batches tell, where there are some dozen; what they found is known to the next call."""
-    monkeypatch.setattr(autotune, "PAYS_AT_ONCE", 0.0)  # whatever the clock says of one micro-batch
-    memory.clear()
+    monkeypatch.setattr(autotune, "MIN_QUICK_SPEEDUP", 0.0)  # whatever the clock says of one micro-batch
+    history.clear()
     net, x = SlowIfContiguous(), LARGE
     expected = net.answer(x)
     for n_contiguous in (range(1, 1000), range(1)):
@@ -293,22 +297,22 @@ def test_short_runs_try_it_with_one_micro_batch(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_few_micro_batches_are_not_worth_it() -> None:
     """Trying would take longer than it gains."""
-    memory.clear()
-    _, report = di.predict(SlowIfContiguous(), LARGE[: WORTH_BATCHES * 64], devices="inline", return_report=True)
+    history.clear()
+    _, report = di.predict(SlowIfContiguous(), LARGE[: MIN_FORMAT_TRIAL_BATCHES * 64], devices="inline", return_report=True)
     assert (report.channels_last, report.batch_size) == ((), 64)  # what is left after the first task is less
 
 
 def test_a_format_that_does_not_pay_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network to which it is all the same is run as ever, and not tried by the next call again."""
-    memory.clear()
+    history.clear()
     n_tried = 0
 
     def tried(*given: Any) -> bool:
         nonlocal n_tried
         n_tried += 1
-        return task.channels_last_pays_at_once(*given)
+        return task.is_channels_last_faster(*given)
 
-    monkeypatch.setattr(tuning, "channels_last_pays_at_once", tried)
+    monkeypatch.setattr(tuning, "measure_channels_last", tried)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
     for _ in range(2):
         _, report = di.predict(net, LARGE, devices="inline", return_report=True)
@@ -318,7 +322,7 @@ def test_a_format_that_does_not_pay_is_tried_once(monkeypatch: pytest.MonkeyPatc
 
 def test_workers_that_are_there_look_at_it_too(two_cpus: list[str]) -> None:
     """Where nobody says who computes, and workers do, rows may be done already: only the format is still chosen."""
-    memory.clear()
+    history.clear()
     net = SlowIfContiguous()
     answer, report = di.predict(net, SLOW, return_report=True)
     np.testing.assert_allclose(answer, net.answer(SLOW), rtol=1e-5, atol=2e-5)
@@ -327,19 +331,19 @@ def test_workers_that_are_there_look_at_it_too(two_cpus: list[str]) -> None:
 
 def test_a_named_micro_batch_is_run_as_ever(two_cpus: list[str]) -> None:
     """Whoever names it gets the same bytes each time: nothing is measured."""
-    memory.clear()
+    history.clear()
     _, report = di.predict(SlowIfContiguous(), SLOW[:9000], devices=two_cpus, batch_size=64, return_report=True)
     assert report.channels_last == ()
 
 
 def test_a_run_goes_on_in_the_format_that_was_chosen(two_cpus: list[str], tmp_path: Path) -> None:
     """The manifest keeps it; the answer of two attempts is that of one, to the byte."""
-    memory.clear()
+    history.clear()
     source, net = tmp_path / "x.npy", SlowIfContiguous()
     np.save(source, SLOW)
     how: dict[str, Any] = {"devices": two_cpus}
     di.run(net, source, tmp_path / "whole.npy", **how)
-    header = from_line((manifest_of(tmp_path / "whole.npy") / "header.json").read_bytes())
+    header = parse_line((get_manifest_path(tmp_path / "whole.npy") / "header.json").read_bytes())
     assert header is not None
     assert header["channels_last"] == ["cpu"]
 
@@ -355,7 +359,7 @@ def test_a_run_goes_on_in_the_format_that_was_chosen(two_cpus: list[str], tmp_pa
 
     with pytest.raises(Enough, match="so far"):
         di.run(net, source, tmp_path / "parts.npy", progress=stop, **how)
-    memory.clear()  # as in another process
+    history.clear()  # as in another process
     report = di.run(net, source, tmp_path / "parts.npy", **how)
     assert 0 < report.rows < N_SLOW
     assert report.channels_last == ("cpu",)
@@ -369,14 +373,14 @@ def test_manifests_from_before_say_nothing_of_it() -> None:
     header = Header(
         output="y", model="m", input={}, options={"pad": True}, shape=(8, 2), dtype="<f4", unit_rows=4, batch_size=4
     )
-    record = {name: value for name, value in header.record().items() if name != "channels_last"}
-    read = Header.of(json.loads(json.dumps(record)))
+    record = {name: value for name, value in header.to_record().items() if name != "channels_last"}
+    read = Header.from_record(json.loads(json.dumps(record)))
     assert (read.channels_last, read.options["memory_format"]) == ((), "auto")
 
 
 def test_log_of_the_choice(caplog: pytest.LogCaptureFixture) -> None:
     """One DEBUG line tells both speeds."""
-    memory.clear()
+    history.clear()
     with caplog.at_level(logging.DEBUG, "daskinfer.scheduling.autotune"):
         di.predict(SlowIfContiguous(), SLOW, devices="inline")
     assert any(r.message.startswith("channels_last: ") for r in caplog.records)

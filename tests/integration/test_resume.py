@@ -60,7 +60,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs ``double`` until so many chunks are stored, and is then interrupted."""
 
     def run(x: Any, y: Path, n_chunks: int = 2, **how: Any) -> None:
-        kept = outputs.Outputs.keep
+        kept = outputs.OutputSet.commit
         left = [n_chunks]
 
         def keep(self: Any, *arguments: Any) -> None:
@@ -70,7 +70,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise KeyboardInterrupt("enough")
 
         with monkeypatch.context() as patch:
-            patch.setattr(outputs.Outputs, "keep", keep)
+            patch.setattr(outputs.OutputSet, "keep", keep)
             with pytest.raises(KeyboardInterrupt, match="enough") as caught:
                 di.run(double, x, y, **HOW | how)
         assert f"What is done is kept ({y}.partial); repeat the call" in caught.value.__notes__[0]
@@ -158,7 +158,7 @@ def test_goes_on_where_it_was_left(tmp_path: Path, suffix: str, interrupted: Cal
     x, y = stored(tmp_path), tmp_path / f"y{suffix}"
     interrupted(x, y)
     assert not y.exists()
-    report = di.run(double, x, y, devices="inline", readers=2)
+    report = di.run(double, x, y, devices="inline", prefetch=2)
     assert (report.rows + report.rows_before, report.rows_before > 0) == (200, True)
     assert f"{report.rows_before:,} rows were done before" in str(report)
     assert report.batch_size == 16  # the first run's
@@ -172,7 +172,7 @@ def test_what_a_killed_run_left_goes_without_workers(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     x, y = stored(tmp_path), tmp_path / "y.npy"
     di.run(double, x, y, **HOW)
-    anothers = scratch.Scratch()
+    anothers = scratch.ScratchDir()
     (tmp_path / "daskinfer-scratch-killed" / "dask-scratch-space").mkdir(parents=True)
     di.run(double, x, y, **HOW)
     assert [Path(anothers.path)] == list(tmp_path.glob("daskinfer-scratch-*"))
@@ -239,7 +239,7 @@ def test_another_input_is_refused(tmp_path: Path, source: str, complete: bool, i
 def test_another_call_is_refused(
     tmp_path: Path, change: dict[str, Any], said: str, interrupted: Callable[..., None]
 ) -> None:
-    """Whatever changes the answer is named with what it was and is; --fresh then starts over."""
+    """Whatever changes the answer is named with what it was and is; --overwrite then starts over."""
     x, y = stored(tmp_path), tmp_path / "y.npy"
     interrupted(x, y)
     changed = {"model": double} | HOW | change
@@ -249,7 +249,7 @@ def test_another_call_is_refused(
     if "shard" not in change:
         with pytest.raises(OutputExists, match=said):
             di.plan(changed["model"], x, target=y, **{name: changed[name] for name in changed if name != "model"})
-        assert di.run(changed.pop("model"), x, y, fresh=True, **changed).rows == 200
+        assert di.run(changed.pop("model"), x, y, overwrite=True, **changed).rows == 200
         assert verify(y).wrong == ()
 
 
@@ -297,14 +297,14 @@ def test_what_appears_while_a_call_fails_stays(tmp_path: Path, suffix: str) -> N
 
 def test_several_outputs_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the second of two outputs cannot be made, nothing is left of the first."""
-    make = outputs._make
+    make = outputs._create_target
 
-    def full(journal: journal.Ledger, path: str) -> None:
+    def full(journal: journal.OutputJournal, path: str) -> None:
         if journal.path.endswith("b.npy"):
             raise OSError(28, "No space left on device", path)
         make(journal, path)
 
-    monkeypatch.setattr(outputs, "_make", full)
+    monkeypatch.setattr(outputs, "_create_target", full)
     with pytest.raises(OSError, match="No space left"):
         di.run(lambda x: {"a": x, "b": x}, X, {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}, **HOW)
     assert list(tmp_path.iterdir()) == []
@@ -314,21 +314,21 @@ def test_what_may_change(tmp_path: Path, two_cpus: list[str], interrupted: Calla
     """Devices, weights, readers and retries are no part of the answer."""
     x, y = stored(tmp_path), tmp_path / "y.zarr"
     interrupted(x, y)
-    report = di.run(double, x, y, devices=two_cpus, device_weights=[1, 3], readers=2, retries=0, batch_size=16)
+    report = di.run(double, x, y, devices=two_cpus, device_weights=[1, 3], prefetch=2, retries=0, batch_size=16)
     assert 0 < report.rows < 200
     np.testing.assert_array_equal(read(y), X * 2)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_an_output_of_somebody_else(tmp_path: Path, suffix: str) -> None:
-    """An array without a manifest is refused and left alone; fresh=True replaces it."""
+    """An array without a manifest is refused and left alone; overwrite=True replaces it."""
     y = tmp_path / f"y{suffix}"
     np.save(y, X) if suffix == ".npy" else zarr.save_array(y, X)
     for target in (y, tmp_path / f"z{suffix}"):
         y.rename(f"{target}.partial") if target != y else None
         with pytest.raises(OutputExists, match="exists already, and no manifest says what it holds; nothing is"):
             di.run(double, X, target, **HOW)
-    assert di.run(double, X, tmp_path / f"z{suffix}", fresh=True, **HOW).rows == 200
+    assert di.run(double, X, tmp_path / f"z{suffix}", overwrite=True, **HOW).rows == 200
 
 
 def test_fresh_removes_no_folder_that_is_no_array(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_fresh_removes_no_folder_that_is_no_array(tmp_path: Path) -> None:
     (tmp_path / "y.zarr").mkdir()
     (tmp_path / "y.zarr" / "precious").touch()
     with pytest.raises(OutputExists, match="no manifest says what it holds"):
-        di.run(double, X, tmp_path / "y.zarr", fresh=True, **HOW)
+        di.run(double, X, tmp_path / "y.zarr", overwrite=True, **HOW)
     assert (tmp_path / "y.zarr" / "precious").exists()
 
 
@@ -345,7 +345,7 @@ def test_an_output_that_was_removed_is_made_anew(tmp_path: Path, suffix: str, in
     """Where the data is gone, what the manifest says of it is forgotten."""
     for y, removed in ((tmp_path / f"a{suffix}", tmp_path / f"a{suffix}"), (tmp_path / f"b{suffix}", f"b{suffix}.partial")):
         di.run(double, X, y, **HOW) if y == removed else interrupted(X, y)
-        files.remove(tmp_path / removed)
+        files.remove_path(tmp_path / removed)
         assert di.run(double, X, y, **HOW).rows == 200
         assert verify(y).wrong == ()
 
@@ -353,14 +353,14 @@ def test_an_output_that_was_removed_is_made_anew(tmp_path: Path, suffix: str, in
 def test_an_output_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What somebody puts at the output's path meanwhile stays; once it is moved, the call completes."""
     y = tmp_path / "y.npy"
-    finish = journal.Ledger.finish
+    finish = journal.OutputJournal.finish
 
     def late(self: Any, metadata: Any) -> None:
         y.write_text("precious")
         finish(self, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Ledger, "finish", late)
+        patch.setattr(journal.OutputJournal, "finish", late)
         with pytest.raises(OutputExists, match=r"appeared while it was being computed.*The whole answer lies at .*partial"):
             di.run(double, X, y, **HOW)
     with pytest.raises(OutputExists, match="exists already"):
@@ -386,13 +386,13 @@ def test_a_torn_line_is_cut_off(tmp_path: Path, tear: bytes, interrupted: Callab
 
 @pytest.mark.parametrize(("name", "said"), [("header.json", "header that was changed"), ("complete.json", "was changed")])
 def test_a_manifest_that_was_changed(tmp_path: Path, name: str, said: str) -> None:
-    """A manifest that cannot be read is refused, not guessed at; fresh=True starts over."""
+    """A manifest that cannot be read is refused, not guessed at; overwrite=True starts over."""
     y = tmp_path / "y.npy"
     di.run(double, X, y, **HOW)
     (manifest_of(y) / name).write_text("{}")
     with pytest.raises(OutputExists, match=said):
         di.run(double, X, y, **HOW)
-    assert di.run(double, X, y, fresh=True, **HOW).rows == 200
+    assert di.run(double, X, y, overwrite=True, **HOW).rows == 200
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -406,7 +406,7 @@ def test_after_a_loss_of_power(
     content = bytearray(lost.read_bytes())
     content[128 + 16 * 24 + 5 if suffix == ".npy" else 5] ^= 1  # of rows 16:32
     lost.write_bytes(content)
-    monkeypatch.setattr(journal, "_BOOT_ID", tmp_path / "boot")
+    monkeypatch.setattr(journal, "_BOOT_ID_PATH", tmp_path / "boot")
     (tmp_path / "boot").write_text("another")
     report = di.run(double, X, y, **HOW)
     assert report.rows_before % 16 == 0
@@ -416,7 +416,7 @@ def test_after_a_loss_of_power(
 
 def test_without_a_boot_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]) -> None:
     """A system that does not tell when it was started is the same as before."""
-    monkeypatch.setattr(journal, "_BOOT_ID", tmp_path / "none")
+    monkeypatch.setattr(journal, "_BOOT_ID_PATH", tmp_path / "none")
     interrupted(X, tmp_path / "y.npy")
     assert di.run(double, X, tmp_path / "y.npy", **HOW).rows_before > 0
 
@@ -429,7 +429,7 @@ def test_what_ran_twice_is_read_again(
     y = tmp_path / f"y{suffix}"
     interrupted(X, y)
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "is_stored", lambda output, part: False)
+        patch.setattr(journal, "is_part_intact", lambda output, part: False)
         with pytest.raises(StorageError, match=r"parts of the output .* are not as they were written \(.* \(rows \d+:\d+\)"):
             di.run(double, X, y, **HOW)
     (manifest_of(y) / "header.json.new").touch()  # as a run leaves it that is killed there
@@ -456,7 +456,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     leave, threads = threading.Event(), []
 
     def start(y: Path, **how: Any) -> None:
-        entered, kept = threading.Event(), outputs.Outputs.keep
+        entered, kept = threading.Event(), outputs.OutputSet.commit
 
         def keep(self: Any, *arguments: Any) -> None:
             kept(self, *arguments)
@@ -467,7 +467,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             di.run(double, X, y, **HOW | how)
 
         with monkeypatch.context() as patch:
-            patch.setattr(outputs.Outputs, "keep", keep)
+            patch.setattr(outputs.OutputSet, "keep", keep)
             threads.append(threading.Thread(target=run))
             threads[-1].start()
             assert entered.wait(60)
@@ -478,7 +478,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         thread.join()
 
 
-@pytest.mark.parametrize("how", [{}, {"fresh": True}])
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}])
 def test_two_runs_at_once(tmp_path: Path, running: Callable[..., None], how: dict[str, Any]) -> None:
     """A second run on one output ends at once, whatever it wants there; the first is not disturbed."""
     running(tmp_path / "y.npy")
@@ -489,7 +489,7 @@ def test_two_runs_at_once(tmp_path: Path, running: Callable[..., None], how: dic
 def test_shards_hold_their_part_only(tmp_path: Path, running: Callable[..., None]) -> None:
     """The same shard twice is refused, and all of the output beside a shard; another shard is not."""
     running(tmp_path / "y.npy", shard=(1, 2))
-    for how in ({"shard": (1, 2)}, {"fresh": True}):
+    for how in ({"shard": (1, 2)}, {"overwrite": True}):
         with pytest.raises(OutputLocked, match="one run, or one per shard, may write it at a time"):
             di.run(double, X, tmp_path / "y.npy", **HOW | how)
     assert di.run(double, X, tmp_path / "y.npy", shard=(2, 2), **HOW).rows == 104
@@ -544,14 +544,14 @@ def test_shards_follow_the_first(tmp_path: Path) -> None:
 
 def test_two_shards_begin_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another shard began the output after this one had looked, this one lays its rows out anew."""
-    y, hold = tmp_path / "y.zarr", journal.Ledger.hold
+    y, hold = tmp_path / "y.zarr", journal.OutputJournal.lock
 
     def late(self: Any) -> None:
         hold(self)
         if self.shard == (2, 2):
             di.run(double, X, y, devices="inline", batch_size=2, shard=(1, 2))
 
-    monkeypatch.setattr(journal.Ledger, "hold", late)
+    monkeypatch.setattr(journal.OutputJournal, "lock", late)
     assert di.run(double, X, y, devices="inline", shard=(2, 2)).batch_size == 2
     np.testing.assert_array_equal(read(y), X * 2)
     assert verify(y).wrong == ()
@@ -583,9 +583,9 @@ def test_shards_that_are_none(tmp_path: Path, shard: Any) -> None:
 
 
 def test_a_shard_does_not_start_over(tmp_path: Path) -> None:
-    """fresh=True would remove what the other shards did."""
+    """overwrite=True would remove what the other shards did."""
     with pytest.raises(di.DaskInferError, match="would remove what the other shards have done"):
-        di.run(double, X, tmp_path / "y.npy", shard=(1, 2), fresh=True, **HOW)
+        di.run(double, X, tmp_path / "y.npy", shard=(1, 2), overwrite=True, **HOW)
 
 
 def picky(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -631,11 +631,11 @@ def test_repeating_allows_no_more_failures(tmp_path: Path, shard: tuple[int, int
 
 def test_rows_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an output that is not complete, on_error="raise" computes rows again that were skipped before."""
-    x, y, finish = X.copy(), tmp_path / "y.npy", outputs.Outputs.finish
+    x, y, finish = X.copy(), tmp_path / "y.npy", outputs.OutputSet.finish
     x[3] = 7
-    monkeypatch.setattr(outputs.Outputs, "finish", lambda self: None)
+    monkeypatch.setattr(outputs.OutputSet, "finish", lambda self: None)
     di.run(picky, x, y, on_error="skip", retries=0, **HOW)
-    monkeypatch.setattr(outputs.Outputs, "finish", finish)
+    monkeypatch.setattr(outputs.OutputSet, "finish", finish)
     with pytest.raises(di.DaskInferError, match="seven"):
         di.run(picky, x, y, retries=0, **HOW)
 
@@ -651,7 +651,7 @@ def test_missing_rows_on_the_command_line(in_folder: Path, monkeypatch: pytest.M
     for _ in range(2):
         done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", *how])
         assert done.exit_code == 3, done.stderr
-        said = "1 rows of y.npy have no answer, as y.npy.daskinfer/failed_rows.json lists; once they are mended, --fresh"
+        said = "1 rows of y.npy have no answer, as y.npy.daskinfer/failed_rows.json lists; once they are mended, --overwrite"
         assert done.stderr == f"daskinfer: {said} starts over\n"
 
 
@@ -667,7 +667,7 @@ def test_signals_on_the_command_line(
     def stop(*_: Any) -> None:
         raise Interrupted("stopped.", number)
 
-    monkeypatch.setattr(outputs.Outputs, "keep", stop)
+    monkeypatch.setattr(outputs.OutputSet, "keep", stop)
     done = CliRunner().invoke(main, ["run", "resume_nets:slow", "x.npy", "y.npy", "--devices", "inline"])
     assert done.exit_code == code
     assert "daskinfer: stopped. Nothing is stored yet" in done.stderr
@@ -709,13 +709,13 @@ def test_receipts_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         def close(self) -> None:
             pass
 
-    class Closed(journal.Ledger):
+    class Closed(journal.OutputJournal):
         def commit(self, *arguments: Any) -> None:
             self._log.close()
             self._log = Full()
             super().commit(*arguments)
 
-    monkeypatch.setattr(outputs, "Ledger", Closed)
+    monkeypatch.setattr(outputs, "OutputJournal", Closed)
     with pytest.raises(StorageError, match=r"the receipts 'receipts\.jsonl' cannot be written: No space left") as caught:
         di.run(double, X, tmp_path / "y.npy", **HOW)
     assert caught.value.number == errno.ENOSPC
@@ -753,8 +753,8 @@ def test_a_late_writer_is_kept_out(tmp_path: Path, suffix: str, interrupted: Cal
     """A worker of an earlier run that writes after another has taken over changes nothing."""
     y, late = tmp_path / f"y{suffix}", []
     with pytest.MonkeyPatch.context() as patch:
-        init = outputs.Outputs.__init__
-        patch.setattr(outputs.Outputs, "__init__", lambda self, *a: (init(self, *a), late.extend(self.targets))[0])
+        init = outputs.OutputSet.__init__
+        patch.setattr(outputs.OutputSet, "__init__", lambda self, *a: (init(self, *a), late.extend(self.targets))[0])
         interrupted(X, y)
     di.run(double, X, y, **HOW)
     with pytest.raises(FileNotFoundError):
@@ -765,23 +765,23 @@ def test_a_late_writer_is_kept_out(tmp_path: Path, suffix: str, interrupted: Cal
 
 def test_a_writer_of_an_earlier_run_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who still writes for an earlier run ends first; where he does not, that is said."""
-    run = staging.begin(tmp_path, "run")
+    run = staging.create_run_folder(tmp_path, "run")
     monkeypatch.setattr(staging, "WAIT_SECONDS", 0.1)
-    with staging.writing(str(run)), pytest.raises(OutputLocked, match="a worker of an earlier run still writes"):
-        staging.end(tmp_path, "run")
-    other = staging.begin(tmp_path, "run-1-of-2")
-    staging.end(tmp_path, "run")
+    with staging.write_fence(str(run)), pytest.raises(OutputLocked, match="a worker of an earlier run still writes"):
+        staging.remove_run_folders(tmp_path, "run")
+    other = staging.create_run_folder(tmp_path, "run-1-of-2")
+    staging.remove_run_folders(tmp_path, "run")
     assert list(tmp_path.iterdir()) == [other]
     other.rename(f"{other}.old")  # killed between two steps
-    staging.end(tmp_path)
+    staging.remove_run_folders(tmp_path)
     assert not tmp_path.exists()
 
 
 def test_who_waits_for_the_fence_sees_that_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that gets the fence when its run was taken over does not write."""
-    run = staging.begin(tmp_path, "run")
+    run = staging.create_run_folder(tmp_path, "run")
     monkeypatch.setattr(fcntl, "flock", lambda fence, kind: shutil.rmtree(run))
-    with pytest.raises(FileNotFoundError), staging.writing(str(run)):
+    with pytest.raises(FileNotFoundError), staging.write_fence(str(run)):
         pytest.fail("it writes")
 
 
@@ -793,7 +793,7 @@ def low_and_high(x: np.ndarray[Any, Any]) -> dict[str, Any]:
 def test_several_outputs_are_one(tmp_path: Path, interrupted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk is done once it is in all outputs; paths that change places are noticed."""
     paths = {"low": tmp_path / "low.npy", "high": tmp_path / "high.zarr"}
-    commit, left = journal.Ledger.commit, [5]
+    commit, left = journal.OutputJournal.commit, [5]
 
     def fail(self: Any, *arguments: Any) -> None:
         left[0] -= 1
@@ -802,7 +802,7 @@ def test_several_outputs_are_one(tmp_path: Path, interrupted: Callable[..., None
         commit(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Ledger, "commit", fail)
+        patch.setattr(journal.OutputJournal, "commit", fail)
         with pytest.raises(KeyboardInterrupt, match="between"):
             di.run(low_and_high, X, paths, **HOW)
     with pytest.raises(OutputExists, match=r"output was '(low|high)' and is '(low|high)'"):
@@ -813,18 +813,18 @@ def test_several_outputs_are_one(tmp_path: Path, interrupted: Callable[..., None
     paths["low"].unlink()
     with pytest.raises(OutputExists, match=r"low\.npy' is not there, and .*high\.zarr', of the same run, is complete"):
         di.run(low_and_high, X, paths, **HOW)
-    assert di.run(low_and_high, X, paths, fresh=True, **HOW).rows == 200
+    assert di.run(low_and_high, X, paths, overwrite=True, **HOW).rows == 200
 
 
 def test_micro_batches_that_were_chosen_are_kept(tmp_path: Path) -> None:
     """A micro-batch that was measured stands in the header before the first receipt, and is the next run's."""
     y = tmp_path / "y.npy"
     di.run(double, X, y, devices="inline", batch_size=8, shard=(1, 2))
-    with journal.Ledger(str(y), journal.read_header(str(y)), None, (2, 2)) as opened:
-        opened.hold()
+    with journal.OutputJournal(str(y), journal.read_header(str(y)), None, (2, 2)) as opened:
+        opened.lock()
         opened.open(lambda path: None)
-        opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
-        opened.chose({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
+        opened.record_batch_config({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
+        opened.record_batch_config({"batch_size": 4, "by_kind": {"cpu": 4, "cuda": 2}})
     report = di.run(double, X, y, devices="inline", shard=(2, 2))
     assert (report.batch_size, report.by_kind) == (4, {"cpu": 4, "cuda": 2})
     assert '"by_kind":{"cpu":4,"cuda":2}' in (manifest_of(y) / "header.json").read_text()
@@ -833,7 +833,7 @@ def test_micro_batches_that_were_chosen_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [OSError("without a number"), OSError(errno.EIO, "broken", "a name")])
 def test_errors_that_need_no_name(error: OSError) -> None:
     """An error that has a name, or is not the system's, is raised as it is."""
-    with pytest.raises(OSError, match=r"without a number|a name") as caught, files.named("x"):
+    with pytest.raises(OSError, match=r"without a number|a name") as caught, files.with_filename("x"):
         raise error
     assert caught.value is error
 
@@ -851,7 +851,7 @@ def test_outputs_of_different_runs_are_no_pair(tmp_path: Path, monkeypatch: pyte
 
     def begin(name: str, unit: int) -> None:
         with monkeypatch.context() as patch:
-            keep, n_kept = outputs.Outputs.keep, []
+            keep, n_kept = outputs.OutputSet.commit, []
 
             def stop(self: Any, *arguments: Any) -> None:
                 keep(self, *arguments)
@@ -859,7 +859,7 @@ def test_outputs_of_different_runs_are_no_pair(tmp_path: Path, monkeypatch: pyte
                 if len(n_kept) == 2:
                     raise KeyboardInterrupt
 
-            patch.setattr(outputs.Outputs, "keep", stop)
+            patch.setattr(outputs.OutputSet, "keep", stop)
             where = {output: tmp_path / f"{output}{name}.zarr" for output in ("a", "b")}
             with pytest.raises(KeyboardInterrupt):
                 di.run(two, X, where, devices="inline", batch_size=unit)
@@ -876,13 +876,13 @@ def test_outputs_of_different_runs_are_no_pair(tmp_path: Path, monkeypatch: pyte
 
 
 def test_fresh_removes_nothing_where_it_is_refused(tmp_path: Path) -> None:
-    """Where one of two outputs is no array, the other stays as it is, also under ``fresh``."""
+    """Where one of two outputs is no array, the other stays as it is, also under ``overwrite``."""
     where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
     di.run(two, X, where, **HOW)
     (photos := tmp_path / "photos.zarr").mkdir()
     (photos / "one.jpg").touch()
     with pytest.raises(OutputExists, match=r"photos\.zarr' exists already"):
-        di.run(two, X, where | {"b": photos}, fresh=True, **HOW)
+        di.run(two, X, where | {"b": photos}, overwrite=True, **HOW)
     np.testing.assert_array_equal(read(where["a"]), X * 2)
     assert verify(where["a"]).wrong == ()
     assert (photos / "one.jpg").exists()
@@ -902,7 +902,7 @@ def test_one_of_two_complete_outputs_is_gone(tmp_path: Path) -> None:
 
 
 def test_shards_are_told_how_to_start_over(tmp_path: Path) -> None:
-    """What they share is no shard's to remove: ``fresh`` is not named to them."""
+    """What they share is no shard's to remove: ``overwrite`` is not named to them."""
     where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
     for k in (1, 2):
         di.run(two, X, where, shard=(k, 2), **HOW)
@@ -921,15 +921,15 @@ def test_failed_rows_that_are_computed_again_are_counted_once(tmp_path: Path, mo
 
     where = {"a": tmp_path / "a.npy", "b": tmp_path / "b.npy"}
     how = HOW | {"on_error": "skip", "max_failed_rows": 1, "retries": 0}
-    commit = journal.Ledger.commit
+    commit = journal.OutputJournal.commit
 
-    def killed(self: journal.Ledger, *arguments: Any) -> None:
+    def killed(self: journal.OutputJournal, *arguments: Any) -> None:
         if self.path.endswith("b.npy"):
             raise KeyboardInterrupt
         commit(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Ledger, "commit", killed)
+        patch.setattr(journal.OutputJournal, "commit", killed)
         with pytest.raises(KeyboardInterrupt):
             di.run(picky, X, where, output=two(X[:0]), **how)
     report = di.run(picky, X, where, output=two(X[:0]), **how)

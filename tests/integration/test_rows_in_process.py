@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import daskinfer as di
-from daskinfer.cluster.process_cluster import kept
+from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.planning import output_spec
 from daskinfer.scheduling import chunking
-from daskinfer.scheduling.throughput_history import memory
+from daskinfer.scheduling.throughput_history import history
 from daskinfer.transport import shared_memory
 from tests.unit.execution.test_window import watched
 
@@ -66,7 +66,7 @@ def test_answers_that_come_in_order_are_cut_as_before(two_cpus: list[str]) -> No
 @pytest.mark.parametrize(("x", "most"), [(X, 2), (np.asfortranarray(X), 3)], ids=["stays", "sent"])
 def test_what_stays_is_not_read_ahead(two_cpus: list[str], x: np.ndarray[Any, Any], most: int) -> None:
     """Of rows that nobody has to read ahead, a device has one task that computes and one that is next."""
-    with kept.client(two_cpus) as client, watched(client) as watch:
+    with default_cluster.acquire_client(two_cpus) as client, watched(client) as watch:
         di.predict(net(), x, devices=two_cpus, batch_size=20)
     assert watch.most_in_flight <= most * len(two_cpus)
 
@@ -74,15 +74,15 @@ def test_what_stays_is_not_read_ahead(two_cpus: list[str], x: np.ndarray[Any, An
 def test_a_note_is_read_once(two_cpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker noted of a task is unpickled once."""
     n_read = 0
-    read_note = shared_memory.read_note
+    read_note = shared_memory.read_result_header
 
     def counted(*place: Any) -> Any:
         nonlocal n_read
         n_read += 1
         return read_note(*place)
 
-    monkeypatch.setattr(shared_memory, "read_note", counted)
-    with kept.client(two_cpus) as client, watched(client) as watch:
+    monkeypatch.setattr(shared_memory, "read_result_header", counted)
+    with default_cluster.acquire_client(two_cpus) as client, watched(client) as watch:
         di.predict(net(), X, devices=two_cpus, batch_size=20)
     assert n_read == len(watch.keys)
 
@@ -105,16 +105,16 @@ def test_what_the_answer_looks_like_is_found_out_once(
     two_cpus: list[str], monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], n_tried: int
 ) -> None:
     """A network that is known is not tried on made-up rows again, unless something else is asked of it."""
-    memory.clear()
+    history.clear()
     n_found = 0
-    run_made_up = output_spec._tried
+    run_made_up = output_spec._infer_from_model
 
     def counted(*arguments: Any, **how: Any) -> Any:
         nonlocal n_found
         n_found += 1
         return run_made_up(*arguments, **how)
 
-    monkeypatch.setattr(output_spec, "_tried", counted)
+    monkeypatch.setattr(output_spec, "_infer_from_model", counted)
     call = {"model": net(), "x": X, "devices": two_cpus}
     di.predict(**call)
     assert n_found == 1

@@ -22,14 +22,14 @@ from distributed import Client, Security
 import daskinfer as di
 from daskinfer.cli.main import main
 from daskinfer.cluster import local as cluster_room
-from daskinfer.cluster.process_cluster import kept
-from daskinfer.cluster.worker_spec import LOOPBACK, Start, security_of
+from daskinfer.cluster.process_cluster import default_cluster
+from daskinfer.cluster.worker_spec import LOOPBACK, WorkerSpec, resolve_security
 from daskinfer.diagnostics.report import DeviceReport, RunReport
 from daskinfer.errors import MissingExtra, OptionError
 from daskinfer.hardware.device_spec import DeviceTable
 from daskinfer.hardware.discovery import Device
-from daskinfer.planning.plan import Plan, describe
-from daskinfer.scheduling.chunking import lay_out
+from daskinfer.planning.plan import Plan, make_device_plans
+from daskinfer.scheduling.chunking import make_chunks
 from tests.conftest import wait_until
 
 X = np.arange(4000, dtype=np.float32)
@@ -52,8 +52,8 @@ def everything(cluster: di.LocalDeviceCluster) -> list[psutil.Process]:
 def test_the_default_cluster_listens_on_loopback_only(two_cpus: list[str]) -> None:
     """What ``predict`` starts, its dashboard included, cannot be reached from another machine."""
     di.predict(np.sqrt, X, devices=two_cpus)
-    assert kept._current is not None
-    found = listeners(everything(kept._current.cluster))
+    assert default_cluster._current is not None
+    found = listeners(everything(default_cluster._current.cluster))
     assert len(found) >= 6
     assert set(found) == {LOOPBACK}
 
@@ -203,8 +203,8 @@ def test_certificates_of_ones_own(secure: di.LocalDeviceCluster) -> None:
 def test_what_security_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """None and False are what Dask's configuration says; anything else is refused before a process starts."""
     for asked in (None, False):
-        assert not security_of(asked).require_encryption
-    assert Start(1, "", None, 1.0).protocol == "tcp://"
+        assert not resolve_security(asked).require_encryption
+    assert WorkerSpec(1, "", None, 1.0).protocol == "tcp://"
     with pytest.raises(OptionError, match=r"security is a str; it may be True, a distributed\.Security or None"):
         di.LocalDeviceCluster("cpu", security="yes")
 
@@ -235,8 +235,8 @@ SCRIPT = "<script>alert(1)</script>"
 
 def test_names_are_no_code_in_a_notebook() -> None:
     """Device, port and network names, labels and notes are text in every HTML that is made."""
-    layout = lay_out(8, [1.0], batch_size=2)
-    parts = describe(
+    layout = make_chunks(8, [1.0], batch_size=2)
+    parts = make_device_plans(
         layout, names=[SCRIPT], labels=[SCRIPT], weights=[1.0], row_in_nbytes=1, row_out_nbytes=1, model_nbytes=1
     )
     plan = Plan(parts, layout, True, SCRIPT, (f"{SCRIPT}: (8,) float32",), (f"{SCRIPT}: (8,) float32",), (SCRIPT,))

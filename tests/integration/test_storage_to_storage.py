@@ -14,7 +14,7 @@ import torch
 import zarr
 
 import daskinfer as di
-from daskinfer.cluster.process_cluster import kept
+from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.scheduling import balancer, chunking
 from daskinfer.storage.formats import npy
 from daskinfer.storage.formats import zarr as zarr_io
@@ -85,12 +85,12 @@ def test_a_store_of_shards(two_cpus: list[str], tmp_path: Path) -> None:
     np.testing.assert_allclose(read(y), Y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3])
-def test_readers_change_nothing(two_cpus: list[str], tmp_path: Path, readers: int) -> None:
+@pytest.mark.parametrize("prefetch", [1, 2, 3])
+def test_prefetch_changes_nothing(two_cpus: list[str], tmp_path: Path, prefetch: int) -> None:
     """The bytes of the answer do not depend on how many chunks are read ahead."""
     x = stored(tmp_path / "x.zarr")
-    for name, n in (("first", 1), ("second", readers)):
-        di.run(net(), x, tmp_path / f"{name}.npy", devices=two_cpus, batch_size=20, readers=n)
+    for name, n in (("first", 1), ("second", prefetch)):
+        di.run(net(), x, tmp_path / f"{name}.npy", devices=two_cpus, batch_size=20, prefetch=n)
     np.testing.assert_array_equal(read(tmp_path / "first.npy"), read(tmp_path / "second.npy"))
 
 
@@ -114,7 +114,7 @@ def test_each_chunk_of_the_source_is_read_once(two_cpus: list[str], tmp_path: Pa
     x = zarr.create_array(tmp_path / "x.zarr", shape=(n_chunks * 16, 5), dtype="float32", chunks=(16, 5))
     x[:] = 1.0
     log.touch()
-    with kept.client(two_cpus) as client:
+    with default_cluster.acquire_client(two_cpus) as client:
         client.run(watch_opens, str(tmp_path / "x.zarr"), str(log))
     di.run(net(), tmp_path / "x.zarr", tmp_path / "y.zarr", devices=two_cpus, batch_size=32)
     n_opened = Counter(line for line in log.read_text().splitlines() if line.startswith("c"))
@@ -130,7 +130,7 @@ def test_what_is_on_its_way_does_not_grow_with_the_input(
     for room in (chunking, balancer):
         monkeypatch.setattr(room, "CHUNK_NBYTES", 20 * X[:1].nbytes)
     x, y = stored(tmp_path / "x.npy"), tmp_path / "y.npy"
-    with kept.client(two_cpus) as client, watched(client) as watch:
+    with default_cluster.acquire_client(two_cpus) as client, watched(client) as watch:
         di.run(net(), x, y, devices=two_cpus, batch_size=4, device_weights=weights)
     np.testing.assert_allclose(read(y), Y, rtol=1e-5, atol=1e-6)
     assert len(watch.keys) >= 60  # of 44 rows each, one of the output's write-units
@@ -147,7 +147,7 @@ def test_no_rows(two_cpus: list[str], tmp_path: Path, target: str) -> None:
 
 def test_an_output_that_workers_cannot_write(two_cpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that may not write the output says so before the first chunk, and nothing has its name."""
-    monkeypatch.setattr(npy.Target, "path", "/nowhere/y.npy")
+    monkeypatch.setattr(npy.Target, "writable_path", "/nowhere/y.npy")
     with pytest.raises(di.DaskInferError, match=r"cannot write '/nowhere/y\.npy'; every worker has to"):
         di.run(net(), stored(tmp_path / "x.npy"), tmp_path / "y.npy", devices=two_cpus)
     assert not (tmp_path / "y.npy").exists()

@@ -153,8 +153,8 @@ def test_closing_early_cancels_the_rest(cluster_client: Client, counted: Any, tm
         wait_until(lambda: idle(cluster_client))
     assert len(list(tmp_path.iterdir())) <= len(first) + LOOK_AHEAD + 8
     assert not watch.in_flight
-    arena = shared_memory._kept.get(cluster_client)
-    assert arena is None or arena.clean
+    arena = shared_memory._cached_pools.get(cluster_client)
+    assert arena is None or arena.is_idle
     np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client), -x)
 
 

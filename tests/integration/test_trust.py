@@ -24,13 +24,13 @@ from torch import nn
 import daskinfer as di
 from daskinfer.cli.main import main
 from daskinfer.cluster import preflight
-from daskinfer.cluster.broadcast import _receive
+from daskinfer.cluster.broadcast import _write_model_file
 from daskinfer.core import env
 from daskinfer.errors import ModelError
 from daskinfer.execution import worker_setup
 from daskinfer.models import files
-from daskinfer.models.files import ModelFile, check_private
-from daskinfer.models.model import Model, Recipe, ShippedModel
+from daskinfer.models.files import ModelFile, check_folder_is_private
+from daskinfer.models.model import BroadcastLoader, Model, ModelLoader
 
 CPU = torch.device("cpu")
 X = np.ones((40, 3), np.float32)
@@ -121,7 +121,7 @@ def test_code_in_a_file_is_refused(evil: tuple[Path, Path]) -> None:
     """No way of using a file runs its code without trust, and each refusal says how to consent and what to use instead."""
     path, marker = evil
     calls: list[Callable[[], object]] = [
-        lambda: Model(path).recipe().fingerprint(),
+        lambda: Model(path).make_loader().compute_fingerprint(),
         lambda: di.plan(path, X),
         lambda: di.plan(path, X, probe=True, devices="inline"),
         lambda: di.map_blocks(path, X).compute(),
@@ -146,7 +146,7 @@ def test_code_in_a_file_that_is_trusted(evil: tuple[Path, Path]) -> None:
     """The files of these tests do what they are made for: loaded with trust, each makes its marker."""
     path, marker = evil
     try:
-        Model(path, trust=True).recipe().load(CPU)
+        Model(path, trust=True).make_loader().load(CPU)
     except ModelError:  # an exit code is no network
         assert path.suffix != ".ts"
     assert marker.exists()
@@ -171,7 +171,7 @@ def test_a_swapped_file_is_not_run_by_workers(
     tmp_path: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that are replaced by a pickle after the workers were asked are no way in either."""
-    path, asked = tmp_path / "w.pth", preflight.ask
+    path, asked = tmp_path / "w.pth", preflight.check_workers
     torch.save(NET.state_dict(), path)
 
     def ask(*given: Any) -> Any:
@@ -238,9 +238,12 @@ def test_ways_to_consent(tmp_path: Path) -> None:
 def test_fingerprints_of_trusted_files(tmp_path: Path) -> None:
     """A pickled module is the same network as in memory; TorchScript is known by its file."""
     torch.save(NET, tmp_path / "net.pt")
-    assert Model(tmp_path / "net.pt", trust=True).recipe().fingerprint() == Model(NET).recipe().fingerprint()
+    assert (
+        Model(tmp_path / "net.pt", trust=True).make_loader().compute_fingerprint()
+        == Model(NET).make_loader().compute_fingerprint()
+    )
     one, other = (save_script(net, tmp_path / f"{i}.ts") for i, net in enumerate([NET, nn.Linear(3, 2)]))
-    prints = [Model(path, trust=True).recipe().fingerprint() for path in (one, one, other)]
+    prints = [Model(path, trust=True).make_loader().compute_fingerprint() for path in (one, one, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -248,11 +251,11 @@ def test_what_a_trusted_pickle_may_be(tmp_path: Path) -> None:
     """A pickle that holds no module says what it holds; a state dict says that a factory is needed."""
     torch.save({1, 2}, tmp_path / "set.pt")
     with pytest.raises(ModelError, match=r"set\.pt' holds a set; it has to hold an nn\.Module"):
-        Model(tmp_path / "set.pt", trust=True).recipe().load(CPU)
+        Model(tmp_path / "set.pt", trust=True).make_loader().load(CPU)
     torch.save(NET.state_dict(), tmp_path / "w.pt")
     for trust in (False, True):
         with pytest.raises(ModelError, match=r"w\.pt holds weights only; a factory has to make the network"):
-            Model(tmp_path / "w.pt", trust=trust).recipe()
+            Model(tmp_path / "w.pt", trust=trust).make_loader()
 
 
 # --- which file it is
@@ -304,12 +307,12 @@ def test_another_file_is_refused_in_the_plan(weights: Path) -> None:
 def test_what_is_no_sha256(weights: Path, sha256: Any) -> None:
     """Anything but 64 hexadecimal digits is refused."""
     with pytest.raises(ModelError, match=r"sha256 is .*; it has to be 64 hexadecimal digits"):
-        Model(weights, sha256=sha256, **GIVEN).recipe()
+        Model(weights, sha256=sha256, **GIVEN).make_loader()
 
 
-def travelled(model: Model) -> Recipe:
+def travelled(model: Model) -> ModelLoader:
     """What a worker gets."""
-    recipe: Recipe = pickle.loads(pickle.dumps(model.recipe()))
+    recipe: ModelLoader = pickle.loads(pickle.dumps(model.make_loader()))
     return recipe
 
 
@@ -325,7 +328,9 @@ def test_a_file_that_changes_after_the_plan_is_not_loaded(weights: Path, given: 
 def test_a_change_while_it_is_loaded_changes_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compared is what is loaded: a file that changes in between is loaded as it was."""
     recipe = travelled(Model(weights, **GIVEN))
-    monkeypatch.setattr(files.ModelFile, "_compare", lambda self, found: flip(weights) if found == self.sha256 else None)
+    monkeypatch.setattr(
+        files.ModelFile, "_check_sha256", lambda self, found: flip(weights) if found == self.sha256 else None
+    )
     loaded = recipe.load(CPU).run
     assert torch.equal(loaded.weight, NET.weight) and torch.equal(loaded.bias, NET.bias)
 
@@ -339,12 +344,12 @@ def test_without_files_in_memory(weights: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_large_file_is_known_by_its_size(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file too large to be read for its SHA-256 is told from one of another size; a SHA-256 that is given is compared."""
     sha256 = sha256_of(weights)
-    monkeypatch.setattr(files, "HASHED_NBYTES", 10)
+    monkeypatch.setattr(files, "MAX_HASHED_NBYTES", 10)
     recipe = travelled(Model(weights, **GIVEN))
     assert recipe.file.sha256 == "" and recipe.file.content == sha256
     recipe.file.check()
     assert torch.equal(recipe.load(CPU).run.weight, NET.weight)
-    assert Model(weights, sha256=sha256, **GIVEN).recipe().file.sha256 == sha256
+    assert Model(weights, sha256=sha256, **GIVEN).make_loader().file.sha256 == sha256
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(ModelError, match=r"has \d+ bytes; \d+ is what this call asks for"):
         recipe.load(CPU)
@@ -354,7 +359,7 @@ def test_workers_compare_before_the_first_chunk(
     weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers that see another file than the client say so before anything runs."""
-    asked = preflight.ask
+    asked = preflight.check_workers
 
     def ask(*given: Any) -> Any:
         flip(weights)
@@ -367,7 +372,7 @@ def test_workers_compare_before_the_first_chunk(
 
 def test_workers_without_the_file(weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that cannot read the file say so before anything runs."""
-    asked = preflight.ask
+    asked = preflight.check_workers
 
     def ask(*given: Any) -> Any:
         weights.unlink()
@@ -392,19 +397,19 @@ class Told(nn.Linear):
 def test_a_change_between_two_loads(weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file changes after one worker loaded it and before the other does: no chunk is run with what it is now."""
     Told.log = str(weights.with_name("log"))
-    asked, loaded = preflight.ask, []
+    asked, loaded = preflight.check_workers, []
 
     def ask(client: Client, question: Any) -> Any:
         answers = asked(client, question)
         first = min(answers)
-        loaded.append(client.submit(load_there, made.recipe(), workers=[first], pure=False).result())
+        loaded.append(client.submit(load_there, made.make_loader(), workers=[first], pure=False).result())
         flip(weights)
         return answers
 
-    def load_there(recipe: Recipe) -> int:
-        from daskinfer.worker.loaded_models import models
+    def load_there(recipe: ModelLoader) -> int:
+        from daskinfer.worker.loaded_models import model_cache
 
-        models.get((recipe.key, "cpu"), lambda: recipe.load(torch.device("cpu")))
+        model_cache.get((recipe.key, "cpu"), lambda: recipe.load(torch.device("cpu")))
         return 1
 
     log = Told.log
@@ -432,18 +437,18 @@ def test_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     refused = r"the folder '.*shared', .* has the mode drwxrwxrwx and the owner .* nobody else may write into"
     (tmp_path / "shared" / "block").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
     with pytest.raises(ModelError, match=refused):
-        ShippedModel("key", "block", 0).load(CPU)
+        BroadcastLoader("key", "block", 0).load(CPU)
     with pytest.raises(ModelError, match=refused):
-        _receive(None, "block", b"")
+        _write_model_file(None, "block", b"")
     (tmp_path / "shared").chmod(0o700)
-    check_private(str(tmp_path / "shared" / "block"))
+    check_folder_is_private(str(tmp_path / "shared" / "block"))
     (tmp_path / "link").symlink_to(tmp_path / "shared")
     with pytest.raises(ModelError, match=r"the folder '.*link'"):
-        check_private(str(tmp_path / "link" / "block"))
+        check_folder_is_private(str(tmp_path / "link" / "block"))
     assert not (tmp_path / "marker").exists()
 
 
 def test_find_says_what_it_found(weights: Path) -> None:
     """A file is known by its whole path, its size and its SHA-256."""
-    found = ModelFile.find(os.path.relpath(weights))
+    found = ModelFile.from_path(os.path.relpath(weights))
     assert (found.path, found.nbytes, found.sha256) == (str(weights), weights.stat().st_size, sha256_of(weights))

@@ -18,14 +18,14 @@ from distributed import Client
 
 import daskinfer as di
 from daskinfer.cluster import preflight
-from daskinfer.cluster.process_cluster import kept
+from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.core.chunks import Chunk
 from daskinfer.errors import ChunkError, ChunkTimeout, ClusterError, ModelError, StorageError, WorkerLost
 from daskinfer.execution import dask_inputs, run, tuning, window
-from daskinfer.models.shared_files import shipped_path
-from daskinfer.planning.job import Call
+from daskinfer.models.shared_files import get_broadcast_path
+from daskinfer.planning.job import InferenceJob
 from daskinfer.scheduling import retry
-from daskinfer.scheduling.retry import MAX_DEATHS, Book, ends_the_call, lost
+from daskinfer.scheduling.retry import MAX_WORKER_DEATHS, RetryQueue, is_fatal_error, make_lost_chunk_error
 from daskinfer.transport import shared_memory
 from tests.conftest import wait_until
 from tests.support import faulty
@@ -37,36 +37,36 @@ STICKY = ChunkError(f"rows 30:31 failed: RuntimeError: {faulty.STICKY}")
 
 
 @pytest.fixture
-def book(monkeypatch: pytest.MonkeyPatch) -> Book:
+def book(monkeypatch: pytest.MonkeyPatch) -> RetryQueue:
     """A book that tries what raised again twice, at once."""
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.0)
-    return Book(retries=2)
+    monkeypatch.setattr(retry, "FIRST_BACKOFF_SECONDS", 0.0)
+    return RetryQueue(retries=2)
 
 
-def again(book: Book, *, alone: bool) -> Chunk | None:
+def again(book: RetryQueue, *, alone: bool) -> Chunk | None:
     """The chunk that is tried next, noted as begun."""
-    if chunk := book.due(alone=alone):
-        book.begun(chunk)
+    if chunk := book.get_due_chunk(alone=alone):
+        book.on_start(chunk)
     return chunk
 
 
-def test_what_raised_is_tried_again(book: Book) -> None:
+def test_what_raised_is_tried_again(book: RetryQueue) -> None:
     """A chunk that raises is tried again ``retries`` times, beside others, and then given up."""
     for _ in range(2):
-        assert book.raised(CHUNK, ChunkError("no"))
-        assert (book.n_left, again(book, alone=True), again(book, alone=False), book.n_left) == (1, None, CHUNK, 0)
-    assert not book.raised(CHUNK, ChunkError("no"))
-    assert book.settled(CHUNK) == 3
-    assert book.settled(CHUNK) == 1  # all is forgotten
+        assert book.on_error(CHUNK, ChunkError("no"))
+        assert (book.n_waiting, again(book, alone=True), again(book, alone=False), book.n_waiting) == (1, None, CHUNK, 0)
+    assert not book.on_error(CHUNK, ChunkError("no"))
+    assert book.on_done(CHUNK) == 3
+    assert book.on_done(CHUNK) == 1  # all is forgotten
 
 
 def test_each_try_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait doubles from try to try, up to a limit, and what is due already is waited for by nobody."""
     now, waits = 100.0, []
     monkeypatch.setattr(retry.time, "monotonic", lambda: now)
-    book = Book(retries=9)
+    book = RetryQueue(retries=9)
     for _ in range(8):
-        book.raised(CHUNK, ChunkError("no"))
+        book.on_error(CHUNK, ChunkError("no"))
         assert again(book, alone=False) is None
         waits.append(book.wait_seconds)
         now += book.wait_seconds or 0.0
@@ -74,40 +74,40 @@ def test_each_try_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0])
 
 
-def test_a_chunk_is_blamed_alone(book: Book) -> None:
+def test_a_chunk_is_blamed_alone(book: RetryQueue) -> None:
     """Whoever was in flight on a worker that ended runs alone, and is given up once it has ended two workers so."""
-    assert book.died(CHUNK, alone=False) and book.died(OTHER, alone=False)
+    assert book.on_worker_death(CHUNK, alone=False) and book.on_worker_death(OTHER, alone=False)
     assert (again(book, alone=False), again(book, alone=True), again(book, alone=True)) == (None, CHUNK, OTHER)
-    assert book.died(CHUNK, alone=True)
+    assert book.on_worker_death(CHUNK, alone=True)
     assert again(book, alone=True) == CHUNK
-    assert not book.died(CHUNK, alone=True)
-    assert (book.n_left, book.settled(OTHER), book.settled(CHUNK)) == (0, 2, 3)
+    assert not book.on_worker_death(CHUNK, alone=True)
+    assert (book.n_waiting, book.on_done(OTHER), book.on_done(CHUNK)) == (0, 2, 3)
 
 
-def test_out_of_memory_is_tried_alone_first(book: Book) -> None:
+def test_out_of_memory_is_tried_alone_first(book: RetryQueue) -> None:
     """Where memory was short the chunk runs alone, even without retries, and stays alone."""
-    assert book.raised(CHUNK, OUT_OF_MEMORY)
+    assert book.on_error(CHUNK, OUT_OF_MEMORY)
     assert (again(book, alone=False), again(book, alone=True)) == (None, CHUNK)
-    assert book.raised(CHUNK, OUT_OF_MEMORY)
+    assert book.on_error(CHUNK, OUT_OF_MEMORY)
     assert again(book, alone=True) == CHUNK
-    assert not book.raised(CHUNK, OUT_OF_MEMORY)
-    strict = Book(retries=0)
-    assert strict.raised(CHUNK, OUT_OF_MEMORY) and again(strict, alone=True) == CHUNK
-    assert not strict.raised(CHUNK, OUT_OF_MEMORY)
+    assert not book.on_error(CHUNK, OUT_OF_MEMORY)
+    strict = RetryQueue(retries=0)
+    assert strict.on_error(CHUNK, OUT_OF_MEMORY) and again(strict, alone=True) == CHUNK
+    assert not strict.on_error(CHUNK, OUT_OF_MEMORY)
 
 
-def test_a_broken_device_counts_as_a_death(book: Book) -> None:
+def test_a_broken_device_counts_as_a_death(book: RetryQueue) -> None:
     """A sticky error blames nobody the first time, and who gets it alone twice."""
-    assert book.raised(CHUNK, STICKY) and again(book, alone=True) == CHUNK
-    assert book.raised(CHUNK, STICKY) and again(book, alone=True) == CHUNK
-    assert not book.raised(CHUNK, STICKY)
+    assert book.on_error(CHUNK, STICKY) and again(book, alone=True) == CHUNK
+    assert book.on_error(CHUNK, STICKY) and again(book, alone=True) == CHUNK
+    assert not book.on_error(CHUNK, STICKY)
 
 
-def test_chunks_of_one_task_run_apart(book: Book) -> None:
+def test_chunks_of_one_task_run_apart(book: RetryQueue) -> None:
     """Chunks that failed in one task run again at once, each in its own, and none of them has failed yet."""
-    book.apart([CHUNK, OTHER])
+    book.split([CHUNK, OTHER])
     assert (again(book, alone=False), again(book, alone=False)) == (CHUNK, OTHER)
-    assert book.raised(CHUNK, ChunkError("no")) and again(book, alone=False) and book.raised(CHUNK, ChunkError("no"))
+    assert book.on_error(CHUNK, ChunkError("no")) and again(book, alone=False) and book.on_error(CHUNK, ChunkError("no"))
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_chunks_of_one_task_run_apart(book: Book) -> None:
 )
 def test_what_ends_the_call(error: Exception, ends: bool) -> None:
     """Only what may go away, or is one chunk's own, is tried again."""
-    assert ends_the_call(error) is ends
+    assert is_fatal_error(error) is ends
 
 
 def test_what_is_said_of_a_chunk_that_is_given_up() -> None:
     """It is named with its rows, its worker and what to do."""
-    said = lost(CHUNK, "tcp://a", hung=False, seconds=None)
+    said = make_lost_chunk_error(CHUNK, "tcp://a", hung=False, timeout_seconds=None)
     assert isinstance(said, WorkerLost)
-    assert f"chunk 3 (rows 30:40) ended its worker tcp://a, {MAX_DEATHS} times with nothing beside it" in str(said)
-    said = lost(CHUNK, "tcp://a", hung=True, seconds=2.5)
+    assert f"chunk 3 (rows 30:40) ended its worker tcp://a, {MAX_WORKER_DEATHS} times with nothing beside it" in str(said)
+    said = make_lost_chunk_error(CHUNK, "tcp://a", hung=True, timeout_seconds=2.5)
     assert isinstance(said, ChunkTimeout)
     assert "chunk 3 (rows 30:40) gave no answer within chunk_timeout=2.5 s on tcp://a, alone too." in str(said)
 
@@ -173,13 +173,13 @@ def test_a_task_that_failed_is_let_go(cpus: dict[str, Any], tmp_path: Path, act:
     """After a call that mended what failed, the kept client holds no task of it, nor the memory that this one used."""
 
     def n_arenas() -> int:
-        return sum(type(found) is shared_memory.Arena for found in gc.get_objects())
+        return sum(type(found) is shared_memory.SharedMemoryPool for found in gc.get_objects())
 
     gc.collect()
     before = n_arenas()
     di.predict(faulty.network(tmp_path, act, [1234], times=1), chunked(), **cpus)
-    assert kept._current is not None
-    client = kept._current.client
+    assert default_cluster._current is not None
+    client = default_cluster._current.client
     wait_until(lambda: gc.collect() >= 0 and not client.futures)
     assert n_arenas() <= before + 1  # one is kept for the next call
 
@@ -193,7 +193,7 @@ def test_poison_is_filled_and_nobody_else(cpus: dict[str, Any], tmp_path: Path, 
     right_but(y, np.concatenate([np.arange(i * CHUNK_ROWS, (i + 1) * CHUNK_ROWS) for i in poison]))
     assert sorted(failure.start // CHUNK_ROWS for failure in report.failures) == poison
     assert all("WorkerLost: chunk" in failure.exception for failure in report.failures)
-    assert len(faulty.acted(tmp_path)) <= (1 + MAX_DEATHS) * n_poison
+    assert len(faulty.acted(tmp_path)) <= (1 + MAX_WORKER_DEATHS) * n_poison
 
 
 def test_poison_ends_the_call(cpus: dict[str, Any], tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_an_array_that_all_chunks_share_survives_its_worker(tmp_path: Path, monk
 
 def test_a_network_that_is_sent_once_survives_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large order that ended with the only worker is sent again."""
-    monkeypatch.setattr("daskinfer.execution.task_builder.MAX_ORDER_NBYTES", 0)
+    monkeypatch.setattr("daskinfer.execution.task_builder.MAX_INLINE_CONTEXT_NBYTES", 0)
     net = faulty.network(tmp_path, faulty.killed, [1234], times=1)
     y = di.predict(net, chunked(), devices="cpu", device_weights="even", batch_size=CHUNK_ROWS)
     di.close()
@@ -242,9 +242,9 @@ def test_a_network_that_is_sent_once_survives_its_worker(tmp_path: Path, monkeyp
 def test_all_workers_end_while_they_are_asked(cpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of a new network goes on with the workers that come in their place, which find its file."""
     di.predict(np.negative, X, **cpus)  # the cluster is there
-    asked, ask = [], preflight.ask
+    asked, ask = [], preflight.check_workers
 
-    def killed_and_asked(client: Client, question: preflight.Question) -> dict[str, preflight.Answer]:
+    def killed_and_asked(client: Client, question: preflight.WorkerRequirements) -> dict[str, preflight.WorkerInfo]:
         if not asked:
             for pid in client.run(os.getpid).values():
                 os.kill(pid, signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_all_workers_end_while_they_are_asked(cpus: dict[str, Any], tmp_path: Pa
             asked.append(ask(client, question))
         return asked[-1]
 
-    monkeypatch.setattr(preflight, "ask", killed_and_asked)
+    monkeypatch.setattr(preflight, "check_workers", killed_and_asked)
     y, _ = di.predict(faulty.network(tmp_path, faulty.killed, [], times=0), X, **cpus)
     np.testing.assert_array_equal(y, 2 * X)
     assert asked[-1]
@@ -324,9 +324,9 @@ def test_rows_that_cannot_be_read_to_measure_with(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where the rows to measure with cannot be read, the micro-batch stays as it is, and they are skipped."""
-    monkeypatch.setattr(tuning, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "MIN_TUNING_SECONDS", 0.0)
     monkeypatch.setattr(run, "MIN_BATCHES", 0)
-    monkeypatch.setattr(Call, "tried_sizes", property(lambda self: (50, 100)))
+    monkeypatch.setattr(InferenceJob, "batch_size_candidates", property(lambda self: (50, 100)))
     torn = faulty.network(tmp_path, faulty.raises(lambda value: OSError(errno.EIO, "torn")), [12])
     x = da.from_array(X, chunks=800).map_blocks(torn, dtype=X.dtype, meta=X[:0])
     how = ({"devices": devices} if devices else two) | {"batch_size": "auto", "return_report": True}
@@ -349,8 +349,8 @@ def test_memory_that_is_short_once(two: dict[str, Any], tmp_path: Path, error: E
 
 def test_a_scheduler_that_is_lost_is_named(foreign: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that goes away while a call runs is a clear error, not a hang; what this host holds of the call goes."""
-    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.2)
-    shipped = Path(shipped_path("x")).parent
+    monkeypatch.setattr(window, "WORKER_CHECK_SECONDS", 0.2)
+    shipped = Path(get_broadcast_path("x")).parent
     net = faulty.network(tmp_path, faulty.sleeps, [], seconds=0.05)
     blocks = di.stream(net, X, client=foreign, batch_size=10, device_weights=[1, 1])
     next(blocks)

@@ -17,19 +17,21 @@ from daskinfer.errors import ChunkError
 from daskinfer.models.model import as_model
 from daskinfer.options import Options
 from daskinfer.planning.inputs import Inputs
-from daskinfer.planning.output_spec import promise
-from daskinfer.worker.model_runner import Job
-from daskinfer.worker.task import Block
+from daskinfer.planning.output_spec import infer_output_spec
+from daskinfer.worker.model_runner import ModelRunConfig
+from daskinfer.worker.task import ComputedChunk
 
 X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
 
 
 def build(model: Any, x: Any, row_chunks: tuple[int, ...], *, batch_size: int = 2, **fields: Any) -> tuple[da.Array, Any]:
     """The private blocks and the public arrays."""
-    inputs, recipe, options = Inputs.of(x), as_model(model).recipe(), Options(**fields)
-    promised = promise(recipe, inputs.ports, inputs.like(), options)
-    blocks = lazy.build(inputs.cut(row_chunks), recipe, Job(inputs.ports, batch_size, options, promised.outputs))
-    return blocks, lazy.outputs(blocks, promised.structure, promised.outputs)
+    inputs, recipe, options = Inputs.from_value(x), as_model(model).make_loader(), Options(**fields)
+    promised = infer_output_spec(recipe, inputs.ports, inputs.make_empty_arrays(), options)
+    blocks = lazy.build_blocks(
+        inputs.make_dask_arrays(row_chunks), recipe, ModelRunConfig(inputs.ports, batch_size, options, promised.outputs)
+    )
+    return blocks, lazy.build_outputs(blocks, promised.structure, promised.outputs)
 
 
 def tasks(collection: da.Array) -> list[Any]:
@@ -38,7 +40,7 @@ def tasks(collection: da.Array) -> list[Any]:
     return [key for key, node in optimised.items() if not isinstance(node, Alias)]
 
 
-def computed(blocks: da.Array) -> list[Block]:
+def computed(blocks: da.Array) -> list[ComputedChunk]:
     """Each block."""
     return list(dask.compute(*blocks.to_delayed().ravel(), scheduler="synchronous"))
 
@@ -48,20 +50,20 @@ def test_blocks() -> None:
     blocks, _ = build(lambda x: {"a": x, "b": x[:, 0]}, X, (4, 6))
     first, second = computed(blocks)
     assert [array.shape for array in first.arrays + second.arrays] == [(4, 3), (4,), (6, 3), (6,)]
-    assert (second.receipt.start, second.receipt.stop, second.receipt.batch_size) == (4, 10, 2)
+    assert (second.stats.start, second.stats.stop, second.stats.batch_size) == (4, 10, 2)
 
 
 def test_inline_receipt() -> None:
     """Without a cluster the receipt says that it was computed in this process."""
     (block,) = computed(build(nn.Linear(3, 2), X, (10,))[0])
-    assert block.receipt.device == "inline"
+    assert block.stats.device == "inline"
 
 
 def test_chunk_without_rows() -> None:
     """A chunk without rows has answers without rows, of its own, and no receipt; the network is not loaded for it."""
-    job = Job(Inputs.of(X).ports, 2, Options(), (np.empty((0, 5), "int64"),))
-    empty = lazy.block(X[:0], (slice(3, 3),), recipe=None, job=job)
-    assert (empty.arrays[0].shape, empty.arrays[0].dtype, empty.receipt) == ((0, 5), "int64", None)
+    job = ModelRunConfig(Inputs.from_value(X).ports, 2, Options(), (np.empty((0, 5), "int64"),))
+    empty = lazy.compute_block(X[:0], (slice(3, 3),), loader=None, run_config=job)
+    assert (empty.arrays[0].shape, empty.arrays[0].dtype, empty.stats) == ((0, 5), "int64", None)
     assert empty.arrays[0] is not job.outputs[0]
 
 

@@ -30,14 +30,14 @@ from daskinfer.options import OptionFields, Options
         ({"dtype": ["float32"]}, r"dtype is \['float32'\]; it may be a name"),
         ({"pad": 1}, "pad is 1; it may be True or False"),
         ({"pad": None}, "pad is None; it may be True or False"),
-        ({"readers": 0}, "readers is 0; it may be a number from 1 to 6"),
-        ({"readers": 7}, "readers is 7; it may be a number from 1 to 6"),
-        ({"readers": True}, "readers is True; it may be a number from 1 to 6"),
-        ({"readers": None}, "readers is None; it may be a number from 1 to 6"),
-        ({"readers": "2"}, "readers is '2'; it may be a number from 1 to 6"),
-        ({"readers": 2.0}, "readers is 2.0; it may be a number from 1 to 6"),
-        ({"readers": 2.5}, "readers is 2.5; it may be a number from 1 to 6"),
-        ({"readers": np.ones(2)}, "readers is array.*; it may be a number from 1 to 6"),
+        ({"prefetch": 0}, "prefetch is 0; it may be a number from 1 to 6"),
+        ({"prefetch": 7}, "prefetch is 7; it may be a number from 1 to 6"),
+        ({"prefetch": True}, "prefetch is True; it may be a number from 1 to 6"),
+        ({"prefetch": None}, "prefetch is None; it may be a number from 1 to 6"),
+        ({"prefetch": "2"}, "prefetch is '2'; it may be a number from 1 to 6"),
+        ({"prefetch": 2.0}, "prefetch is 2.0; it may be a number from 1 to 6"),
+        ({"prefetch": 2.5}, "prefetch is 2.5; it may be a number from 1 to 6"),
+        ({"prefetch": np.ones(2)}, "prefetch is array.*; it may be a number from 1 to 6"),
         ({"on_error": "ignore"}, "on_error is 'ignore'; it may be 'raise' or 'skip'"),
         ({"on_error": None}, "on_error is None; it may be 'raise' or 'skip'"),
         ({"nan_is_failure": 1}, "nan_is_failure is 1; it may be True or False"),
@@ -69,8 +69,8 @@ def test_refuses(field: dict[str, Any], message: str) -> None:
 
 def test_readers() -> None:
     """One chunk is read ahead unless more are asked for, six at most."""
-    assert Options().readers == 1
-    assert [Options(readers=n).readers for n in (1, 6)] == [1, 6]
+    assert Options().prefetch == 1
+    assert [Options(prefetch=n).prefetch for n in (1, 6)] == [1, 6]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_readers() -> None:
 )
 def test_how_many_rows_may_fail(asked: Any, allowed: float) -> None:
     """A number is itself, a share is of all rows, rounded down and exact, and None allows any."""
-    assert Options(max_failed_rows=asked).failures_allowed(1000) == allowed
+    assert Options(max_failed_rows=asked).compute_max_failed_rows(1000) == allowed
 
 
 def test_fields_are_keyword_only() -> None:
@@ -110,7 +110,7 @@ def test_fields_as_keywords_are_the_same() -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16", {"image": "float32"}, {}])
 def test_survives_json_and_pickle(dtype: Any) -> None:
     """What is no function or array passes through JSON, and everything through pickle."""
-    options = Options(dtype=dtype, autocast="fp16", pad=False, readers=3)
+    options = Options(dtype=dtype, autocast="fp16", pad=False, prefetch=3)
     assert Options(**json.loads(json.dumps(dataclasses.asdict(options)))) == options
     assert pickle.loads(pickle.dumps(options)) == options
 
@@ -125,7 +125,7 @@ def test_functions_of_any_kind() -> None:
 )
 def test_cast(dtype: Any, cast: str | None) -> None:
     """A name casts every port, a mapping those that it names."""
-    assert Options(dtype=dtype).cast("x") == cast
+    assert Options(dtype=dtype).get_cast_dtype("x") == cast
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
 def test_a_keyword_of_another_function() -> None:
     """A word that only another function takes is not suggested again."""
     with pytest.raises(
-        OptionError, match=r"^the keyword 'fresh' was given; .*, trust\. Another function takes it: leave it out\.$"
+        OptionError, match=r"^the keyword 'overwrite' was given; .*, trust\. Another function takes it: leave it out\.$"
     ):
-        di.predict(abs, [1.0], fresh=True)
+        di.predict(abs, [1.0], overwrite=True)

@@ -1,6 +1,6 @@
 """A run on Dask's own dashboard: what is told to the scheduler, and the plugin that shows it there as ``/daskinfer``.
 
-Every run has a :class:`Sender` among its listeners. It sums the run's events up where they happen, and once a client
+Every run has a :class:`StatusPublisher` among its listeners. It sums the run's events up where they happen, and once a client
 computes, it tells the client's scheduler twice a second how the run stands. Not the events themselves: what
 is told stays as small whatever the run, is complete each time, and the scheduler, which all workers wait for, has next to
 nothing to do. It is sent by a coroutine on the loop that the client has anyway, not by a thread of its own: a call that
@@ -16,6 +16,6 @@ the page is drawn. On 5,000 chunks in 8.5 s the CPU time of client and scheduler
 
 from __future__ import annotations
 
-from daskinfer.diagnostics.dashboard.publisher import Sender
+from daskinfer.diagnostics.dashboard.publisher import StatusPublisher
 
-__all__ = ["Sender"]
+__all__ = ["StatusPublisher"]

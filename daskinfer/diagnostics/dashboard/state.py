@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from daskinfer.diagnostics.dashboard.chunk_map import Cells
+from daskinfer.diagnostics.dashboard.chunk_map import CellStates
 from daskinfer.diagnostics.status import DeviceStatus, Status
 
 MAX_RUNS = 12  # that are kept, the latest; arbitrary
@@ -23,7 +23,7 @@ OTHERS = "others"
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class ChunkErrorRecord:
     """Rows ``start:stop`` that came back without an answer, and why; ``at`` in seconds since 1970 by the client's clock."""
 
     at: float
@@ -37,21 +37,21 @@ class Trouble:
 class Snapshot:
     """How a run stands: all that the page shows of it at one moment, ``MAX_DEVICES`` devices at most.
 
-    ``who`` is the user and host that computes, ``client`` the id of its client.
+    ``user`` is the user and host that computes, ``client`` the id of its client.
     """
 
     status: Status
-    cells: Cells
-    troubles: tuple[Trouble, ...]
-    who: str = ""
+    cells: CellStates
+    errors: tuple[ChunkErrorRecord, ...]
+    user: str = ""
     client: str = ""
 
-    def message(self) -> dict[str, Any]:
+    def to_message(self) -> dict[str, Any]:
         """The same in plain values, for one message."""
         return asdict(self)
 
     @staticmethod
-    def of(message: Mapping[str, Any]) -> Snapshot:
+    def from_message(message: Mapping[str, Any]) -> Snapshot:
         """What a message says.
 
         Raises
@@ -61,12 +61,12 @@ class Snapshot:
         """
         devices = tuple(DeviceStatus(**device) for device in message["status"]["devices"])
         status = Status(**{**message["status"], "devices": devices})
-        troubles = tuple(Trouble(**trouble) for trouble in message["troubles"])
-        return Snapshot(status, Cells(**message["cells"]), troubles, message["who"], message["client"])
+        troubles = tuple(ChunkErrorRecord(**trouble) for trouble in message["troubles"])
+        return Snapshot(status, CellStates(**message["cells"]), troubles, message["who"], message["client"])
 
 
 @dataclass
-class Course:
+class ThroughputHistory:
     """Rows/s over time, by device in the order in which they came; halved when it grows too long."""
 
     points: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
@@ -84,55 +84,55 @@ class Course:
 
 
 @dataclass
-class Shown:
+class RunView:
     """A run that is shown: its latest snapshot, its course, and when it was first and last heard of by this clock.
 
     ``lost``: its client is gone.
     """
 
     snapshot: Snapshot
-    first_heard: float
-    last_heard: float
-    n_heard: int = 0
+    first_seen: float
+    last_seen: float
+    n_updates: int = 0
     lost: bool = False
-    course: Course = field(default_factory=Course)
+    throughput: ThroughputHistory = field(default_factory=ThroughputHistory)
 
 
-class Board:
+class RunRegistry:
     """Keeps the last runs; all clients of a scheduler tell the same one.
 
     Note: only for the scheduler's loop.
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, Shown] = {}
+        self._runs: dict[str, RunView] = {}
 
-    def take(self, message: Mapping[str, Any]) -> None:
+    def update(self, message: Mapping[str, Any]) -> None:
         """What a client tells of a run."""
-        snapshot, now = Snapshot.of(message), time.time()
+        snapshot, now = Snapshot.from_message(message), time.time()
         status = snapshot.status
         # Those heard of last come last: a run that goes on is never the one that has to leave.
-        shown = self._runs.pop(status.run) if status.run in self._runs else Shown(snapshot, now, now)
+        shown = self._runs.pop(status.run) if status.run in self._runs else RunView(snapshot, now, now)
         self._runs[status.run] = shown
-        shown.snapshot, shown.last_heard, shown.n_heard, shown.lost = snapshot, now, shown.n_heard + 1, False
+        shown.snapshot, shown.last_seen, shown.n_updates, shown.lost = snapshot, now, shown.n_updates + 1, False
         if status.seconds is not None and status.seconds >= STEP_SECONDS:  # before, one chunk makes any speed
-            shown.course.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
+            shown.throughput.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
         while len(self._runs) > MAX_RUNS:
             del self._runs[next(iter(self._runs))]
 
-    def gone(self, client: str) -> None:
+    def mark_lost(self, client: str) -> None:
         """A client is gone, and with it the runs of it that have not ended."""
         for shown in self._runs.values():
             if shown.snapshot.client == client:
                 shown.lost = not shown.snapshot.status.ended
 
     @property
-    def runs(self) -> list[Shown]:
+    def runs(self) -> list[RunView]:
         """All that are kept, the one that began last first."""
-        return sorted(self._runs.values(), key=lambda shown: shown.first_heard, reverse=True)
+        return sorted(self._runs.values(), key=lambda shown: shown.first_seen, reverse=True)
 
 
-def folded(devices: Sequence[DeviceStatus]) -> tuple[DeviceStatus, ...]:
+def limit_devices(devices: Sequence[DeviceStatus]) -> tuple[DeviceStatus, ...]:
     """At most ``MAX_DEVICES`` devices: the first ones, and what the others do together."""
     if len(devices) <= MAX_DEVICES:
         return tuple(devices)

@@ -5,7 +5,7 @@ by the client, and written by rows from anywhere. A worker *writes* an attempt a
 has heard of it, *publishes* it under the names that it keeps. Where these two are one (a region of a file has no name),
 an attempt holds the fence of its run meanwhile (``staging``), and a chunk is not run again before its process has ended.
 
-A format module has two classes: ``Source(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
+A format module has two classes: ``ArraySource(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
 ``from_array`` asks for), and ``Target(store, path, shape, dtype, unit_rows)``, a small frozen record.
 """
 
@@ -19,64 +19,64 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from daskinfer.core.chunks import Written
+from daskinfer.core.chunks import StoredPart
 from daskinfer.errors import InputError, SourceMissing
 
 if TYPE_CHECKING:  # the command looks at paths before torch is imported, which takes seconds
-    from daskinfer.core.arrays import Source
+    from daskinfer.core.arrays import ArraySource
 
 _FORMATS = {".npy": "daskinfer.storage.formats.npy", ".zarr": "daskinfer.storage.formats.zarr"}
 _ZARR_METADATA = ("zarr.json", ".zarray")
-_ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
+_SUFFIX_ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
 
 
 class Target(Protocol):
-    """An output of which any worker writes rows; ``path`` is what it has to be able to write to."""
+    """An output of which any worker writes rows; ``writable_path`` is what it has to be able to write to."""
 
     @property
-    def path(self) -> str: ...
+    def writable_path(self) -> str: ...
 
     @property
-    def metadata(self) -> tuple[str, ...]:
+    def metadata_parts(self) -> tuple[str, ...]:
         """Names of the parts that hold no rows."""
         ...
 
     def create(self, path: str) -> None:
-        """Make the empty output at ``path``."""
+        """Make the empty output at ``writable_path``."""
         ...
 
-    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[Written, ...]:
+    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[StoredPart, ...]:
         """Write ``rows`` (n, ...) at ``start``, a multiple of ``unit_rows``; what was written, one part per write-unit."""
         ...
 
-    def publish(self, written: Sequence[Written]) -> tuple[Written, ...]:
+    def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
         """Put what was written where it stays; it with the names that it has there."""
         ...
 
-    def files(self, written: Sequence[Written]) -> set[str]:
+    def get_file_paths(self, parts: Sequence[StoredPart]) -> set[str]:
         """Paths of the files that published parts lie in."""
         ...
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str]) -> ArraySource:
     """Open an array for reading.
 
     Raises
     ------
     SourceMissing
-        Where there is nothing at ``path``.
+        Where there is nothing at ``writable_path``.
     InputError
         Where its suffix is unknown, or what lies there is no array of numbers.
     """
     path = os.path.abspath(path)
-    module = _format(path, "the input")
+    module = _load_format_module(path, "the input")
     if not os.path.exists(path):
-        raise SourceMissing(f"the input {path!r} does not exist; a {_suffixes()} array is needed. Correct the path.")
-    source: Source = module.Source(path)
+        raise SourceMissing(f"the input {path!r} does not exist; a {_join_suffixes()} array is needed. Correct the path.")
+    source: ArraySource = module.Source(path)
     return source
 
 
-def check_path(path: str | os.PathLike[str]) -> str:
+def check_output_path(path: str | os.PathLike[str]) -> str:
     """The absolute path of an output that could be created there; what lies there is not looked at.
 
     Raises
@@ -87,7 +87,7 @@ def check_path(path: str | os.PathLike[str]) -> str:
         Where its suffix is unknown.
     """
     path = os.path.abspath(path)
-    _format(path, "the output")
+    _load_format_module(path, "the output")
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         state = "is a file" if os.path.exists(folder) else "does not exist"
@@ -95,13 +95,17 @@ def check_path(path: str | os.PathLike[str]) -> str:
     return path
 
 
-def target(path: str, store: str, run_folder: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int) -> Target:
-    """The output ``path``, while it lies at ``store`` and a run has ``run_folder`` for what is not published yet."""
-    made: Target = _format(path, "the output").Target(store, run_folder, shape, dtype, max(1, min(unit_rows, shape[0])))
+def make_target(
+    path: str, store: str, run_folder: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int
+) -> Target:
+    """The output ``writable_path``, while it lies at ``store`` and a run has ``run_folder`` for what is not published yet."""
+    made: Target = _load_format_module(path, "the output").Target(
+        store, run_folder, shape, dtype, max(1, min(unit_rows, shape[0]))
+    )
     return made
 
 
-def is_array(path: str) -> bool:
+def is_array_path(path: str) -> bool:
     """Whether what lies there is an array of the format that its suffix names."""
     try:
         open_source(path)
@@ -110,21 +114,21 @@ def is_array(path: str) -> bool:
     return True
 
 
-def state(path: str) -> dict[str, Any]:
-    """What changes when the array at ``path`` does, cheaply: see ``input_mark``."""
-    found: dict[str, Any] = _format(path, "the input").state(path)
+def compute_stat_fingerprint(path: str) -> dict[str, Any]:
+    """What changes when the array at ``writable_path`` does, cheaply: see ``compute_input_fingerprint``."""
+    found: dict[str, Any] = _load_format_module(path, "the input").compute_stat_fingerprint(path)
     return found
 
 
-def _format(path: str, what: str) -> Any:
+def _load_format_module(path: str, role: str) -> Any:
     suffix = Path(path).suffix.lower()
     if not suffix and any(os.path.exists(os.path.join(path, name)) for name in _ZARR_METADATA):
         suffix = ".zarr"  # an array within a group, as xarray writes them
     if suffix not in _FORMATS:
-        advice = _ADVICE.get(suffix, "Rename or convert it.")
-        raise InputError(f"{what} {path!r} ends in {suffix!r}; it may end in {_suffixes()}. {advice}")
+        advice = _SUFFIX_ADVICE.get(suffix, "Rename or convert it.")
+        raise InputError(f"{role} {path!r} ends in {suffix!r}; it may end in {_join_suffixes()}. {advice}")
     return importlib.import_module(_FORMATS[suffix])
 
 
-def _suffixes() -> str:
+def _join_suffixes() -> str:
     return " or ".join(_FORMATS)

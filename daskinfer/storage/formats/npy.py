@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from daskinfer.core.chunks import Written
-from daskinfer.core.files import named
+from daskinfer.core.chunks import StoredPart
+from daskinfer.core.files import with_filename
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.errors import InputError
 from daskinfer.storage import staging
 
-_PART_NBYTES = 1 << 30  # one call of the system reads or writes less than 2 GiB
+_MAX_IO_NBYTES = 1 << 30  # one call of the system reads or writes less than 2 GiB
 
 
 class Source:
@@ -34,23 +34,23 @@ class Source:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with _said_of(path):
-            self.shape, self.dtype, self._offset = _header(path)
+        with _wrap_input_errors(path):
+            self.shape, self.dtype, self._offset = _read_header(path)
         self.ndim = len(self.shape)
 
-    def _map(self) -> np.memmap[Any, Any]:
-        with _said_of(self.path):
+    def _open_memmap(self) -> np.memmap[Any, Any]:
+        with _wrap_input_errors(self.path):
             mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(self.path, mode="r")
         return mapped
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
         rows = index[0] if isinstance(index, tuple) and len(index) == 1 else index
         if self._offset is None or not isinstance(rows, slice) or rows.step not in (None, 1):
-            return np.array(self._map()[index])
+            return np.array(self._open_memmap()[index])
         start, stop, _ = rows.indices(self.shape[0])
         found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
         row_nbytes = found[:1].nbytes if len(found) else 0
-        with _said_of(self.path), open(self.path, "rb", buffering=0) as file:
+        with _wrap_input_errors(self.path), open(self.path, "rb", buffering=0) as file:
             _transfer(os.preadv, file.fileno(), found, self._offset + start * row_nbytes, self.path)
         return found
 
@@ -66,15 +66,15 @@ class Target:
     unit_rows: int
 
     @property
-    def path(self) -> str:
+    def writable_path(self) -> str:
         return self.store
 
     @property
-    def metadata(self) -> tuple[str, ...]:
-        return (f"0:{len(self._header)}",)
+    def metadata_parts(self) -> tuple[str, ...]:
+        return (f"0:{len(self._header_bytes)}",)
 
     @property
-    def _header(self) -> bytes:
+    def _header_bytes(self) -> bytes:
         file = io.BytesIO()
         described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, described)
@@ -83,40 +83,40 @@ class Target:
     def create(self, path: str) -> None:
         # A disk that is full is found out now, not in the middle.
         with open(path, "wb", buffering=0) as file:
-            file.write(self._header)
-            _reserve(file.fileno(), path, len(self._header) + prod(self.shape) * self.dtype.itemsize)
+            file.write(self._header_bytes)
+            _reserve(file.fileno(), path, len(self._header_bytes) + prod(self.shape) * self.dtype.itemsize)
 
-    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[Written, ...]:
+    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[StoredPart, ...]:
         rows = np.ascontiguousarray(rows, self.dtype)
-        first = len(self._header) + start * rows[:1].nbytes
-        with staging.writing(self.run_folder), named(self.store), open(self.store, "r+b", buffering=0) as file:
+        first = len(self._header_bytes) + start * rows[:1].nbytes
+        with staging.write_fence(self.run_folder), with_filename(self.store), open(self.store, "r+b", buffering=0) as file:
             _transfer(os.pwritev, file.fileno(), rows, first, self.store)
         memory, unit_nbytes = rows.reshape(-1).view(np.uint8).data, self.unit_rows * rows[:1].nbytes
         units = [memory[at : at + unit_nbytes] for at in range(0, memory.nbytes, max(1, unit_nbytes))]
         starts = range(first, first + memory.nbytes, max(1, unit_nbytes))
         return tuple(
-            Written(f"{at}:{at + unit.nbytes}", unit.nbytes, zlib.crc32(unit))
+            StoredPart(f"{at}:{at + unit.nbytes}", unit.nbytes, zlib.crc32(unit))
             for at, unit in zip(starts, units, strict=True)
         )
 
-    def publish(self, written: Sequence[Written]) -> tuple[Written, ...]:
-        return tuple(written)  # it lies where it stays
+    def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
+        return tuple(parts)  # it lies where it stays
 
-    def files(self, written: Sequence[Written]) -> set[str]:
+    def get_file_paths(self, parts: Sequence[StoredPart]) -> set[str]:
         return {self.store}
 
 
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADER_PARSERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def _header(path: str) -> tuple[tuple[int, ...], np.dtype[Any], int | None]:
+def _read_header(path: str) -> tuple[tuple[int, ...], np.dtype[Any], int | None]:
     """Shape, dtype, and where the rows begin; None where they do not lie one after the other. Nothing else is read."""
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
-        if version not in _HEADERS:
+        if version not in _HEADER_PARSERS:
             raise ValueError(f"its format is {version[0]}.{version[1]}, and only 1.0 and 2.0 hold plain numbers")
         try:
-            shape, in_columns, dtype = _HEADERS[version](file)
+            shape, in_columns, dtype = _HEADER_PARSERS[version](file)
         except Exception as error:  # NumPy's parser of Python literals raises what Python's tokenizer does
             raise ValueError(f"its header cannot be understood ({error})") from error
         offset, nbytes = file.tell(), os.fstat(file.fileno()).st_size
@@ -131,14 +131,14 @@ def _header(path: str) -> tuple[tuple[int, ...], np.dtype[Any], int | None]:
     return shape, dtype, None if in_columns and len(shape) > 1 else offset
 
 
-def state(path: str) -> dict[str, Any]:
+def compute_stat_fingerprint(path: str) -> dict[str, Any]:
     """Bytes and time of change."""
     found = os.stat(path)
     return {"nbytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 @contextlib.contextmanager
-def _said_of(path: str) -> Iterator[None]:
+def _wrap_input_errors(path: str) -> Iterator[None]:
     """Say which input it is, whatever goes wrong with it meanwhile."""
     try:
         yield
@@ -153,7 +153,7 @@ def _transfer(call: Any, descriptor: int, rows: np.ndarray[Any, Any], offset: in
     """Read or write all bytes of ``rows``, however many calls it takes."""
     memory, done = rows.reshape(-1).view(np.uint8), 0
     while done < memory.size:
-        n = call(descriptor, [memory[done : done + _PART_NBYTES]], offset + done)
+        n = call(descriptor, [memory[done : done + _MAX_IO_NBYTES]], offset + done)
         if not n:
             raise OSError(f"the file {path!r} ends before its rows do; it was cut off while it was read")
         done += n

@@ -20,8 +20,8 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from daskinfer.core.chunks import Written
-from daskinfer.core.files import named
+from daskinfer.core.chunks import StoredPart
+from daskinfer.core.files import with_filename
 from daskinfer.errors import InputError
 
 
@@ -59,11 +59,11 @@ class Source:
             raise
         except Exception as error:  # a codec's, whatever that raises
             raise InputError(
-                f"the input {self.path!r} cannot be read{self._where(array, index)}: {type(error).__name__}: {error}; its "
+                f"the input {self.path!r} cannot be read{self._locate_broken_chunk(array, index)}: {type(error).__name__}: {error}; its "
                 "chunks have to be as they were written. Copy the store again from where it came from."
             ) from error
 
-    def _where(self, array: Any, index: Any) -> str:
+    def _locate_broken_chunk(self, array: Any, index: Any) -> str:
         """Which chunk of the store it is, found by reading one after the other, and its rows."""
         rows = index[0] if isinstance(index, tuple) else index
         start, stop, _ = (rows if isinstance(rows, slice) else slice(None)).indices(self.shape[0])
@@ -91,48 +91,49 @@ class Target:
     """
 
     store: str
-    path: str
+    writable_path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     unit_rows: int
 
     @property
-    def metadata(self) -> tuple[str, ...]:
+    def metadata_parts(self) -> tuple[str, ...]:
         return ("zarr.json",)
 
     def create(self, path: str) -> None:
         os.mkdir(path)
-        _write(
-            os.path.join(path, *self.metadata), _encoded(self, 0, np.empty((0, *self.shape[1:]), self.dtype))["zarr.json"]
+        _write_file(
+            os.path.join(path, *self.metadata_parts),
+            _encode_rows(self, 0, np.empty((0, *self.shape[1:]), self.dtype))["zarr.json"],
         )
 
-    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[Written, ...]:
+    def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[StoredPart, ...]:
         if not rows.size:
             return ()
-        attempt, encoded = uuid.uuid4().hex, _encoded(self, start, rows)
+        attempt, encoded = uuid.uuid4().hex, _encode_rows(self, start, rows)
         # Not with its parents: where these are gone, another run has taken over.
-        os.mkdir(os.path.join(self.path, attempt))
+        os.mkdir(os.path.join(self.writable_path, attempt))
         written = []
         for unit in range(start // self.unit_rows, -(-(start + len(rows)) // self.unit_rows)):
             key = ".".join(["c", str(unit), *("0" for _ in self.shape[1:])])
             name, content = f"{attempt}/{key}", encoded[key]
-            _write(os.path.join(self.path, name), content)
-            written.append(Written(name, len(content), zlib.crc32(content)))
+            _write_file(os.path.join(self.writable_path, name), content)
+            written.append(StoredPart(name, len(content), zlib.crc32(content)))
         return tuple(written)
 
-    def publish(self, written: Sequence[Written]) -> tuple[Written, ...]:
-        published = [replace(part, name=part.name.partition("/")[2]) for part in written]
-        for part, kept in zip(written, published, strict=True):
-            os.replace(os.path.join(self.path, part.name), os.path.join(self.store, kept.name))
-        for attempt in {part.name.partition("/")[0] for part in written}:
-            os.rmdir(os.path.join(self.path, attempt))
+    def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
+        published = [replace(part, name=part.name.partition("/")[2]) for part in parts]
+        for part, kept in zip(parts, published, strict=True):
+            os.replace(os.path.join(self.writable_path, part.name), os.path.join(self.store, kept.name))
+        for attempt in {part.name.partition("/")[0] for part in parts}:
+            os.rmdir(os.path.join(self.writable_path, attempt))
         return tuple(published)
 
-    def files(self, written: Sequence[Written]) -> set[str]:
-        return {os.path.join(self.store, part.name) for part in written}
+    def get_file_paths(self, parts: Sequence[StoredPart]) -> set[str]:
+        return {os.path.join(self.store, part.name) for part in parts}
 
 
-def state(path: str) -> dict[str, Any]:
+def compute_stat_fingerprint(path: str) -> dict[str, Any]:
     """The metadata's bytes, how many files there are, and when last one came, went or was replaced in its folder."""
     digest, n_files, changed_ns = hashlib.sha256(), 0, 0
     for folder, _, names in os.walk(path):
@@ -144,7 +145,7 @@ def state(path: str) -> dict[str, Any]:
     return {"metadata": digest.hexdigest(), "n_files": n_files, "changed_ns": changed_ns}
 
 
-def _encoded(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict[str, bytes]:
+def _encode_rows(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict[str, bytes]:
     """The files of a store that holds these rows only, by name."""
     store = MemoryStore()
     array = zarr.create_array(
@@ -159,6 +160,6 @@ def _encoded(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict[str
     return {name: content.to_bytes() for name, content in store._store_dict.items()}
 
 
-def _write(path: str, content: bytes) -> None:
-    with named(path), open(path, "xb") as file:
+def _write_file(path: str, content: bytes) -> None:
+    with with_filename(path), open(path, "xb") as file:
         file.write(content)

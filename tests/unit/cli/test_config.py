@@ -71,15 +71,15 @@ def test_a_job_runs_and_is_planned(folder: Path) -> None:
 
 def test_flag_over_file_over_default(folder: Path) -> None:
     """What the command line says goes over the file, arguments too, and the file over the defaults."""
-    found = printed("--config", "job.toml", "--batch-size", "5", "--no-fresh", "other:net")
+    found = printed("--config", "job.toml", "--batch-size", "5", "--no-overwrite", "other:net")
     assert (found["batch-size"], found["model"], found["kwargs"]) == (5, "other:net", {"n_out": 3})
     assert (found["retries"], found["progress"]) == (2, False)
     assert printed("--config", "job.toml", "--progress")["progress"] is True
     assert printed("--config", "job.toml")["pad"] is True
     Path("job.toml").write_text("no_pad = true\nfresh = true\n" + JOB)
     assert printed("--config", "job.toml")["pad"] is False
-    assert printed("--config", "job.toml", "--pad", "--no-fresh")["pad"] is True
-    assert printed("--config", "job.toml", "--no-fresh")["fresh"] is False
+    assert printed("--config", "job.toml", "--pad", "--no-overwrite")["pad"] is True
+    assert printed("--config", "job.toml", "--no-overwrite")["overwrite"] is False
 
 
 def test_print_config_starts_nothing(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_log_format_of_the_file(folder: Path) -> None:
         ('config = "other.toml"', "has the key 'config'"),
         ("batch_size = 1\nbatch-size = 1", "both 'batch_size' and 'batch-size', which say the same"),
         ("pad = true\nno-pad = true", "both 'pad' and 'no-pad', which say the same"),
-        ('fresh = "yes"', "fresh = 'yes'; it may be true or false. Change it there"),
+        ('overwrite = "yes"', "overwrite = 'yes'; it may be true or false. Change it there"),
         ("retries = true", "retries = True; it may be a whole number"),
         ("retries = 1.5", "retries = 1.5; it may be a whole number"),
         ('chunk-timeout = "1"', "chunk-timeout = '1'; it may be a number"),
@@ -164,14 +164,14 @@ JOBS = st.fixed_dictionaries(
         "factory": WORDS,
         "kwargs": st.dictionaries(WORDS, VALUES, max_size=3),
         "dtype": WORDS | TABLES,
-        "readers": st.integers(),
+        "prefetch": st.integers(),
         "on-error": st.sampled_from(["raise", "skip"]),
         "fill-value": st.floats(allow_nan=False),
         "max-failed-rows": st.integers() | st.just("1%"),
         "chunk-timeout": NUMBERS,
         "autocast": st.sampled_from(["bf16", "fp16"]),
         "pad": st.booleans(),
-        "fresh": st.booleans(),
+        "overwrite": st.booleans(),
         "trust-model": st.booleans(),
         "progress": st.booleans(),
         "json": st.booleans(),

@@ -24,8 +24,8 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
 from daskinfer.cli import checks, doctor
-from daskinfer.cli.main import main
 from daskinfer.cli.checks import OK, UNKNOWN, WARNING, WRONG, ChildError, Finding
+from daskinfer.cli.main import main
 from daskinfer.errors import ClusterError, PlanError
 from daskinfer.hardware.discovery import Device, Machine
 from tests.conftest import wait_until
@@ -89,8 +89,8 @@ def test_a_machine_with_tiny_shared_memory() -> None:
     """A /dev/shm of 64 KiB, as in a container, is no trouble: rows lie elsewhere; a run works."""
     code = (
         "from daskinfer.cli import checks, doctor\n"
-        "found = [*checks.shared_memory(), *doctor._own_trial()]\n"
-        "print(*found, doctor.is_well(found), sep='\\n')"
+        "found = [*checks.check_shared_memory(), *doctor._check_small_run()]\n"
+        "print(*found, doctor.is_healthy(found), sep='\\n')"
     )
     script = f'mount -t tmpfs -o size=64k t /dev/shm && exec "{sys.executable}" -c "$0"'
     done = subprocess.run(["unshare", "-m", "sh", "-c", script, code], capture_output=True, text=True, check=False)
@@ -119,7 +119,7 @@ def test_words_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that is missing, too old, or of another release than its twin is named with what to install."""
-    (well,) = checks.packages()
+    (well,) = checks.check_packages()
     assert well.state == OK
     assert f"numpy {metadata.version('numpy')}" in well.found
     real = metadata.version
@@ -130,7 +130,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"torch": "2.0.0", "distributed": "2020.1.0", "rich": "1.0"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", old)
-    found = {finding.found.split()[0]: finding for finding in checks.packages()}
+    found = {finding.found.split()[0]: finding for finding in checks.check_packages()}
     assert {name: finding.state for name, finding in found.items()} == {
         "torch": WRONG,
         "safetensors": WRONG,
@@ -148,7 +148,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (SMALL, None, [], [(OK, "none, NVML finds no driver; runs use 2 cores")]),
         (Machine(n_cores=2, driver="580.1"), None, [], [(WARNING, "none, though there is a driver (580.1)")]),
-        (Machine(n_cores=2, driver="580.1", hidden_gpus=3), None, [], [(WARNING, "hides 3; runs use 2 cores")]),
+        (Machine(n_cores=2, driver="580.1", n_hidden_gpus=3), None, [], [(WARNING, "hides 3; runs use 2 cores")]),
         (Machine(gpus=(GPU,), driver="580.1"), None, [], [(OK, "cuda:0 (H100); driver 580.1"), (WRONG, "CPUs only")]),
         (
             Machine(gpus=(GPU,), driver="535.1", driver_cuda=(12, 2)),
@@ -189,8 +189,8 @@ def test_gpus(
 
     monkeypatch.setattr(checks, "machine", lambda: machine)
     monkeypatch.setattr("torch.version.cuda", cuda)
-    monkeypatch.setattr(checks, "in_child", child)
-    found = list(checks.gpus())
+    monkeypatch.setattr(checks, "run_in_child", child)
+    found = list(checks.check_gpus())
     assert [(finding.state, said in finding.found) for finding, (_, said) in zip(found, expected, strict=True)] == [
         (state, True) for state, _ in expected
     ], found
@@ -199,7 +199,7 @@ def test_gpus(
 
 def test_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """dask-cuda is needed where there are GPUs, CuPy never; one that cannot be imported or is of another CUDA is named."""
-    assert set(states(checks.cuda_packages())) == {OK}
+    assert set(states(checks.check_cuda_packages())) == {OK}
     monkeypatch.setattr(checks, "machine", lambda: Machine(gpus=(GPU,)))
     monkeypatch.setattr("torch.version.cuda", "12.8")
 
@@ -209,8 +209,8 @@ def test_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "2020.1.0" if name == "dask" else real(name))
     with monkeypatch.context() as patch:
-        patch.setattr(checks, "in_child", fails)
-        broken, cupy, *others = checks.cuda_packages()
+        patch.setattr(checks, "run_in_child", fails)
+        broken, cupy, *others = checks.check_cuda_packages()
     assert (broken.state, cupy.state) == (WRONG, WARNING)
     assert broken.cure == 'pip install "daskinfer[cuda12]"'
     assert "cupy-cuda13x is there, torch is built for CUDA 12" in others[0].found
@@ -221,27 +221,27 @@ def test_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(metadata, "version", absent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    missing, unneeded = checks.cuda_packages()
+    missing, unneeded = checks.check_cuda_packages()
     assert (missing.state, unneeded.state) == (WRONG, OK)
     assert "every GPU's worker needs it" in missing.found
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows go through memory without a name, else through files; too little room, or none that reaches, is a warning."""
-    rows, memory = checks.shared_memory()
+    rows, memory = checks.check_shared_memory()
     assert (rows.state, memory.state) == (OK, OK)
     assert "memfd" in rows.found
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    rows, memory = checks.shared_memory()
+    rows, memory = checks.check_shared_memory()
     assert (rows.state, rows.found.startswith("1.0 MiB is free for memory without a name")) == (WARNING, True)
-    monkeypatch.setattr(checks, "in_child", lambda *_: {"arena": False, "memory": False})
-    rows, memory = checks.shared_memory()
+    monkeypatch.setattr(checks, "run_in_child", lambda *_: {"arena": False, "memory": False})
+    rows, memory = checks.check_shared_memory()
     assert "rows go through sockets" in rows.found
     assert "cannot read the client's memory" in memory.found
     assert states([rows, memory]) == [WARNING, WARNING]
     monkeypatch.delattr("os.memfd_create")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(checks, "in_child", lambda *_: {"arena": True, "memory": True})
+    monkeypatch.setattr(checks, "run_in_child", lambda *_: {"arena": True, "memory": True})
     gone = shutil.disk_usage
 
     def usage(path: str) -> Any:
@@ -250,33 +250,33 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return gone(path)
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    rows, memory = checks.shared_memory()
+    rows, memory = checks.check_shared_memory()
     assert (rows.state, rows.found.startswith(f"files in {tmp_path}, ")) == (OK, True)
     assert "/dev/shm" not in rows.found
 
 
 def test_what_processes_of_their_own_look_at() -> None:
     """What is looked at in other processes works in this one as well."""
-    assert checks.torch_drives() == []
-    assert checks.imported("json") == "2.0.9"
-    assert checks.sees("/proc/0/fd/0", "x", 1, 0, 0, "x") == {"arena": False, "memory": False}
+    assert checks.find_usable_gpus() == []
+    assert checks.import_package("json") == "2.0.9"
+    assert checks.check_memory_access("/proc/0/fd/0", "x", 1, 0, 0, "x") == {"arena": False, "memory": False}
 
 
 def test_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that could not even hold torch are a warning, which says how many would fit."""
     monkeypatch.setattr(checks, "machine", lambda: SMALL)
-    (well,) = checks.host_memory()
+    (well,) = checks.check_host_memory()
     assert (well.state, well.found) == (OK, "3.6 GiB for each of 2 workers")
     monkeypatch.setattr(checks, "machine", lambda: Machine(n_cores=64, memory_nbytes=8 << 30))
-    (little,) = checks.host_memory()
+    (little,) = checks.check_host_memory()
     assert (little.state, little.cure) == (WARNING, "ask for fewer: --devices 'cpu*16'")
 
 
 def test_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address that cannot be bound is wrong, with the cure."""
-    assert states(checks.loopback()) == [OK]
+    assert states(checks.check_loopback()) == [OK]
     monkeypatch.setattr(checks, "LOOPBACK", "192.0.2.1")
-    (found,) = checks.loopback()
+    (found,) = checks.check_loopback()
     assert (found.state, "192.0.2.1" in found.found, bool(found.cure)) == (WRONG, True, True)
 
 
@@ -284,18 +284,18 @@ def test_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     """One that cannot be used, that stands in for another, or has little room is named; a gone one is wrong."""
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert states(checks.temporary_folder()) == [OK]
+    assert states(checks.check_temporary_folder()) == [OK]
     monkeypatch.setattr(checks, "SCRATCH_NBYTES", math.inf)
     monkeypatch.setattr(checks, "format_nbytes", str)
-    (little,) = checks.temporary_folder()
+    (little,) = checks.check_temporary_folder()
     assert (little.state, "is little" in little.found) == (WARNING, True)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
-    (other,) = checks.temporary_folder()
+    (other,) = checks.check_temporary_folder()
     assert other.state == WARNING
     assert other.found.startswith(f"TMPDIR={str(tmp_path / 'gone')!r} cannot be written; ")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    (none,) = checks.temporary_folder()
+    (none,) = checks.check_temporary_folder()
     assert (none.state, "No such file" in none.found) == (WRONG, True)
 
 
@@ -312,7 +312,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], st
     """The limit of open files is held against what a run with all devices needs."""
     monkeypatch.setattr(checks, "machine", lambda: SMALL)
     monkeypatch.setattr("resource.getrlimit", lambda _: limits)
-    (found,) = checks.open_files()
+    (found,) = checks.check_open_files()
     assert (found.state, found.cure or found.found) == (state, said)
 
 
@@ -322,28 +322,28 @@ def test_checks_that_cannot_be_made() -> None:
     def raises() -> Iterator[Finding]:
         raise OSError("no such thing")
 
-    (found,) = checks.tried("a", raises)
+    (found,) = checks.run_check("a", raises)
     assert (found.state, found.found) == (UNKNOWN, "could not be looked at: OSError: no such thing")
-    (found,) = doctor.within("a", lambda: list(raises()))
+    (found,) = doctor.run_with_timeout("a", lambda: list(raises()))
     assert (found.state, found.found) == (WRONG, "OSError: no such thing")
     go = threading.Event()
-    (found,) = doctor.within("a", lambda: [Finding("a", OK, "")] if go.wait() else [], seconds=0.05)
+    (found,) = doctor.run_with_timeout("a", lambda: [Finding("a", OK, "")] if go.wait() else [], timeout=0.05)
     go.set()
     assert (found.state, found.found) == (UNKNOWN, "could not be looked at within 0.05 s")
-    assert doctor.is_well([found])
+    assert doctor.is_healthy([found])
 
 
 def test_processes_that_do_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A process that ends without an answer, or takes too long, is an error that says so."""
     with pytest.raises(ChildError, match="ImportError: cannot import name 'nothing'"):
-        checks.in_child("nothing")
+        checks.run_in_child("nothing")
     (tmp_path / "ends_at_once.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ChildError, match="it ended with 7"):
-        checks.in_child("imported", "ends_at_once")
+        checks.run_in_child("imported", "ends_at_once")
     monkeypatch.setattr(checks, "CHILD_SECONDS", 0.01)
     with pytest.raises(ChildError, match=r"no answer within 0\.01 s"):
-        checks.in_child("imported", "json")
+        checks.run_in_child("imported", "json")
 
 
 # The small run and its dashboard.
@@ -352,20 +352,20 @@ def test_processes_that_do_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.slow
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compared with NumPy; an answer that differs, or none, is wrong; a dashboard that does not come is a warning."""
-    (run, page) = doctor._own_trial()
+    (run, page) = doctor._check_small_run()
     assert (run.state, page.state) == (OK, OK), (run, page)
     assert "cpu:0 " in run.found
     differs = {"difference": 0.5, "devices": {"cpu:0": 512}, "seconds": 1.0, "page": "gone"}
-    monkeypatch.setattr(doctor, "in_child", lambda *_, **__: differs)
-    run, page = doctor._own_trial()
+    monkeypatch.setattr(doctor, "run_in_child", lambda *_, **__: differs)
+    run, page = doctor._check_small_run()
     assert (run.state, page.state) == (WRONG, WARNING)
     assert "the answer is 0.5 from NumPy's" in run.found
 
     def fails(*_: Any, **__: Any) -> Any:
         raise ChildError("no answer within 90 s")
 
-    monkeypatch.setattr(doctor, "in_child", fails)
-    (run,) = doctor._own_trial()
+    monkeypatch.setattr(doctor, "run_in_child", fails)
+    (run,) = doctor._check_small_run()
     assert (run.state, run.found) == (WRONG, "failed: no answer within 90 s")
 
 
@@ -393,10 +393,10 @@ def served(content: bytes) -> Iterator[str]:
 def test_the_dashboard_s_page() -> None:
     """A page counts where it has plots; one that does not come says why."""
     with served(b"<script src=Bokeh.js>") as url:
-        assert doctor._looked_at(url) == ""
+        assert doctor._find_dashboard_problem(url) == ""
     with served(b"install it") as url:
-        assert doctor._looked_at(url) == "its page has no plots"
-    assert "refused" in doctor._looked_at(url)
+        assert doctor._find_dashboard_problem(url) == "its page has no plots"
+    assert "refused" in doctor._find_dashboard_problem(url)
 
 
 # Workers of a scheduler.
@@ -419,7 +419,7 @@ def examined(connect: Callable[[], Client]) -> dict[str, Findings]:
 def test_checks_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a scheduler the checks of this machine are told one after the other, the small run last."""
     monkeypatch.setattr(doctor, "CHECKS", {name: lambda n=name: iter([Finding(n, OK, "")]) for name in ("a", "b")})
-    monkeypatch.setattr(doctor, "_own_trial", lambda: [Finding("run", OK, "")])
+    monkeypatch.setattr(doctor, "_check_small_run", lambda: [Finding("run", OK, "")])
     assert [finding.what for finding in doctor.examine()] == ["a", "b", "run"]
 
 
@@ -507,7 +507,7 @@ def test_clashes() -> None:
         "scheduler": {"packages": {**here, "torch": None, "dask": "2026.7.0"}},
         "workers": {"tcp://a": {"packages": here}, "tcp://b": {"packages": there}},
     }
-    found = doctor.clashes(told)
+    found = doctor.compare_versions(told)
     assert [(f.where, f.found.split()[0], f.state) for f in found] == [
         ("the scheduler", "dask", WARNING),
         ("tcp://b", "python", WRONG),
@@ -517,7 +517,7 @@ def test_clashes() -> None:
     ]
     assert found[2].found == "torch is not there; the client has 2.13.0"
     assert found[4].found == "lz4 4.0; the client has none"
-    assert states(doctor.clashes({**told, "scheduler": told["client"], "workers": {}})) == [OK]
+    assert states(doctor.compare_versions({**told, "scheduler": told["client"], "workers": {}})) == [OK]
 
 
 def test_workers_that_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,17 +530,17 @@ def test_workers_that_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
         return ask
 
     monkeypatch.setattr(
-        doctor, "ask", refuse(PlanError(["a has torch 1; 2 is needed. Install it.", "b is gone. Start it."]))
+        doctor, "check_workers", refuse(PlanError(["a has torch 1; 2 is needed. Install it.", "b is gone. Start it."]))
     )
-    found = doctor._said(lambda: doctor._asked(SimpleNamespace()))
+    found = doctor._collect_findings(lambda: doctor._check_requirements(SimpleNamespace()))
     assert [(f.state, f.found, f.cure) for f in found] == [
         (WRONG, "a has torch 1; 2 is needed", "Install it."),
         (WRONG, "b is gone", "Start it."),
     ]
-    monkeypatch.setattr(doctor, "ask", refuse(ClusterError("a is gone. Start it.")))
-    assert states(doctor._said(lambda: doctor._asked(SimpleNamespace()))) == [WRONG]
+    monkeypatch.setattr(doctor, "check_workers", refuse(ClusterError("a is gone. Start it.")))
+    assert states(doctor._collect_findings(lambda: doctor._check_requirements(SimpleNamespace()))) == [WRONG]
     error = ModuleNotFoundError("No module named 'daskinfer'")
-    (found,) = doctor._looked(SimpleNamespace(run=lambda *_, **__: {"tcp://a": error}))
+    (found,) = doctor._check_worker_machines(SimpleNamespace(run=lambda *_, **__: {"tcp://a": error}))
     assert (found.state, found.where) == (WRONG, "tcp://a")
     assert "install daskinfer there" in found.cure
 
@@ -549,14 +549,14 @@ def test_what_a_worker_looks_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """A worker tells what is not well where it runs."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     monkeypatch.setattr(checks, "machine", lambda: SMALL)
-    (found,) = checks.at("tcp://a", checks.on_worker())
+    (found,) = checks.locate_findings("tcp://a", checks.run_worker_checks())
     assert (found.what, found.state, found.where) == ("temporary folder", WRONG, "tcp://a")
     assert tempfile.tempdir == str(tmp_path / "gone")
 
 
 def test_the_answer_is_numpy_s(cluster_client: Client) -> None:
     """The small run's answer is NumPy's but for rounding, and every device had rows."""
-    told = doctor.compared(cluster_client)
+    told = doctor.compare_with_numpy(cluster_client)
     assert told["difference"] < doctor.TOLERANCE
-    assert sum(told["devices"].values()) == doctor.ROWS
+    assert sum(told["devices"].values()) == doctor.N_ROWS
     assert np.all(list(told["devices"].values()))

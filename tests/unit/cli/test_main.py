@@ -99,12 +99,12 @@ def test_run_writes_and_reports(folder: Path) -> None:
 
 
 def test_run_again_has_nothing_to_do(folder: Path) -> None:
-    """The same command again prints so and ends with 0; --fresh computes again, --shard a part."""
+    """The same command again prints so and ends with 0; --overwrite computes again, --shard a part."""
     how = ("run", "cli_nets:linear", "x.npy", "y.zarr", "--devices", "inline", "--batch-size", "10")
     assert invoke(*how).exit_code == 0
     again = invoke(*how)
     assert (again.exit_code, "nothing to do: all 100 rows were done before" in again.stdout) == (0, True)
-    fresh = invoke(*how, "--fresh")
+    fresh = invoke(*how, "--overwrite")
     assert (fresh.exit_code, "100 rows in" in fresh.stdout) == (0, True)
     part = invoke(*how[:3], "z.npy", *how[4:], "--shard", "1/2", "--json")
     assert json.loads(part.stdout)["rows"] == 50
@@ -425,7 +425,7 @@ def test_rows_are_missing(folder: Path) -> None:
     done = invoke("run", "cli_nets:fails", "bad.npy", "y.npy", *how, "--json", "--report", "r.html")
     assert (done.exit_code, json.loads(done.stdout)["failed_rows"]) == (3, [7])
     listed = "y.npy.daskinfer/failed_rows.json"
-    said = f"1 rows of y.npy have no answer, as {listed} lists; once they are mended, --fresh starts over"
+    said = f"1 rows of y.npy have no answer, as {listed} lists; once they are mended, --overwrite starts over"
     assert done.stderr == f"daskinfer: {said}\n"
     assert "<html" in Path("r.html").read_text()
     done = invoke("run", "cli_nets:fails", "bad.npy", "z.npy", *how, "--shard", "1/2")
@@ -492,7 +492,7 @@ def test_plan_measures_and_touches_nothing(folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert invoke("run", *how, "--no-progress", "--shard", "2/2").exit_code == 0
     assert "nothing to do: all 50 rows" in invoke("plan", *how, "--shard", "2/2").stdout
-    assert "y.npy already is removed first" in invoke("plan", *how, "--no-probe", "--fresh").stdout
+    assert "y.npy already is removed first" in invoke("plan", *how, "--no-probe", "--overwrite").stdout
 
 
 def test_plan_counts_rows_that_failed_as_left(folder: Path) -> None:

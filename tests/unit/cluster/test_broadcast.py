@@ -17,10 +17,10 @@ from distributed import Client
 
 import daskinfer as di
 from daskinfer.cluster import broadcast, plugin
-from daskinfer.cluster.preflight import ask, question_of
-from daskinfer.models.model import Model, Recipe, ShippedModel
-from daskinfer.models.shared_files import forget, shipped_path
-from daskinfer.worker.loaded_models import models
+from daskinfer.cluster.preflight import build_requirements, check_workers
+from daskinfer.models.model import BroadcastLoader, Model, ModelLoader
+from daskinfer.models.shared_files import get_broadcast_path, remove_broadcast_file
+from daskinfer.worker.loaded_models import model_cache
 from tests.conftest import wait_until
 
 X = np.ones((64, 4), np.float32)
@@ -34,14 +34,16 @@ def big_net(seed: int) -> torch.nn.Module:
 
 def shipped_files() -> list[str]:
     """Files of networks on this host, as a worker sees them."""
-    folder = Path(shipped_path("x")).parent
+    folder = Path(get_broadcast_path("x")).parent
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("model-")) if folder.is_dir() else []
 
 
-def folders_and_loaded(client: Client, recipe: Recipe) -> tuple[dict[str, str], set[str]]:
+def folders_and_loaded(client: Client, recipe: ModelLoader) -> tuple[dict[str, str], set[str]]:
     """What the preflight says of every worker."""
-    answers = ask(client, question_of(recipe, (), (), None))
-    return {address: a.scratch for address, a in answers.items()}, {address for address, a in answers.items() if a.loaded}
+    answers = check_workers(client, build_requirements(recipe, (), (), None))
+    return {address: a.scratch_path for address, a in answers.items()}, {
+        address for address, a in answers.items() if a.model_loaded
+    }
 
 
 @pytest.fixture
@@ -53,25 +55,25 @@ def plain_client() -> Iterator[Client]:
 
 def test_one_file_per_host_stays_with_our_cluster(cluster_client: Client) -> None:
     """A network in memory lies in one file per host, which a restarted worker and the next call find again."""
-    recipe = Model(big_net(1)).recipe()
+    recipe = Model(big_net(1)).make_loader()
     for _ in range(2):
-        with broadcast.shipped(cluster_client, recipe, *folders_and_loaded(cluster_client, recipe)) as shipment:
-            travelling = shipment.recipe
-            assert isinstance(travelling, ShippedModel)
+        with broadcast.broadcast_model(cluster_client, recipe, *folders_and_loaded(cluster_client, recipe)) as shipment:
+            travelling = shipment.loader
+            assert isinstance(travelling, BroadcastLoader)
             assert len(pickle.dumps(travelling)) < 500  # whatever the network's size
     seen = cluster_client.run(shipped_files).values()
-    assert all(files.count(travelling.name) == 1 for files in seen)
+    assert all(files.count(travelling.file_name) == 1 for files in seen)
 
 
 def test_the_networks_used_last_are_kept(tmp_path: Path) -> None:
     """Our cluster's folder holds a few networks; the one that was not used for longest goes first."""
-    recipes = [Model(torch.nn.Linear(1, n)).recipe() for n in range(1, broadcast.MAX_SHIPPED + 2)]
+    recipes = [Model(torch.nn.Linear(1, n)).make_loader() for n in range(1, broadcast.MAX_BROADCAST_FILES + 2)]
     for n, recipe in enumerate(recipes):
-        broadcast._keep(str(tmp_path), f"model-{n}.safetensors", recipe)
+        broadcast._cache_model_file(str(tmp_path), f"model-{n}.safetensors", recipe)
         os.utime(tmp_path / f"model-{n}.safetensors", ns=(n, n))
-        broadcast._keep(str(tmp_path), "model-0.safetensors", recipes[0])  # used again
+        broadcast._cache_model_file(str(tmp_path), "model-0.safetensors", recipes[0])  # used again
     names = {path.name for path in tmp_path.iterdir()}
-    assert len(names) == broadcast.MAX_SHIPPED
+    assert len(names) == broadcast.MAX_BROADCAST_FILES
     assert "model-0.safetensors" in names
     assert "model-1.safetensors" not in names
 
@@ -80,15 +82,15 @@ def test_not_sent_again(cluster_client: Client, monkeypatch: pytest.MonkeyPatch)
     """A network that lies on the host is not sent by the next call."""
     net = big_net(2)
     first = di.predict(net, X, client=cluster_client)
-    monkeypatch.setattr(broadcast, "_receive", None)  # sending would fail
+    monkeypatch.setattr(broadcast, "_write_model_file", None)  # sending would fail
     np.testing.assert_array_equal(di.predict(net, X, client=cluster_client), first)
 
 
 def test_files_and_factories_travel_by_reference(cluster_client: Client) -> None:
     """What every worker can read or import by itself is not shipped."""
-    recipe = Model("torch.nn:Identity").recipe()
-    with broadcast.shipped(cluster_client, recipe, {}, set()) as shipment:
-        assert shipment.recipe is recipe
+    recipe = Model("torch.nn:Identity").make_loader()
+    with broadcast.broadcast_model(cluster_client, recipe, {}, set()) as shipment:
+        assert shipment.loader is recipe
     np.testing.assert_array_equal(di.predict("torch.nn:Identity", X, client=cluster_client), X)
 
 
@@ -96,28 +98,28 @@ def test_on_clusters_of_others_a_file_goes_with_its_call(plain_client: Client) -
     """The file lies there while it may be loaded, is not sent where the network is loaded, and is gone afterwards."""
     net = big_net(3)
     assert di.predict(net, X, client=plain_client).shape == (64, 1000)
-    recipe = Model(net).recipe()
+    recipe = Model(net).make_loader()
     folders, loaded = folders_and_loaded(plain_client, recipe)
     assert loaded == set(folders)
-    with broadcast.shipped(plain_client, recipe, folders, loaded) as shipment:
+    with broadcast.broadcast_model(plain_client, recipe, folders, loaded) as shipment:
         assert not shipped_files()
         for address in ("tcp://gone", *folders):  # of workers that come while the call goes on
-            shipment.to(address)
+            shipment.send_to(address)
             assert len(shipped_files()) == (address in folders)
     assert not shipped_files()
-    with broadcast.shipped(plain_client, recipe, folders, set()):
+    with broadcast.broadcast_model(plain_client, recipe, folders, set()):
         assert len(shipped_files()) == 1
     assert not shipped_files()
 
 
 def test_a_client_that_goes_in_the_middle_leaves_no_file(plain_client: Client) -> None:
     """What a client could not remove itself, its workers remove once it is gone; what others shipped stays."""
-    recipe = Model(big_net(5)).recipe()
+    recipe = Model(big_net(5)).make_loader()
     folders, _ = folders_and_loaded(plain_client, recipe)
-    with contextlib.ExitStack() as going, broadcast.shipped(plain_client, recipe, folders, set()):
+    with contextlib.ExitStack() as going, broadcast.broadcast_model(plain_client, recipe, folders, set()):
         with Client(plain_client.scheduler.address, set_as_default=False) as other:
-            plugin.register(other)
-            going.enter_context(broadcast.shipped(other, recipe, folders, set()))
+            plugin.register_plugins(other)
+            going.enter_context(broadcast.broadcast_model(other, recipe, folders, set()))
             assert len(shipped_files()) == 2
         wait_until(lambda: len(shipped_files()) == 1)
         assert plain_client.id in shipped_files()[0]
@@ -128,11 +130,11 @@ def test_without_our_scratch_folder_a_file_lies_per_user(monkeypatch: pytest.Mon
     """On clusters of others a shipped file lies in the temporary folder, for its user only, and goes with its folder."""
     monkeypatch.delenv("DASKINFER_SCRATCH", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    broadcast._receive(None, "model-x", b"content")
-    path = Path(shipped_path("model-x"))
+    broadcast._write_model_file(None, "model-x", b"content")
+    path = Path(get_broadcast_path("model-x"))
     assert path.read_bytes() == b"content"
     assert path.parent.stat().st_mode & 0o077 == 0
-    forget("model-x")
+    remove_broadcast_file("model-x")
     assert not list(tmp_path.iterdir())
 
 
@@ -140,8 +142,8 @@ def test_models_go_with_the_client() -> None:
     """When the client leaves, the workers close what they loaded for it."""
     with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
         di.predict(big_net(4), X, client=client)
-        assert any(key[0] == Model(big_net(4)).recipe().key for key in models._models)
-    assert not models._models
+        assert any(key[0] == Model(big_net(4)).make_loader().key for key in model_cache._models)
+    assert not model_cache._models
 
 
 def test_two_threads_ship_one_network(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_two_threads_ship_one_network(tmp_path: Path) -> None:
 
     def receive() -> None:
         for _ in range(20):
-            broadcast._receive(str(tmp_path), "model-x", content)
+            broadcast._write_model_file(str(tmp_path), "model-x", content)
             assert (tmp_path / "model-x").read_bytes() == content
 
     with ThreadPoolExecutor(4) as pool:
@@ -167,5 +169,5 @@ def test_a_full_disk_keeps_no_half_of_a_network(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(OSError, match="No space left"):
-        broadcast._receive(str(tmp_path), "model-x", b"content")
+        broadcast._write_model_file(str(tmp_path), "model-x", b"content")
     assert list(tmp_path.iterdir()) == []

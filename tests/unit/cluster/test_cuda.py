@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from daskinfer.cluster.worker_spec import memory_per_worker
-from daskinfer.core.env import N_TASKS
-from daskinfer.hardware.discovery import machine
+from daskinfer.core.env import MAX_TASKS_IN_FLIGHT
+from daskinfer.hardware.discovery import inspect_machine
 from tests.support.nvml_stand_in import build
 
 pytestmark = pytest.mark.slow  # each test starts clusters of up to four workers
@@ -96,8 +96,8 @@ def test_gpus_and_cpu_workers_are_one_cluster(mixed: Any) -> None:
     assert mixed["devices"] == ["cuda:1", "cpu:0", "cuda:0", "cpu:1"]
     assert mixed["before"].keys() == set(mixed["devices"])
     for name, worker in mixed["before"].items():
-        assert worker["resources"] == {f"daskinfer-{name}": N_TASKS}
-        assert worker["nthreads"] == N_TASKS
+        assert worker["resources"] == {f"daskinfer-{name}": MAX_TASKS_IN_FLIGHT}
+        assert worker["nthreads"] == MAX_TASKS_IN_FLIGHT
         assert worker["DASKINFER_DEVICE"] == name
     assert "cuda:1, cpu:0, cuda:0, cpu:1; tcp://127.0.0.1:" in mixed["text"]
 
@@ -112,7 +112,7 @@ def test_each_gpu_worker_sees_its_own_gpu_first(mixed: Any) -> None:
 
 def test_memory_and_cores_are_divided_over_both_kinds(mixed: Any) -> None:
     """Four workers get a quarter of nine tenths each; CPU workers share the cores that GPU workers leave."""
-    here = machine()
+    here = inspect_machine()
     assert {w["memory_limit"] for w in mixed["before"].values()} == {memory_per_worker(4, here.memory_nbytes)}
     n_threads = {name: int(w["DASKINFER_TORCH_THREADS"]) for name, w in mixed["before"].items()}
     assert n_threads["cuda:0"] == n_threads["cuda:1"] == 1

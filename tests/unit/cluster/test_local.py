@@ -24,13 +24,13 @@ from distributed.client import get_client
 import daskinfer as di
 from daskinfer.cluster import local as room
 from daskinfer.cluster import shutdown
-from daskinfer.cluster.placement import workers_of
-from daskinfer.cluster.worker_spec import LOOPBACK, memory_per_worker, resource
+from daskinfer.cluster.placement import fetch_workers
+from daskinfer.cluster.worker_spec import LOOPBACK, memory_per_worker, resource_name
 from daskinfer.core import scratch
-from daskinfer.core.env import N_TASKS
+from daskinfer.core.env import MAX_TASKS_IN_FLIGHT
 from daskinfer.errors import ClusterError, DeviceError, OptionError
 from daskinfer.hardware.device_spec import Device
-from daskinfer.hardware.discovery import machine
+from daskinfer.hardware.discovery import inspect_machine
 from tests.conftest import wait_until
 
 
@@ -65,7 +65,7 @@ def client(cluster: di.LocalDeviceCluster) -> Iterator[Client]:
 
 def workers(client: Client) -> dict[str, Any]:
     """What the scheduler says of each worker, by name."""
-    return {info["name"]: info for info in workers_of(client).values()}
+    return {info["name"]: info for info in fetch_workers(client).values()}
 
 
 def everything(cluster: di.LocalDeviceCluster) -> list[psutil.Process]:
@@ -75,7 +75,7 @@ def everything(cluster: di.LocalDeviceCluster) -> list[psutil.Process]:
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of the processes runs any more."""
-    return not any(shutdown._runs(process) for process in processes)
+    return not any(shutdown._is_running(process) for process in processes)
 
 
 def test_the_callers_process_keeps_its_settings(
@@ -113,11 +113,11 @@ def test_every_device_is_one_worker_with_its_resource_and_share_of_memory(
 ) -> None:
     """A worker is named after its device, runs one chunk at a time, and gets an equal part of nine tenths of the memory."""
     assert [d.name for d in cluster.devices] == ["cpu:0", "cpu:1"]
-    here = machine().memory_nbytes
+    here = inspect_machine().memory_nbytes
     for name in ("cpu:0", "cpu:1"):
         info = workers(client)[name]
-        assert info["resources"] == {resource(name): N_TASKS}
-        assert info["nthreads"] == N_TASKS
+        assert info["resources"] == {resource_name(name): MAX_TASKS_IN_FLIGHT}
+        assert info["nthreads"] == MAX_TASKS_IN_FLIGHT
         assert info["memory_limit"] == memory_per_worker(2, here) == int(here * 0.9) // 2
 
 
@@ -129,13 +129,13 @@ def test_a_cpu_worker_sees_no_gpu_and_computes_with_one_thread(client: Client) -
 
         import torch
 
-        from daskinfer.worker.current_device import seat
+        from daskinfer.worker.current_device import current_device
 
-        here = seat()
-        with here.threads():
+        here = current_device()
+        with here.limit_threads():
             return os.environ["CUDA_VISIBLE_DEVICES"], here.device, str(here.torch_device), torch.get_num_threads()
 
-    asked = [client.submit(seen, pure=False, resources={resource(f"cpu:{i}"): 1}) for i in range(2)]
+    asked = [client.submit(seen, pure=False, resources={resource_name(f"cpu:{i}"): 1}) for i in range(2)]
     assert client.gather(asked) == [("", "cpu:0", "cpu", 1), ("", "cpu:1", "cpu", 1)]
 
 
@@ -168,7 +168,7 @@ def test_a_process_that_ends_while_it_is_asked_after_does_not_run() -> None:
         def status(self) -> str:
             raise psutil.NoSuchProcess(1)
 
-    assert not shutdown._runs(Ending())
+    assert not shutdown._is_running(Ending())
 
 
 def test_scaling_is_refused_with_the_reason(cluster: di.LocalDeviceCluster) -> None:
@@ -191,7 +191,7 @@ def test_closing_ends_stopped_processes_too() -> None:
     cluster.close()
     assert time.monotonic() - began < 10
     assert gone(processes)
-    assert not cluster.whole
+    assert not cluster.is_healthy
     assert repr(cluster) == "LocalDeviceCluster(cpu:0, cpu:1; closed)"
     cluster.close()
 
@@ -298,7 +298,7 @@ def machine_of_two_cores() -> Any:
     """This machine as if it had two cores and no GPU."""
     from dataclasses import replace
 
-    return replace(machine(), gpus=(), n_cores=2)
+    return replace(inspect_machine(), gpus=(), n_cores=2)
 
 
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any]]] = {
@@ -327,15 +327,15 @@ CPU, GPU = Device("cpu:0", "cpu", 0), Device("cuda:0", "cuda", 0)
 )
 def test_auto_threads_divide_the_cores_that_gpus_leave(devices: list[Device], n_cores: int, n_threads: int) -> None:
     """A core per GPU worker to feed it, the rest evenly, and never none."""
-    assert room._torch_threads("auto", devices, n_cores) == n_threads
-    assert room._torch_threads(3, devices, n_cores) == 3
+    assert room._resolve_n_threads("auto", devices, n_cores) == n_threads
+    assert room._resolve_n_threads(3, devices, n_cores) == 3
 
 
 def test_memory_is_given_in_bytes_or_divided() -> None:
     """A number is taken as it is, "auto" leaves a tenth to client and scheduler, and unknown memory is no limit."""
-    assert room._memory_limit(1 << 30, 4, 64 << 30) == 1 << 30
-    assert room._memory_limit("auto", 9, 100) == 10
-    assert room._memory_limit("auto", 3, 0) == 0
+    assert room._resolve_memory_limit(1 << 30, 4, 64 << 30) == 1 << 30
+    assert room._resolve_memory_limit("auto", 9, 100) == 10
+    assert room._resolve_memory_limit("auto", 3, 0) == 0
 
 
 def test_a_killed_worker_comes_back_as_what_it_was() -> None:
@@ -346,9 +346,9 @@ def test_a_killed_worker_comes_back_as_what_it_was() -> None:
 
         import torch
 
-        from daskinfer.worker.current_device import seat
+        from daskinfer.worker.current_device import current_device
 
-        with seat().threads():
+        with current_device().limit_threads():
             return os.getpid(), torch.get_num_threads()
 
     with (
@@ -360,18 +360,21 @@ def test_a_killed_worker_comes_back_as_what_it_was() -> None:
         before = workers(client)["cpu:0"]
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not cluster.scheduler.workers)
-        waiting = client.submit(seen, pure=False, resources={resource("cpu:0"): 1})
+        waiting = client.submit(seen, pure=False, resources={resource_name("cpu:0"): 1})
         assert (waiting.result(timeout=60)[1], n_threads) == (3, 3)
         after = workers(client)["cpu:0"]
-        assert [after[key] for key in ("resources", "memory_limit")] == [{resource("cpu:0"): N_TASKS}, 1 << 30]
+        assert [after[key] for key in ("resources", "memory_limit")] == [
+            {resource_name("cpu:0"): MAX_TASKS_IN_FLIGHT},
+            1 << 30,
+        ]
         assert after["nanny"] == before["nanny"]
-        assert cluster.whole
+        assert cluster.is_healthy
 
 
 def test_what_a_killed_process_leaves_late_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a killed client may write into its folder once more after the next one has removed it: it goes again."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    made = scratch.Scratch()
+    made = scratch.ScratchDir()
     (late := tmp_path / "daskinfer-scratch-late").mkdir()
     (late / "a worker's").touch()
     made.remove()

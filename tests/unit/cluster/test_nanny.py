@@ -74,11 +74,11 @@ def test_a_worker_starts_with_the_clients_path_configuration_and_environment(
         with dask.config.set({"nanny-test": 7, "scheduler": "dask.distributed"}):
             nanny = NannyProcess(scheduler.address, environment=environment, **OPTIONS)
             await nanny
-        assert nanny.running
+        assert nanny.is_running
         seen.update(await on_worker(scheduler, seen_from_a_worker))
         await nanny.close()
-        assert not nanny.running
-        assert nanny.processes() == []
+        assert not nanny.is_running
+        assert nanny.list_processes() == []
 
     with_scheduler(story)
     assert (seen["given"], seen["unset"], seen["main"]) == ("here", None, None)
@@ -109,7 +109,7 @@ def test_interrupting_every_process_ends_none(capfd: pytest.CaptureFixture[str])
     async def story(scheduler: Scheduler) -> None:
         nanny = NannyProcess(scheduler.address, **OPTIONS)
         await nanny
-        workers = [p for p in nanny.processes() if "resource_tracker" not in " ".join(p.cmdline())]
+        workers = [p for p in nanny.list_processes() if "resource_tracker" not in " ".join(p.cmdline())]
         assert len(workers) == 2
         for process in workers:
             process.send_signal(signal.SIGINT)
@@ -136,14 +136,14 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(message: str) -> None
         nanny = NannyProcess(scheduler.address, **{**OPTIONS, **FAILURES[message]})
         with pytest.raises(RuntimeError, match=message):
             await nanny
-        assert not nanny.running
+        assert not nanny.is_running
 
     with_scheduler(story)
 
 
 def test_a_process_that_dies_at_once_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python that cannot even start gives an error, not a wait."""
-    monkeypatch.setattr(nanny, "_START", "raise SystemExit(3)")
+    monkeypatch.setattr(nanny, "_BOOTSTRAP_CODE", "raise SystemExit(3)")
 
     async def story(scheduler: Scheduler) -> None:
         with pytest.raises(RuntimeError, match="its process ended; its log is on stderr"):
@@ -155,7 +155,7 @@ def test_a_process_that_dies_at_once_is_a_failed_start(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("received", [b"", b"null\n", b"null\n" + (100).to_bytes(8, "little") + b"not all"])
 def test_a_client_that_ends_before_it_has_said_everything_gets_no_answer(received: bytes) -> None:
     """A nanny whose client is killed early ends without a word."""
-    command = [sys.executable, "-P", "-c", nanny._START]
+    command = [sys.executable, "-P", "-c", nanny._BOOTSTRAP_CODE]
     done = subprocess.run(command, input=received, capture_output=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
 
@@ -166,8 +166,8 @@ def test_a_client_that_ends_while_the_worker_starts_takes_it_along() -> None:
 
     with socket.create_server((LOOPBACK, 0)) as deaf:
         scheduler = f"tcp://{LOOPBACK}:{deaf.getsockname()[1]}"
-        message = NannyProcess(scheduler, **OPTIONS)._message()
-        command = [sys.executable, "-P", "-c", nanny._START]
+        message = NannyProcess(scheduler, **OPTIONS)._encode_message()
+        command = [sys.executable, "-P", "-c", nanny._BOOTSTRAP_CODE]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdin is not None and process.stderr is not None
             process.stdin.write(message)
@@ -183,9 +183,9 @@ def test_killing_spares_the_tracker_that_removes_what_the_killed_held() -> None:
     """Semaphores of killed processes are files in shared memory, which Python's tracker removes if it outlives them."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(sleeping) as killed, subprocess.Popen([*sleeping, "resource_tracker"]) as spared:
-        nanny.kill([psutil.Process(killed.pid), psutil.Process(spared.pid)])
+        nanny.kill_processes([psutil.Process(killed.pid), psutil.Process(spared.pid)])
         assert killed.wait(10) == -signal.SIGKILL
-        nanny.kill([psutil.Process(killed.pid)] if psutil.pid_exists(killed.pid) else [])
+        nanny.kill_processes([psutil.Process(killed.pid)] if psutil.pid_exists(killed.pid) else [])
         assert spared.poll() is None
         spared.kill()
 
@@ -209,7 +209,7 @@ def test_a_nanny_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_module_path_travels_ahead_of_all_that_has_to_be_imported() -> None:
     """The first line is the module path as JSON; the rest has its length in front."""
-    path, rest = NannyProcess("tcp://nowhere:1", **OPTIONS)._message().split(b"\n", 1)
+    path, rest = NannyProcess("tcp://nowhere:1", **OPTIONS)._encode_message().split(b"\n", 1)
     assert path.startswith(b"[")
     assert len(rest) == 8 + int.from_bytes(rest[:8], "little")
     assert cloudpickle.loads(rest[8:])["options"] == OPTIONS

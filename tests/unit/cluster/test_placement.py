@@ -18,12 +18,12 @@ import torch
 from distributed import Client, LocalCluster, Worker
 
 import daskinfer as di
-from daskinfer.cluster.placement import Placement, place, workers_of
-from daskinfer.cluster.worker_spec import memory_per_worker, resource
+from daskinfer.cluster.placement import Placement, fetch_workers, resolve_placement
+from daskinfer.cluster.worker_spec import memory_per_worker, resource_name
 from daskinfer.errors import ClusterError, DeviceError
 from daskinfer.execution import run
-from daskinfer.execution.run import opened as open_
-from daskinfer.hardware.discovery import Device, machine
+from daskinfer.execution.run import open_client as open_
+from daskinfer.hardware.discovery import Device, inspect_machine
 from daskinfer.worker import current_device
 from tests.conftest import wait_until
 from tests.support.dask_commands import others
@@ -52,12 +52,12 @@ def as_current(client: Client) -> Iterator[None]:
 
 def test_a_client_given_is_used_whatever_is_current(cluster_client: Client) -> None:
     """Its workers are the devices, in order, each reached by its resource where it is ours."""
-    placement = place("auto", cluster_client)
+    placement = resolve_placement("auto", cluster_client)
     assert placement.client is cluster_client
     assert [d.name for d in placement.devices] == ["cpu:0", "cpu:1"]
-    assert placement.restriction(1) == {"resources": {resource("cpu:1"): 1}}
-    assert placement.limits == (placement.devices[0].memory_nbytes,) * 2
-    assert not placement.inline
+    assert placement.get_compute_kwargs(1) == {"resources": {resource_name("cpu:1"): 1}}
+    assert placement.memory_limits == (placement.devices[0].memory_nbytes,) * 2
+    assert not placement.is_inline
     with open_(placement) as opened:
         assert opened is cluster_client
 
@@ -66,38 +66,38 @@ def test_a_client_given_is_used_whatever_is_current(cluster_client: Client) -> N
 def test_the_current_client_is_used_where_devices_are_automatic(cluster_client: Client, devices: str) -> None:
     """Dask's users have made a client and expect that it is used; devices that are named go before it."""
     with as_current(cluster_client):
-        assert place(devices, None).client is cluster_client
-        assert place("cpu", None).client is None
-        assert place("inline", None).inline
+        assert resolve_placement(devices, None).client is cluster_client
+        assert resolve_placement("cpu", None).client is None
+        assert resolve_placement("inline", None).is_inline
 
 
 def test_a_current_client_that_leaves_gpus_unused_is_warned_of(cluster_client: Client, two_gpus: pytest.MonkeyPatch) -> None:
     """The warning names the GPUs; naming the client says that it is meant."""
     with cluster_client.as_current(), pytest.warns(UserWarning, match=r"leave cuda:0, cuda:1 of this machine unused"):
-        assert len(place("auto", None).devices) == 2
+        assert len(resolve_placement("auto", None).devices) == 2
     with as_current(cluster_client):
-        place("auto", cluster_client)
+        resolve_placement("auto", cluster_client)
 
 
 def test_gpus_come_first_and_carry_their_own_memory(two_gpus: pytest.MonkeyPatch) -> None:
     """Without a client the devices are this machine's; a CPU worker's memory is its share of the host's."""
-    placement = place(["cuda:1", "cpu"], None)
+    placement = resolve_placement(["cuda:1", "cpu"], None)
     assert [d.name for d in placement.devices] == ["cuda:1", "cpu:0"]
-    assert placement.limits == (15 << 30, memory_per_worker(2, machine().memory_nbytes))
-    assert placement.restriction(0) == {"resources": {resource("cuda:1"): 1}}
+    assert placement.memory_limits == (15 << 30, memory_per_worker(2, inspect_machine().memory_nbytes))
+    assert placement.get_compute_kwargs(0) == {"resources": {resource_name("cuda:1"): 1}}
 
 
 def test_gpus_that_torch_cannot_drive_are_refused(two_gpus: pytest.MonkeyPatch) -> None:
     """No CPU computes in their place."""
     two_gpus.setattr(torch.version, "cuda", None)
     with pytest.raises(DeviceError, match="this torch is built for CPUs only"):
-        place("auto", None)
+        resolve_placement("auto", None)
 
 
 def test_inline_is_this_process_with_all_of_its_memory() -> None:
     """Nothing is started, and nothing asked."""
-    placement = place("inline", None)
-    here = machine()
+    placement = resolve_placement("inline", None)
+    here = inspect_machine()
     assert [(d.label, d.memory_nbytes) for d in placement.devices] == [(here.cpu_label, here.memory_nbytes)]
 
 
@@ -110,7 +110,7 @@ def test_the_kept_cluster_is_asked_for_by_what_pins_its_devices(monkeypatch: pyt
         asked.append(devices)
         yield "client"
 
-    monkeypatch.setattr(run.kept, "client", client)
+    monkeypatch.setattr(run.default_cluster, "client", client)
     placement = Placement((Device("cuda:1", "cuda", 1, uuid="GPU-1"), Device("cpu:0", "cpu", 0)))
     assert asked == []
     with open_(placement) as opened:
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_when_it_is_asked_is_none(
     foreign: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its place in the call is lost, and the call is not."""
-    sign, describe = tmp_path / "sign", current_device.describe
+    sign, describe = tmp_path / "sign", current_device.describe_worker_device
 
     def first_dies(dask_worker: Worker) -> Device:
         with contextlib.suppress(FileExistsError):
@@ -130,9 +130,9 @@ def test_a_worker_that_dies_when_it_is_asked_is_none(
             os.kill(os.getpid(), signal.SIGKILL)
         return describe(dask_worker)
 
-    monkeypatch.setattr(current_device, "describe", first_dies)
-    assert len(place("auto", foreign).devices) == 1
-    wait_until(lambda: len(workers_of(foreign)) == 2, 60)
+    monkeypatch.setattr(current_device, "describe_worker_device", first_dies)
+    assert len(resolve_placement("auto", foreign).devices) == 1
+    wait_until(lambda: len(fetch_workers(foreign)) == 2, 60)
 
 
 @pytest.mark.parametrize("given", ["tcp://127.0.0.1:8786", 3])
@@ -148,7 +148,7 @@ def test_what_is_no_client_is_refused(given: Any) -> None:
 def test_devices_beside_a_client_are_refused(devices: str, cluster_client: Client) -> None:
     """Two answers to one question."""
     with pytest.raises(DeviceError, match="was given beside client=; a client's devices are its workers"):
-        place(devices, cluster_client)
+        resolve_placement(devices, cluster_client)
 
 
 def test_a_client_that_cannot_compute_is_refused() -> None:
@@ -156,14 +156,14 @@ def test_a_client_that_cannot_compute_is_refused() -> None:
     address = {"dashboard_address": "127.0.0.1:0"}
     with LocalCluster(n_workers=0, processes=False, dashboard_address=None, scheduler_kwargs=address) as empty:
         with Client(empty, set_as_default=False) as client, pytest.raises(ClusterError, match="has no workers; at least"):
-            place("auto", client)
+            resolve_placement("auto", client)
         with pytest.raises(ClusterError, match="the client is closed; a running synchronous one is needed"):
-            place("auto", client)
+            resolve_placement("auto", client)
 
         async def asynchronous() -> None:
             async with Client(empty.scheduler_address, asynchronous=True, set_as_default=False) as client:
                 with pytest.raises(ClusterError, match="the client is asynchronous"):
-                    place("auto", client)
+                    resolve_placement("auto", client)
 
         import asyncio
 
@@ -193,12 +193,12 @@ def test_a_cluster_that_others_started_works_with_a_device_per_worker(tmp_path: 
             stack.enter_context(running("worker", "--scheduler-file", file, *mine, *folder))
         client = stack.enter_context(Client(scheduler_file=file, set_as_default=False, timeout=60))
         client.wait_for_workers(2, timeout=60)
-        placement = place("auto", client)
+        placement = resolve_placement("auto", client)
         assert [(d.name, d.kind, d.memory_nbytes) for d in placement.devices] == [
             ("theirs-1", "cpu", 1 << 30),
             ("theirs-2", "cpu", 1 << 30),
         ]
-        assert placement.restriction(1) == {"workers": [placement.addresses[1]]}
+        assert placement.get_compute_kwargs(1) == {"workers": [placement.addresses[1]]}
         x = np.arange(100, dtype="float32")
         y, report = di.predict(np.sqrt, x, client=client, device_weights=[1, 3], batch_size=5, return_report=True)
         np.testing.assert_array_equal(y, np.sqrt(x))
@@ -209,7 +209,7 @@ def test_free_memory_of_a_gpu_counts_before_all_of_it() -> None:
     """Where it is unknown the whole counts, and 0 where that is unknown too."""
     gpu = Device("cuda:0", "cuda", 0, memory_nbytes=16, free_nbytes=5)
     known = [gpu, replace(gpu, free_nbytes=0), replace(gpu, free_nbytes=0, memory_nbytes=0)]
-    assert Placement(tuple(known)).limits == (5, 16, 0)
+    assert Placement(tuple(known)).memory_limits == (5, 16, 0)
 
 
 @pytest.mark.slow

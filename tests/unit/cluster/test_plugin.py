@@ -19,10 +19,10 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 import daskinfer as di
 from daskinfer.cluster import plugin
-from daskinfer.cluster.placement import workers_of
+from daskinfer.cluster.placement import fetch_workers
 from daskinfer.transport import shared_memory
 from daskinfer.worker import device_thread
-from daskinfer.worker.loaded_models import models
+from daskinfer.worker.loaded_models import model_cache
 from tests.conftest import wait_until
 
 X = np.arange(64.0, dtype=np.float32)
@@ -47,13 +47,19 @@ class Closes:
 
 def users() -> dict[str, set[str]]:
     """The clients for which the worker of this process is made ready."""
-    return plugin._users
+    return plugin._clients_by_worker
 
 
 def left() -> list[object]:
     """What this process still holds for any client."""
     threads = [t.name for t in threading.enumerate() if t.name.startswith("daskinfer-device")]
-    return [*plugin._users, *device_thread._threads, *shared_memory._mapped, *models._models, *threads]
+    return [
+        *plugin._clients_by_worker,
+        *device_thread._device_threads,
+        *shared_memory._attached_pools,
+        *model_cache._models,
+        *threads,
+    ]
 
 
 @pytest.fixture
@@ -73,7 +79,7 @@ def test_every_worker_is_made_ready(cluster_client: Client) -> None:
     """After a call each worker knows its client."""
     di.predict(np.negative, X, client=cluster_client)
     assert [*cluster_client.run(users).values()] == [
-        {address: {cluster_client.id}} for address in workers_of(cluster_client)
+        {address: {cluster_client.id}} for address in fetch_workers(cluster_client)
     ]
 
 
@@ -86,8 +92,8 @@ def test_once_per_client(threads_cluster: LocalCluster, monkeypatch: pytest.Monk
         for _ in range(3):
             di.predict(np.negative, X, client=client)
         assert registered == [f"daskinfer-{client.id}", f"daskinfer-{client.id}-departure"]
-        assert plugin._users == {address: {client.id} for address in workers_of(client)}
-    wait_until(lambda: not plugin._users)
+        assert plugin._clients_by_worker == {address: {client.id} for address in fetch_workers(client)}
+    wait_until(lambda: not plugin._clients_by_worker)
 
 
 def test_all_goes_with_the_client(threads_cluster: LocalCluster, tmp_path: Any) -> None:
@@ -95,8 +101,8 @@ def test_all_goes_with_the_client(threads_cluster: LocalCluster, tmp_path: Any) 
     log = tmp_path / "closed"
     with Client(threads_cluster, set_as_default=False) as client:
         di.predict(Closes(str(log)), X, client=client, device_weights=[1, 1])
-        assert shared_memory._mapped
-        assert len(device_thread._threads) == 2
+        assert shared_memory._attached_pools
+        assert len(device_thread._device_threads) == 2
         log.unlink()  # this process found out what the answer looks like, and closed its copy
     wait_until(lambda: not left())
     wait_until(lambda: log.exists() and log.read_text())  # in a thread of the worker's
@@ -112,9 +118,9 @@ def test_all_stays_while_another_client_is_there(threads_cluster: LocalCluster) 
         with Client(threads_cluster, set_as_default=False) as first:
             for client in (first, second):
                 di.predict(np.negative, X, client=client, device_weights=[1, 1])
-        wait_until(lambda: all(clients == {second.id} for clients in plugin._users.values()))
-        assert len(models._models) == 1
-        assert len(device_thread._threads) == 2
+        wait_until(lambda: all(clients == {second.id} for clients in plugin._clients_by_worker.values()))
+        assert len(model_cache._models) == 1
+        assert len(device_thread._device_threads) == 2
         np.testing.assert_array_equal(di.predict(np.negative, X, client=second), -X)
     wait_until(lambda: not left())
 
@@ -165,10 +171,10 @@ def test_what_our_workers_have_imported_is_never_looked_through(cluster_client: 
 
 def test_the_allocator_of_others_is_theirs(threads_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """On clusters of others the allocator stays as it is."""
-    monkeypatch.setattr("daskinfer.worker.allocator.keep_freed_memory", None)  # calling it would fail
+    monkeypatch.setattr("daskinfer.worker.allocator.retain_freed_memory", None)  # calling it would fail
     with Client(threads_cluster, set_as_default=False) as client:
         np.testing.assert_array_equal(di.predict(np.negative, X, client=client), -X)
-    wait_until(lambda: not plugin._users)
+    wait_until(lambda: not plugin._clients_by_worker)
 
 
 @pytest.mark.slow
@@ -180,11 +186,11 @@ def test_workers_that_come_later_are_made_ready(tracker: None) -> None:
     ):
         with Client(cluster, set_as_default=False) as client:
             di.predict(np.negative, X, client=client)
-            (before,) = workers_of(client)
+            (before,) = fetch_workers(client)
             os.kill(*client.run(os.getpid).values(), signal.SIGKILL)
-            wait_until(lambda: workers_of(client) and before not in workers_of(client), 60)
+            wait_until(lambda: fetch_workers(client) and before not in fetch_workers(client), 60)
             cluster.scale(2)
-            wait_until(lambda: len(workers_of(client)) == 2, 60)
-            assert client.run(users) == {address: {address: {client.id}} for address in workers_of(client)}
+            wait_until(lambda: len(fetch_workers(client)) == 2, 60)
+            assert client.run(users) == {address: {address: {client.id}} for address in fetch_workers(client)}
             np.testing.assert_array_equal(di.predict(np.negative, X, client=client, device_weights=[1, 1]), -X)
         wait_until(lambda: not any(map(any, [found for found in watching.run(left).values() if found])))

@@ -17,9 +17,9 @@ import pytest
 from distributed import Client
 
 from daskinfer.cluster import process_cluster as room
-from daskinfer.cluster.placement import workers_of
-from daskinfer.cluster.process_cluster import KeptCluster
-from daskinfer.cluster.shutdown import _runs
+from daskinfer.cluster.placement import fetch_workers
+from daskinfer.cluster.process_cluster import DefaultCluster
+from daskinfer.cluster.shutdown import _is_running
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.slow  # each test starts clusters of its own
@@ -28,10 +28,10 @@ ONE = ["cpu"]
 
 
 @pytest.fixture(scope="module")
-def kept() -> Iterator[KeptCluster]:
+def kept() -> Iterator[DefaultCluster]:
     """A keeper of one cluster, ended with this file."""
-    keeper = KeptCluster()
-    with keeper.client(ONE):
+    keeper = DefaultCluster()
+    with keeper.acquire_client(ONE):
         pass
     yield keeper
     keeper.close()
@@ -44,31 +44,31 @@ def nannies(client: Client) -> list[psutil.Process]:
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of the processes runs any more."""
-    return not any(map(_runs, processes))
+    return not any(map(_is_running, processes))
 
 
-def test_the_same_devices_find_the_same_cluster(kept: KeptCluster) -> None:
+def test_the_same_devices_find_the_same_cluster(kept: DefaultCluster) -> None:
     """The second call starts nothing, and calls inside one another share it."""
-    with kept.client(ONE) as first, kept.client(ONE) as inner:
+    with kept.acquire_client(ONE) as first, kept.acquire_client(ONE) as inner:
         assert first is inner
-    with kept.client(ONE) as second:
+    with kept.acquire_client(ONE) as second:
         assert second is first
         assert second.submit(sum, [1, 2]).result() == 3
 
 
-def test_what_it_has(kept: KeptCluster) -> None:
+def test_what_it_has(kept: DefaultCluster) -> None:
     """It has a cluster of the devices that were asked for last, and none of others; a new keeper has none."""
-    with kept.client(ONE):
-        assert kept.has(ONE)
-    assert kept.has(tuple(ONE))
-    assert not kept.has(["cpu", "cpu"])
-    assert not KeptCluster().has(ONE)
+    with kept.acquire_client(ONE):
+        assert kept.is_running(ONE)
+    assert kept.is_running(tuple(ONE))
+    assert not kept.is_running(["cpu", "cpu"])
+    assert not DefaultCluster().is_running(ONE)
 
 
-def test_the_callers_dask_is_none_of_its_business(kept: KeptCluster) -> None:
+def test_the_callers_dask_is_none_of_its_business(kept: DefaultCluster) -> None:
     """Neither the current client nor the configuration changes, inside and after."""
     config = repr(dask.config.config)
-    with kept.client(ONE):
+    with kept.acquire_client(ONE):
         assert repr(dask.config.config) == config
         with pytest.raises(ValueError, match="No clients found"):
             Client.current()
@@ -76,15 +76,15 @@ def test_the_callers_dask_is_none_of_its_business(kept: KeptCluster) -> None:
 
 def test_a_cluster_in_use_is_ended_by_the_last_to_leave() -> None:
     """close() and other devices take it away from later calls, not from the ones that compute; then the clock ends it."""
-    keeper = KeptCluster(idle_seconds=0.1)
-    with keeper.client(ONE) as client:
+    keeper = DefaultCluster(idle_seconds=0.1)
+    with keeper.acquire_client(ONE) as client:
         keeper.close()
-        assert not keeper.has(ONE)
+        assert not keeper.is_running(ONE)
         processes = nannies(client)
         assert client.submit(sum, [1, 2]).result() == 3
-        with keeper.client(["cpu", "cpu"]) as other:
+        with keeper.acquire_client(["cpu", "cpu"]) as other:
             assert other is not client
-            assert len(workers_of(other)) == 2
+            assert len(fetch_workers(other)) == 2
             assert not gone(processes)
             others = nannies(other)
     assert gone(processes)
@@ -94,14 +94,14 @@ def test_a_cluster_in_use_is_ended_by_the_last_to_leave() -> None:
 
 def test_other_devices_and_a_dead_nanny_replace_the_cluster() -> None:
     """A cluster that nobody uses and that does not fit, or cannot bring its worker back, gives way to a new one."""
-    keeper = KeptCluster()
+    keeper = DefaultCluster()
     try:
-        with keeper.client(ONE) as first:
+        with keeper.acquire_client(ONE) as first:
             processes = nannies(first)
         processes[0].kill()
         wait_until(lambda: gone(processes))
-        wait_until(lambda: not keeper.has(ONE))
-        with keeper.client(ONE) as second:
+        wait_until(lambda: not keeper.is_running(ONE))
+        with keeper.acquire_client(ONE) as second:
             assert second.submit(sum, [1, 2]).result(timeout=30) == 3
         assert first.status == "closed"
     finally:
@@ -109,16 +109,16 @@ def test_other_devices_and_a_dead_nanny_replace_the_cluster() -> None:
     assert second.status == "closed"
 
 
-def test_the_clock_stops_while_a_call_is_inside(kept: KeptCluster) -> None:
+def test_the_clock_stops_while_a_call_is_inside(kept: DefaultCluster) -> None:
     """Idle means between calls."""
-    with kept.client(ONE):
+    with kept.acquire_client(ONE):
         pass
     assert kept._current is not None
-    clock = kept._current._clock
+    clock = kept._current._idle_timer
     assert clock is not None
-    with kept.client(ONE):
+    with kept.acquire_client(ONE):
         wait_until(lambda: not clock.is_alive())
-        assert kept._current._clock is None
+        assert kept._current._idle_timer is None
 
 
 def test_a_client_that_cannot_connect_leaves_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,14 +128,14 @@ def test_a_client_that_cannot_connect_leaves_no_cluster(monkeypatch: pytest.Monk
         raise OSError("no route")
 
     monkeypatch.setattr(room, "Client", fails)
-    with pytest.raises(OSError, match="no route"), KeptCluster().client(["cpu"]):
+    with pytest.raises(OSError, match="no route"), DefaultCluster().acquire_client(["cpu"]):
         pass
 
 
 def test_a_start_that_fails_leaves_a_keeper_that_works() -> None:
     """The error passes, and nothing is kept of it."""
-    keeper = KeptCluster()
-    with pytest.raises(ValueError, match="device 'tpu' is unknown"), keeper.client(["tpu"]):
+    keeper = DefaultCluster()
+    with pytest.raises(ValueError, match="device 'tpu' is unknown"), keeper.acquire_client(["tpu"]):
         pass
     keeper.close()
     assert keeper._current is None

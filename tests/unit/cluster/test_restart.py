@@ -17,8 +17,8 @@ import pytest
 from distributed import Client
 
 import daskinfer as di
-from daskinfer.cluster.placement import workers_of
-from daskinfer.cluster.restart import Replacer, note_process
+from daskinfer.cluster.placement import fetch_workers
+from daskinfer.cluster.restart import WorkerRestarter, write_pid_file
 from daskinfer.core import env
 from daskinfer.diagnostics.events import ChunkStarted, DeviceChanged, Event
 from daskinfer.errors import ChunkTimeout, ClusterError
@@ -53,12 +53,12 @@ def noted(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_worker_notes_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker of our own leaves its number and when it began in its cluster's folder; others leave nothing."""
-    note_process()
+    write_pid_file()
     monkeypatch.setenv(env.SCRATCH, str(tmp_path))
-    note_process()
+    write_pid_file()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv(env.DEVICE, "cpu:0")
-    note_process()
+    write_pid_file()
     assert [path.name for path in tmp_path.iterdir()] == ["cpu:0.pid"]
     number, since = Path(tmp_path, "cpu:0.pid").read_text().split()
     assert (int(number), float(since)) == (os.getpid(), psutil.Process().create_time())
@@ -66,16 +66,16 @@ def test_a_worker_notes_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_worker_of_ours_is_killed(tmp_path: Path, noted: subprocess.Popen[bytes]) -> None:
     """Its process ends though it stands still, and one that has ended already is as good as replaced."""
-    replacer = Replacer(Restarts("no"), {"cpu:0": str(tmp_path)}, allowed=False)
-    assert replacer.replace("cpu:0", "tcp://a")
+    replacer = WorkerRestarter(Restarts("no"), {"cpu:0": str(tmp_path)}, allow_external=False)
+    assert replacer.restart_worker("cpu:0", "tcp://a")
     assert noted.wait(10) == -signal.SIGKILL
-    assert replacer.replace("cpu:0", "tcp://a")
+    assert replacer.restart_worker("cpu:0", "tcp://a")
 
 
 def test_another_process_of_the_same_number_is_left_alone(tmp_path: Path, noted: subprocess.Popen[bytes]) -> None:
     """A number that the system gave to another process since is nobody's worker."""
     Path(tmp_path, "cpu:0.pid").write_text(f"{noted.pid} 1.0")
-    assert Replacer(Restarts("no"), {"cpu:0": str(tmp_path)}, allowed=False).replace("cpu:0", "tcp://a")
+    assert WorkerRestarter(Restarts("no"), {"cpu:0": str(tmp_path)}, allow_external=False).restart_worker("cpu:0", "tcp://a")
     assert noted.poll() is None
 
 
@@ -92,7 +92,7 @@ def test_another_process_of_the_same_number_is_left_alone(tmp_path: Path, noted:
 def test_workers_of_others(folders: dict[str, str], allowed: bool, address: str | None, answer: str, replaced: bool) -> None:
     """Their cluster restarts them where that is allowed; nothing else is done to them."""
     client = Restarts(answer)
-    assert Replacer(client, folders, allowed=allowed).replace("0", address) is replaced
+    assert WorkerRestarter(client, folders, allow_external=allowed).restart_worker("0", address) is replaced
     assert client.asked == ([address] if allowed and address else [])
 
 
@@ -165,7 +165,7 @@ def _processes() -> set[int]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks around every 0.2 s."""
-    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(window, "WORKER_CHECK_SECONDS", 0.2)
 
 
 @pytest.mark.slow
@@ -174,13 +174,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_of_others_that_dies(foreign: Client, tmp_path: Path, reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its nanny brings it back under another address, and every row is right, also where rows were sent to it."""
     if not reads:
-        monkeypatch.setattr("daskinfer.cluster.preflight.own_memory", lambda: None)
-        monkeypatch.setattr("daskinfer.transport.shared_memory.reaches", lambda ref: False)
+        monkeypatch.setattr("daskinfer.cluster.preflight.advertise_process_memory", lambda: None)
+        monkeypatch.setattr("daskinfer.transport.shared_memory.can_attach", lambda ref: False)
     net = faulty.network(tmp_path, faulty.killed, [1234], times=1, seconds=0.01)
     y, report = di.predict(net, X, client=foreign, batch_size=CHUNK_ROWS, device_weights=[1, 1], return_report=True)
     np.testing.assert_array_equal(y, 2 * X)
     assert report.failures == ()
-    wait_until(lambda: len(workers_of(foreign)) == 2, 60)
+    wait_until(lambda: len(fetch_workers(foreign)) == 2, 60)
 
 
 @pytest.mark.slow
@@ -213,7 +213,7 @@ def test_a_worker_of_others_is_restarted_where_that_is_allowed(foreign: Client, 
     net = faulty.network(tmp_path, faulty.sleeps, [1234], times=1)
     how = {"client": foreign, "batch_size": CHUNK_ROWS, "device_weights": [1, 1], "chunk_timeout": 5}
     np.testing.assert_array_equal(di.predict(net, X, restart_workers=True, **how), 2 * X)
-    wait_until(lambda: len(workers_of(foreign)) == 2, 60)
+    wait_until(lambda: len(fetch_workers(foreign)) == 2, 60)
     assert len(before & set(foreign.run(os.getpid).values())) == 1
 
 
@@ -231,7 +231,7 @@ def test_no_worker_is_left(foreign: Client, tmp_path: Path, weights: list[int]) 
 @pytest.mark.usefixtures("impatient")
 def test_a_device_that_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose nanny ended hands its chunks to the other, whatever share it was given."""
-    monkeypatch.setattr(window, "AWAY_SECONDS", 1.0)
+    monkeypatch.setattr(window, "MAX_MISSING_SECONDS", 1.0)
 
     def ended_with_its_nanny(value: float) -> None:
         os.kill(os.getppid(), signal.SIGKILL)

@@ -3,21 +3,21 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from daskinfer.core.chunks import Chunk, Failure, Receipt, Written
+from daskinfer.core.chunks import Chunk, ChunkStats, RowFailure, StoredPart
 
 
 def test_a_chunk_counts_its_rows():
     """A chunk holds the rows from start up to, and without, stop."""
-    assert Chunk(index=3, start=3072, stop=4096, device=1).n_rows == 1024
+    assert Chunk(index=3, start=3072, stop=4096, device_index=1).n_rows == 1024
 
 
 @pytest.mark.parametrize(
     "record",
     [
         Chunk(0, 0, 1, 0),
-        Receipt(0, 1, "cuda:0", "<cuda:0>", batch_size=8, seconds=1.0, worker="tcp://worker"),
-        Written("0", 8, 1),
-        Failure(0, 1, "cpu:0", "ValueError: 0"),
+        ChunkStats(0, 1, "cuda:0", "<cuda:0>", batch_size=8, seconds=1.0, worker="tcp://worker"),
+        StoredPart("0", 8, 1),
+        RowFailure(0, 1, "cpu:0", "ValueError: 0"),
     ],
 )
 def test_records_cross_processes_unchanged(record):

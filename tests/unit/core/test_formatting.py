@@ -2,43 +2,45 @@ from xml.etree import ElementTree
 
 import pytest
 
-from daskinfer.core.formatting import format_nbytes, html_table, text_table
+from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
 
 
 def test_numbers_stand_to_the_right():
     """A column of numbers is aligned to the right, any other to the left, and no line ends in blanks."""
-    assert text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == ("a           n\nx       1,000\nlonger   9.5%")
-    assert text_table(("n", "a"), [["1", "x"], ["22", ""]]) == " n  a\n 1  x\n22"
+    assert format_text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == (
+        "a           n\nx       1,000\nlonger   9.5%"
+    )
+    assert format_text_table(("n", "a"), [["1", "x"], ["22", ""]]) == " n  a\n 1  x\n22"
 
 
 def test_a_table_without_rows_is_its_headers():
     """No row leaves the headers, in text and in HTML."""
-    assert text_table(("a", "b"), []) == "a  b"
-    assert "<tbody></tbody>" in html_table(("a", "b"), [])
+    assert format_text_table(("a", "b"), []) == "a  b"
+    assert "<tbody></tbody>" in format_html_table(("a", "b"), [])
 
 
 def test_a_row_of_another_length_is_refused():
     """A row with more cells than there are headers is an error, not a crooked table."""
-    for make in (text_table, html_table):
+    for make in (format_text_table, format_html_table):
         with pytest.raises(ValueError, match=r"zip\(\) argument 2 is"):
             make(("a",), [["x", "y"]])
 
 
 def test_html_says_what_was_put_in():
     """Headers and cells that look like HTML are escaped; what comes out parses and has the same text."""
-    page = html_table(("<h>", "n"), [["<b>&\"'", "1"]])
+    page = format_html_table(("<h>", "n"), [["<b>&\"'", "1"]])
     assert "<b>" not in page
     assert list(ElementTree.fromstring(page).itertext()) == ["<h>", "n", "<b>&\"'", "1"]
 
 
 def test_html_aligns_numbers_only():
     """Only a column of numbers carries the alignment, its header too."""
-    assert html_table(("a", "n"), [["x", "1"]]).count("text-align:right") == 2
+    assert format_html_table(("a", "n"), [["x", "1"]]).count("text-align:right") == 2
 
 
 def test_html_keeps_lines():
     """A cell of several lines is shown as such."""
-    assert '<td style="white-space:pre-wrap">x\ny</td>' in html_table(("a",), [["x\ny"]])
+    assert '<td style="white-space:pre-wrap">x\ny</td>' in format_html_table(("a",), [["x\ny"]])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daskinfer.core.pytree import Ports, Structure, call, flatten
+from daskinfer.core.pytree import Ports, PyTreeSpec, call_with, flatten
 
 Pair = namedtuple("Pair", ["left", "right"])  # the untyped kind, which many networks return
 
@@ -158,7 +158,7 @@ def test_what_is_no_array_is_named(value: Any, message: str) -> None:
 
 def test_numpy_scalars_are_arrays() -> None:
     """A scalar with shape and dtype counts as an array, for the caller to judge."""
-    assert flatten(np.float32(1))[1] == Structure("array")
+    assert flatten(np.float32(1))[1] == PyTreeSpec("array")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_numpy_scalars_are_arrays() -> None:
 )
 def test_ports(value: Any, ports: Ports) -> None:
     """The form of an input is read off its type, and split is undone by join."""
-    assert Ports.of(value) == ports
+    assert Ports.from_input(value) == ports
     assert ports.join(ports.split(value)) == value
 
 
@@ -183,4 +183,4 @@ def test_ports(value: Any, ports: Ports) -> None:
 )
 def test_call(function: Callable[..., Any], value: Any) -> None:
     """A tuple is given by position, a dict by name, anything else as it is."""
-    assert call(function, value) == "a"
+    assert call_with(function, value) == "a"

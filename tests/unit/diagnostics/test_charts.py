@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daskinfer.diagnostics.charts import MAX_SMALL_DEVICES, N_BINS, Bar, bars, color, idle_seconds, names, short, speeds, svg
+from daskinfer.diagnostics.charts import (
+    MAX_SVG_DEVICES,
+    N_BINS,
+    Bar,
+    compute_idle_seconds,
+    compute_throughput,
+    get_device_color,
+    list_device_names,
+    make_bars,
+    render_svg,
+    shorten_label,
+)
 from daskinfer.diagnostics.device_stats import DeviceReport
 from daskinfer.diagnostics.report import RunReport
 from daskinfer.diagnostics.timeline import Span
@@ -25,21 +36,21 @@ def span(device: str, began: float, seconds: float, n_rows: int = 8) -> Span:
 def test_what_took_no_time_has_no_bar() -> None:
     """A bar for each part of a span that took time, from the first one's begin on; none of nothing."""
     both = [Span("a", 0, 8, 1, 8, (5.0, 6.0), (7.0, 9.0), (9.0, 9.5)), span("b", 4.0, 2.0)]
-    assert [(bar.span.device, bar.lane, bar.begin, bar.end) for bar in bars(both)] == [
+    assert [(bar.span.device, bar.stage, bar.begin, bar.end) for bar in make_bars(both)] == [
         ("a", "read", 1.0, 2.0),
         ("a", "compute", 3.0, 5.0),
         ("a", "write", 5.0, 5.5),
         ("b", "compute", 0.0, 2.0),
     ]
-    assert bars([]) == []
-    assert bars([span("a", 1.0, 0.0)]) == []
+    assert make_bars([]) == []
+    assert make_bars([span("a", 1.0, 0.0)]) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 1e4), st.floats(1e-3, 1e3), st.integers(1, 1000))))
 def test_every_row_counts_once_in_the_speed(chunks: list[tuple[str, float, float, int]]) -> None:
     """Rows/s times the seconds of the bins are the rows of each device, however chunks lie across bins."""
-    drawn = bars([span(device, began, seconds, n_rows) for device, began, seconds, n_rows in chunks])
-    edges, by_device = speeds(drawn)
+    drawn = make_bars([span(device, began, seconds, n_rows) for device, began, seconds, n_rows in chunks])
+    edges, by_device = compute_throughput(drawn)
     assert len(edges) == N_BINS + 1
     assert set(by_device) == {device for device, *_ in chunks}
     for device, speed in by_device.items():
@@ -51,22 +62,26 @@ def test_devices_are_those_of_the_plan_first() -> None:
     """The plan's devices in its order, those that did nothing too, then whatever else has a span."""
     devices = tuple(DeviceReport(name, "", 0, 0, 0.0, 0.0, 0.0) for name in ("b", "a"))
     report = RunReport(0, 0.0, 1, devices, timeline=(span("c", 0.0, 1.0), span("a", 0.0, 1.0)))
-    assert names(report) == ["b", "a", "c"]
+    assert list_device_names(report) == ["b", "a", "c"]
 
 
 def test_who_waited_for_the_last() -> None:
     """Each device that did something waited for the last; one without a chunk has no time."""
     devices = [DeviceReport(name, "", n, 0, 0.0, 0.0, 0.0, ended=at) for name, n, at in [("a", 1, 7.0), ("b", 2, 9.5)]]
     idle = DeviceReport("c", "", 0, 0, 0.0, 0.0, 0.0)
-    assert idle_seconds([*devices, idle]) == {"a": 2.5, "b": 0.0}
-    assert idle_seconds([]) == {}
+    assert compute_idle_seconds([*devices, idle]) == {"a": 2.5, "b": 0.0}
+    assert compute_idle_seconds([]) == {}
 
 
 def test_names_and_colours_are_bounded() -> None:
     """A long name is cut for an axis; colours begin anew once they are used up."""
-    assert (short("cuda:0"), short("x" * 24), short("x" * 25)) == ("cuda:0", "x" * 24, "x" * 23 + "…")
-    assert len({color(i) for i in range(40)}) == 10
-    assert color(10) == color(0)
+    assert (shorten_label("cuda:0"), shorten_label("x" * 24), shorten_label("x" * 25)) == (
+        "cuda:0",
+        "x" * 24,
+        "x" * 23 + "…",
+    )
+    assert len({get_device_color(i) for i in range(40)}) == 10
+    assert get_device_color(10) == get_device_color(0)
 
 
 def paths(picture: str) -> list[tuple[str | None, str | None, str | None]]:
@@ -78,17 +93,17 @@ def paths(picture: str) -> list[tuple[str | None, str | None, str | None]]:
 def test_the_small_picture() -> None:
     """A line where a device was busy, paler where it was busy for a part of the time; nothing where nothing was done."""
     whole = [span("<a>", 0.0, 32.0), *(span("b", at, 0.05) for at in range(32))]
-    (busy, rare) = paths(svg(["<a>", "b"], bars(whole)))
+    (busy, rare) = paths(render_svg(["<a>", "b"], make_bars(whole)))
     assert busy == ("#0072b2", "1", "M0 10h320")
     assert rare[1] == "0.5"
     assert (rare[2] or "").startswith("M0 32h1M10 32h1")
-    assert next(ElementTree.fromstring(svg(["<a>"], bars(whole))).itertext()) == "<a>"
-    assert svg(["a"], []) == ""
+    assert next(ElementTree.fromstring(render_svg(["<a>"], make_bars(whole))).itertext()) == "<a>"
+    assert render_svg(["a"], []) == ""
 
 
 def test_the_small_picture_stays_small() -> None:
     """Below 20 kB for the most devices and chunks; devices beyond those shown are counted."""
-    devices = [f"cuda:{i}" for i in range(MAX_SMALL_DEVICES + 3)]
+    devices = [f"cuda:{i}" for i in range(MAX_SVG_DEVICES + 3)]
     stretches = [(j * 0.71 + 0.01 * i, 0.1 + (i * j % 7) / 12) for i in range(len(devices)) for j in range(200)]
     drawn = [
         Bar(span(device, 0.0, 1.0), lane, begin, begin + seconds)
@@ -96,7 +111,7 @@ def test_the_small_picture_stays_small() -> None:
         for lane in ("read", "compute", "write")
         for begin, seconds in stretches[:200]
     ]
-    picture = svg(devices, drawn)
+    picture = render_svg(devices, drawn)
     assert len(picture) < 20_000
     assert " and 3 more devices" in "".join(ElementTree.fromstring(picture).itertext())
     assert "cuda:16" not in picture

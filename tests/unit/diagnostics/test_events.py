@@ -19,19 +19,19 @@ from distributed import Client
 
 import daskinfer as di
 from daskinfer.diagnostics.events import (
+    BatchSizeChosen,
+    BatchTuningStarted,
     ChunkDone,
     ChunkFailed,
     ChunkStarted,
     Connected,
     DeviceChanged,
     Event,
-    Listeners,
-    MicroBatchChosen,
-    MicroBatchesTried,
+    EventBus,
     RunEnded,
     RunStarted,
 )
-from daskinfer.diagnostics.status import Standing
+from daskinfer.diagnostics.status import StatusTracker
 from tests.support import faulty
 
 X = np.arange(1000, dtype=np.float32)
@@ -72,8 +72,8 @@ def test_times_and_memory_of_a_chunk(two_cpus: list[str]) -> None:
     di.predict(double, X, devices=two_cpus, batch_size=50, progress=told.append)
     for event in told:
         if isinstance(event, ChunkDone):
-            assert told[0].at <= event.receipt.read_began <= event.receipt.began <= event.receipt.ended <= event.at
-            assert event.receipt.peak_nbytes > 10 << 20
+            assert told[0].at <= event.stats.read_began <= event.stats.began <= event.stats.ended <= event.at
+            assert event.stats.peak_nbytes > 10 << 20
 
 
 def test_events_are_records() -> None:
@@ -130,13 +130,13 @@ def test_what_starts_comes_back(two_cpus: list[str], devices: Any) -> None:
             raise OSError("no such block")
         return X[:100]
 
-    standing, seen, told = Standing(), [], list[Event]()
+    standing, seen, told = StatusTracker(), [], list[Event]()
 
     def look(event: Event) -> None:
         standing(event)
         told.append(event)
         if not isinstance(event, RunEnded):
-            seen.append(sum(device.n_in_flight for device in standing.status(event.at).devices))
+            seen.append(sum(device.n_in_flight for device in standing.get_status(event.at).devices))
 
     x = da.map_blocks(block, chunks=((100,) * 10,), dtype="f4", meta=X[:0])
     how = {"on_error": "skip", "retries": 1, "return_report": True}
@@ -200,7 +200,7 @@ def test_the_micro_batch_that_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch
     told: list[Event] = []
     x = np.ones((400_000, 4), np.float32)
     _, report = di.predict(double, x, devices="inline", progress=told.append, return_report=True)
-    chosen = [event.batch_size for event in told if isinstance(event, MicroBatchChosen)]
+    chosen = [event.batch_size for event in told if isinstance(event, BatchSizeChosen)]
     assert report.batch_size == (chosen or [told[0].batch_size])[-1]  # type: ignore[attr-defined]
 
 
@@ -210,7 +210,7 @@ def test_that_micro_batches_are_measured_is_told(two_cpus: list[str]) -> None:
     x = np.ones((400_000, 4), np.float32)
     di.predict(lambda batch: batch + 17, x, devices=two_cpus, progress=told.append)
     kinds = [type(event) for event in told]
-    assert kinds.index(MicroBatchesTried) < kinds.index(ChunkStarted)
+    assert kinds.index(BatchTuningStarted) < kinds.index(ChunkStarted)
 
 
 def test_a_client_is_told_to_those_who_ask() -> None:
@@ -224,7 +224,7 @@ def test_a_client_is_told_to_those_who_ask() -> None:
         def connected(self, client: Any) -> None:
             seen.append(client)
 
-    Listeners([Asks(), print]).connected("client")
+    EventBus([Asks(), print]).attach_client("client")
     assert seen[0] == "client"
     assert [type(event) for event in seen[1:]] == [Connected]
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import daskinfer as di
-from daskinfer.core.chunks import Failure, Receipt
-from daskinfer.diagnostics.events import Asked, ChunkDone, ChunkFailed, RunStarted
-from daskinfer.diagnostics.html_report import MAX_CHARACTERS, MAX_FAILURES
-from daskinfer.diagnostics.report import RunReport, Tally
+from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, PlannedDevice, RunStarted
+from daskinfer.diagnostics.html_report import MAX_EXCEPTION_CHARACTERS, MAX_FAILURES
+from daskinfer.diagnostics.report import RunAggregator, RunReport
 from daskinfer.diagnostics.timeline import MAX_SPANS
 from daskinfer.errors import SourceMissing
 from tests.support import browser
@@ -29,20 +29,20 @@ CHARTS = ("timeline", "speed", "shares", "tail", "memory")
 
 def made(devices: list[str], n_chunks: int, said: str = "ValueError: 3", label: str = "A100") -> RunReport:
     """The report of chunks of 10 rows, dealt in turns: read for 0.1 s, computed for 0.8, written for 0.1; one row failed."""
-    tally = Tally()
-    asked = tuple(Asked(device, label, "", 1 / len(devices)) for device in devices)
+    tally = RunAggregator()
+    asked = tuple(PlannedDevice(device, label, "", 1 / len(devices)) for device in devices)
     tally(RunStarted("a", 0.0, f"Net {said}", ("x: (9,) float32",), ("y: (9,) float32",), (0, 10 * n_chunks), (), 8, asked))
     for i in range(n_chunks):
         device, at = devices[i % len(devices)], 1000.0 + i // len(devices)
-        receipt = Receipt(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)
-        receipt = receipt.timed(read_began=at, ended=at + 1, read_seconds=0.1, write_seconds=0.1, waited_seconds=0.0)
-        receipt = Receipt(**{**as_dict(receipt), "peak_nbytes": (1 + i % len(devices)) << 30})
-        failures = (Failure(10 * i + 3, 10 * i + 4, device, said),) if i == 1 else ()
+        receipt = ChunkStats(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)
+        receipt = receipt.with_timing(read_began=at, ended=at + 1, read_seconds=0.1, write_seconds=0.1, waited_seconds=0.0)
+        receipt = ChunkStats(**{**as_dict(receipt), "peak_nbytes": (1 + i % len(devices)) << 30})
+        failures = (RowFailure(10 * i + 3, 10 * i + 4, device, said),) if i == 1 else ()
         tally(ChunkDone("a", at, receipt.start, receipt.stop, device, receipt, failures, 1))
-    return tally.report(seconds=1.0 + n_chunks // len(devices), facts={"versions": said, said: label})
+    return tally.make_report(seconds=1.0 + n_chunks // len(devices), facts={"versions": said, said: label})
 
 
-def as_dict(receipt: Receipt) -> dict[str, Any]:
+def as_dict(receipt: ChunkStats) -> dict[str, Any]:
     """A receipt's fields."""
     return {name: getattr(receipt, name) for name in receipt.__dataclass_fields__}
 
@@ -92,13 +92,15 @@ def test_the_key_has_what_is_drawn() -> None:
     """Where nothing was written to files, no lane and no word of the timeline's key is for that."""
 
     def lanes(write_seconds: float) -> list[str]:
-        receipt = Receipt(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
-        receipt = receipt.timed(
+        receipt = ChunkStats(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
+        receipt = receipt.with_timing(
             read_began=1000.0, ended=1001.0, read_seconds=0.1, write_seconds=write_seconds, waited_seconds=0.0
         )
-        tally = Tally()
+        tally = RunAggregator()
         tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", receipt, (), 1))
-        return re.findall(r'"label":\{"type":"value","value":"(read|compute|write)"', tally.report(seconds=1.0).to_html())
+        return re.findall(
+            r'"label":\{"type":"value","value":"(read|compute|write)"', tally.make_report(seconds=1.0).to_html()
+        )
 
     assert lanes(write_seconds=0.1) == ["read", "compute", "write"]
     assert lanes(write_seconds=0.0) == ["read", "compute"]
@@ -106,10 +108,12 @@ def test_the_key_has_what_is_drawn() -> None:
 
 def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
     """Retries are counted, by device and in all; failures of several rows are a range."""
-    tally = Tally()
+    tally = RunAggregator()
     tally(ChunkFailed("a", 0.0, 0, 8, "cpu:0", "OSError: 5"))
-    tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", Receipt(0, 8, "cpu:0", "", 0, 0.0, "w"), (Failure(0, 8, "cpu:0", "e"),), 2))
-    words = Words(tally.report(seconds=1.0).to_html()).text
+    tally(
+        ChunkDone("a", 0.0, 0, 8, "cpu:0", ChunkStats(0, 8, "cpu:0", "", 0, 0.0, "w"), (RowFailure(0, 8, "cpu:0", "e"),), 2)
+    )
+    words = Words(tally.make_report(seconds=1.0).to_html()).text
     assert "Attempts at a chunk that came to nothing: 1." in words
     assert re.search(r"0 to 7\s+cpu:0\s+e", words)
 
@@ -154,12 +158,12 @@ def test_names_and_messages_are_no_code(evil: str) -> None:
 
 def test_failures_on_the_page_are_bounded() -> None:
     """The first are shown, long messages cut, and a sentence says how many more there are."""
-    failures = tuple(Failure(i, i + 1, "cpu:0", "e" * (MAX_CHARACTERS + i)) for i in range(MAX_FAILURES + 2))
+    failures = tuple(RowFailure(i, i + 1, "cpu:0", "e" * (MAX_EXCEPTION_CHARACTERS + i)) for i in range(MAX_FAILURES + 2))
     page = RunReport(0, 1.0, 8, (), failures=failures, failed_rows=tuple(range(MAX_FAILURES + 2))).to_html()
     assert page.count("<td>cpu:0</td>") == MAX_FAILURES
-    assert f"<td>{'e' * MAX_CHARACTERS}</td>" in page
-    assert f"{'e' * MAX_CHARACTERS}…</td>" in page
-    assert "e" * (MAX_CHARACTERS + 1) not in page
+    assert f"<td>{'e' * MAX_EXCEPTION_CHARACTERS}</td>" in page
+    assert f"{'e' * MAX_EXCEPTION_CHARACTERS}…</td>" in page
+    assert "e" * (MAX_EXCEPTION_CHARACTERS + 1) not in page
     assert "Not shown: 2 more;" in page
 
 

@@ -23,22 +23,22 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 import daskinfer as di
-from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.core.chunks import ChunkStats, RowFailure
 from daskinfer.diagnostics import progress
 from daskinfer.diagnostics.events import (
-    Asked,
     ChunkDone,
     ChunkFailed,
     ChunkStarted,
     Connected,
     DeviceChanged,
     Event,
+    PlannedDevice,
     RunEnded,
     RunStarted,
 )
-from daskinfer.diagnostics.progress import Drawn, lines, listeners
-from daskinfer.diagnostics.status import Standing, Status
-from daskinfer.diagnostics.status_text import sentence
+from daskinfer.diagnostics.progress import DisplayListener, make_event_bus, make_line_listener
+from daskinfer.diagnostics.status import Status, StatusTracker
+from daskinfer.diagnostics.status_text import format_status
 from daskinfer.errors import OptionError
 from tests.conftest import wait_until
 
@@ -65,25 +65,25 @@ def double(rows: Any) -> Any:
 
 def events(run: str = "a", error: str = "") -> list[Event]:
     """A run of 100 rows, of which one failed, on two devices."""
-    devices = (Asked("cuda:0", "<L4>", "cuda", 0.8), Asked("cpu:0", "EPYC", "cpu", 0.2))
-    receipt = Receipt(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
+    devices = (PlannedDevice("cuda:0", "<L4>", "cuda", 0.8), PlannedDevice("cpu:0", "EPYC", "cpu", 0.2))
+    receipt = ChunkStats(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
     return [
         RunStarted(run, 10.0, "Net", ("x",), ("y",), (0, 100), (), 8, devices),
         ChunkStarted(run, 11.0, 0, 50, "cuda:0"),
         ChunkStarted(run, 11.0, 50, 100, "cpu:0"),
         ChunkFailed(run, 11.5, 50, 100, "cpu:0", "ValueError: no"),
         DeviceChanged(run, 11.5, "cpu:0", "gone"),
-        ChunkDone(run, 13.0, 0, 50, "cuda:0", receipt, (Failure(3, 4, "cuda:0", "ValueError: 3"),), 1),
+        ChunkDone(run, 13.0, 0, 50, "cuda:0", receipt, (RowFailure(3, 4, "cuda:0", "ValueError: 3"),), 1),
         RunEnded(run, 15.0, error),
     ]
 
 
 def status(n_events: int, error: str = "") -> Status:
     """How that run stands after so many events."""
-    standing = Standing()
+    standing = StatusTracker()
     for event in events(error=error)[:n_events]:
         standing(event)
-    return standing.status(13.0)
+    return standing.get_status(13.0)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +97,21 @@ def status(n_events: int, error: str = "") -> Status:
 )
 def test_a_run_in_one_line(n_events: int, said: str) -> None:
     """A line says how far a run is, how fast, how long still, and what went wrong."""
-    assert sentence(status(n_events, error="no")) == said
+    assert format_status(status(n_events, error="no")) == said
 
 
 def test_nothing_computed_in_one_line() -> None:
     """A run that ends before its first chunk says so."""
-    standing = Standing()
+    standing = StatusTracker()
     standing(events()[0])
     standing(RunEnded("a", 11.0, "ModelError: no"))
-    assert sentence(standing.status(12.0)) == "Net: 0%, 0 of 100 rows, nothing was computed, ModelError: no"
+    assert format_status(standing.get_status(12.0)) == "Net: 0%, 0 of 100 rows, nothing was computed, ModelError: no"
 
 
 def test_a_terminal_has_a_line_per_device_and_one_for_all() -> None:
     """Each device has its speed, micro-batch and shares; the total has a bar and the time that is left."""
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    console.print(progress._rendered([status(6)]))
+    console.print(progress._render_statuses([status(6)]))
     said = [re.sub(r" +", " ", line).strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert said[0] == "device name rows rows/s micro-batch asked done in flight"
     assert said[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
@@ -123,12 +123,12 @@ def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
     """A terminal shows the page's address and a notebook a link, which only leads to pages; a run that is over neither."""
 
     def shown(address: str, *others: Event) -> tuple[str, str]:
-        standing = Standing()
+        standing = StatusTracker()
         for event in [*events()[:3], Connected("a", 11.0, address), *others]:
             standing(event)
         console = Console(file=io.StringIO(), width=60, force_terminal=False)
-        console.print(progress._rendered([standing.status(13.0)]))
-        return console.file.getvalue(), progress._page(standing.status(13.0))  # type: ignore[attr-defined]
+        console.print(progress._render_statuses([standing.get_status(13.0)]))
+        return console.file.getvalue(), progress._render_html(standing.get_status(13.0))  # type: ignore[attr-defined]
 
     address = "http://127.0.0.1:8787/daskinfer?a&b"
     terminal, notebook = shown(address)
@@ -141,7 +141,7 @@ def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
 
 def test_a_notebook_has_the_same_escaped() -> None:
     """The table of a cell has the same, and names are text."""
-    page = progress._page(status(6))
+    page = progress._render_html(status(6))
     assert "&lt;L4&gt;" in page
     assert "<L4>" not in page
     assert '<progress max="1" value="0.5"' in page
@@ -174,7 +174,7 @@ def test_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_come_now_and_then() -> None:
     """A line is written every so many seconds, and one at the end."""
     found: list[Status] = []
-    listener = lines(found.append, every=0.01)
+    listener = make_line_listener(found.append, interval=0.01)
     listener(events()[0])
     wait_until(lambda: len(found) > 2)
     for event in events()[1:]:
@@ -189,7 +189,7 @@ def test_a_view_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> Non
         raise OSError("no space")
 
     with caplog.at_level(logging.WARNING, "daskinfer"):
-        listener = lines(fails, every=0.01)
+        listener = make_line_listener(fails, interval=0.01)
         for event in events():
             listener(event)
     assert [record.getMessage() for record in caplog.records] == ["progress is shown no more: OSError: no space"]
@@ -198,10 +198,10 @@ def test_a_view_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> Non
 def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal is left alone by calls of half a second."""
     shown: list[object] = []
-    monkeypatch.setattr(progress, "_in_notebook", lambda: False)
+    monkeypatch.setattr(progress, "_is_in_notebook", lambda: False)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(progress._screen, "show", lambda *told: shown.append(told))
-    told = listeners(None)
+    monkeypatch.setattr(progress._terminal_display, "show", lambda *told: shown.append(told))
+    told = make_event_bus(None)
     for event in events():
         told(event)
     assert not shown
@@ -255,10 +255,10 @@ def test_two_runs_in_one_terminal() -> None:
 def test_one_of_two_runs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done stays above what goes on, and the terminal is given back at the end of the last."""
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    screen = progress._Screen()
-    live = progress._live()
+    screen = progress._TerminalDisplay()
+    live = progress._make_live()
     live.console = console
-    monkeypatch.setattr(progress, "_live", lambda: live)
+    monkeypatch.setattr(progress, "_make_live", lambda: live)
     screen.show("first", status(6))
     screen.show("second", status(3))
     screen.end("first", status(7))
@@ -287,7 +287,7 @@ def test_a_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = SimpleNamespace(update=lambda page, raw: shown.append(f"again {page['text/html']}"))
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setattr(display, "display", lambda page, raw, display_id: shown.append(page["text/html"]) or handle)
-    told = listeners(True)
+    told = make_event_bus(True)
     told(events()[0])
     wait_until(lambda: shown)
     for event in events()[1:]:
@@ -300,7 +300,7 @@ def test_a_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_at_a_time_have_their_own_lines() -> None:
     """Listeners of two runs sum their own events up."""
     found: dict[str, list[Status]] = {"a": [], "b": []}
-    told = {run: lines(found[run].append, every=60) for run in found}
+    told = {run: make_line_listener(found[run].append, interval=60) for run in found}
     with ThreadPoolExecutor(2) as pool:
         for run in found:
             pool.submit(lambda run: [told[run](event) for event in events(run)], run)
@@ -309,4 +309,4 @@ def test_runs_at_a_time_have_their_own_lines() -> None:
 
 def test_an_end_without_a_start() -> None:
     """A listener that came too late for the start has nothing to end."""
-    Drawn(progress._screen, 1.0, 1.0)(RunEnded("a", 1.0, ""))
+    DisplayListener(progress._terminal_display, 1.0, 1.0)(RunEnded("a", 1.0, ""))

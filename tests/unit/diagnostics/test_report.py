@@ -9,37 +9,37 @@ import numpy as np
 import pytest
 
 import daskinfer as di
-from daskinfer.core.chunks import Failure, Receipt
-from daskinfer.diagnostics.events import Asked, ChunkDone, ChunkFailed, MicroBatchChosen, RunStarted
-from daskinfer.diagnostics.report import DeviceReport, RunReport, Tally
+from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, ChunkFailed, PlannedDevice, RunStarted
+from daskinfer.diagnostics.report import DeviceReport, RunAggregator, RunReport
 
 CURE = "give more rows per call, use fewer devices, or share them with no other run"
 
 
-def receipt(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> Receipt:
+def receipt(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> ChunkStats:
     """Make a receipt for rows start:stop."""
-    return Receipt(start, stop, device, f"<{device}>", batch_size=8, seconds=seconds, worker="tcp://worker")
+    return ChunkStats(start, stop, device, f"<{device}>", batch_size=8, seconds=seconds, worker="tcp://worker")
 
 
-def told(asked: dict[str, float]) -> Tally:
+def told(asked: dict[str, float]) -> RunAggregator:
     """A tally of a run that has begun on devices with these shares."""
-    tally = Tally()
-    devices = tuple(Asked(name, "", name.partition(":")[0], share) for name, share in asked.items())
+    tally = RunAggregator()
+    devices = tuple(PlannedDevice(name, "", name.partition(":")[0], share) for name, share in asked.items())
     tally(RunStarted("a", 0.0, "Net", ("x: (100,) float32",), ("y: (100,) float32",), (0, 100), (), 8, devices))
     return tally
 
 
-def done(receipt: Receipt, failures: Sequence[Failure] = ()) -> ChunkDone:
+def done(receipt: ChunkStats, failures: Sequence[RowFailure] = ()) -> ChunkDone:
     """The event of a chunk that is done."""
     return ChunkDone("a", 1.0, receipt.start, receipt.stop, receipt.device, receipt, tuple(failures), 1)
 
 
-def summed(receipts: list[Receipt], asked: dict[str, float], seconds: float) -> RunReport:
+def summed(receipts: list[ChunkStats], asked: dict[str, float], seconds: float) -> RunReport:
     """The report of these receipts."""
     tally = told(asked)
     for one in receipts:
         tally(done(one))
-    return tally.report(seconds=seconds)
+    return tally.make_report(seconds=seconds)
 
 
 def report() -> RunReport:
@@ -60,10 +60,10 @@ def test_reports_cross_processes_unchanged(record):
 def test_a_report_is_plain_for_programs():
     """What goes into JSON has all but the timeline, with speeds and the verdict in it."""
     tally = told({"cuda:0": 1.0})
-    tally(MicroBatchChosen("a", 0.5, 16, {"cuda": 16}))
+    tally(BatchSizeChosen("a", 0.5, 16, {"cuda": 16}))
     tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
-    tally(done(receipt(0, 10), [Failure(3, 4, "cuda:0", "ValueError: 3")]))
-    found = json.loads(json.dumps(tally.report(seconds=2.0, facts={"machine": "m"}).to_dict()))
+    tally(done(receipt(0, 10), [RowFailure(3, 4, "cuda:0", "ValueError: 3")]))
+    found = json.loads(json.dumps(tally.make_report(seconds=2.0, facts={"machine": "m"}).to_dict()))
     assert (found["rows"], found["batch_size"]) == (9, 16)
     assert (found["by_kind"], found["failed_rows"], found["n_retried"]) == ({"cuda": 16}, [3], 1)
     assert found["failures"] == [{"start": 3, "stop": 4, "device": "cuda:0", "exception": "ValueError: 3"}]
@@ -75,9 +75,10 @@ def test_a_report_is_plain_for_programs():
 def test_the_finish_tail():
     """How long the first device that was done waited for the last; devices without a chunk wait for nobody."""
     ended = [
-        receipt(0, 5).timed(read_began=1.0, ended=at, read_seconds=0, write_seconds=0, waited_seconds=0) for at in (3, 4)
+        receipt(0, 5).with_timing(read_began=1.0, ended=at, read_seconds=0, write_seconds=0, waited_seconds=0)
+        for at in (3, 4)
     ]
-    other = receipt(5, 6, "cpu:0").timed(read_began=1.0, ended=9.5, read_seconds=0, write_seconds=0, waited_seconds=0)
+    other = receipt(5, 6, "cpu:0").with_timing(read_began=1.0, ended=9.5, read_seconds=0, write_seconds=0, waited_seconds=0)
     assert summed([*ended, other], {"cuda:0": 0.5, "cpu:0": 0.3, "cpu:1": 0.2}, 1.0).tail_seconds == 5.5
     assert summed([], {"cpu:0": 1.0}, 1.0).tail_seconds == 0.0
 
@@ -93,10 +94,10 @@ def test_receipts_are_summed_up_per_device():
 
 def test_rows_that_failed_are_listed_and_not_counted():
     """A report has every row without an answer in order, why as it came, and counts the others only."""
-    failures = [Failure(7, 8, "cpu:0", "ValueError: 7"), Failure(2, 4, "cpu:0", "ValueError: 2")]
+    failures = [RowFailure(7, 8, "cpu:0", "ValueError: 7"), RowFailure(2, 4, "cpu:0", "ValueError: 2")]
     tally = told({"cpu:0": 1.0})
     tally(done(receipt(0, 10, "cpu:0"), failures))
-    found = tally.report(seconds=1.0)
+    found = tally.make_report(seconds=1.0)
     assert (found.rows, found.devices[0].n_rows, found.failed_rows) == (7, 7, (2, 3, 7))
     assert found.failures == tuple(failures)
     assert "; 3 rows have no answer" in str(found)
@@ -133,19 +134,19 @@ def test_a_run_that_had_nothing_to_do_says_so():
 def test_what_else_is_worth_a_line():
     """A long start, micro-batches by kind, retries and a long wait for the last are said in a line, in text and HTML."""
     tally = told({"cuda:0": 0.5, "cpu:0": 0.5})
-    tally(MicroBatchChosen("a", 0.5, 16, {"cuda": 16, "cpu": 4}))
+    tally(BatchSizeChosen("a", 0.5, 16, {"cuda": 16, "cpu": 4}))
     tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
     for device, at in (("cuda:0", 1.0), ("cpu:0", 1.25)):
         times = {"read_began": 0.0, "ended": at, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-        tally(done(receipt(0, 10, device).timed(**times)))
+        tally(done(receipt(0, 10, device).with_timing(**times)))
     tail = "the first device was done 0.25 s before the last"
     start = "before that the start took 21.6 s"
     said = f"{start}; micro-batch by kind: cuda 16, cpu 4; attempts that came to nothing: 1; {tail}"
-    found = tally.report(seconds=2.0, start_seconds=21.61)
+    found = tally.make_report(seconds=2.0, start_seconds=21.61)
     assert str(found).splitlines()[-1] == found.details == said
     assert f"<p>{said}</p>" in found._repr_html_()
-    assert "before the last" not in tally.report(seconds=2.5).details
-    assert "start" not in tally.report(seconds=2.0, start_seconds=0.9).details
+    assert "before the last" not in tally.make_report(seconds=2.5).details
+    assert "start" not in tally.make_report(seconds=2.0, start_seconds=0.9).details
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def test_a_start_is_no_part_of_the_speed():
 def test_a_notebook_shows_the_timeline():
     """A report with a timeline has a small picture of it between the table and the verdict."""
     times = {"read_began": 1.0, "ended": 3.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
-    one = dataclasses.replace(receipt(0, 10).timed(**times), began=2.0)
+    one = dataclasses.replace(receipt(0, 10).with_timing(**times), began=2.0)
     assert re.search(r"</table><svg .*</svg><p>10 rows", summed([one], {"cuda:0": 1.0}, 3.0)._repr_html_())
     assert "<svg" not in report()._repr_html_()
 
@@ -178,7 +179,7 @@ def test_a_report_is_escaped_in_html():
 @pytest.mark.parametrize(
     ("computed", "waited", "wrote", "verdict"),
     [
-        (0.3, 0.61, 0.9, "input-bound: devices waited 61% for reads; raise readers"),
+        (0.3, 0.61, 0.9, "input-bound: devices waited 61% for reads; raise prefetch"),
         (0.9, 0.1, 0.9, "compute-bound: devices computed 90% of the time"),
         (0.3, 0.1, 0.8, "output-bound: writing took 80% of the time; use faster storage or fewer devices"),
         (
@@ -194,7 +195,9 @@ def test_the_report_ends_with_one_verdict(computed, waited, wrote, verdict):
     """One line says where the time went and what to change."""
     times = {"read_began": 0.0, "ended": 0.0, "read_seconds": 1.0, "write_seconds": wrote, "waited_seconds": waited}
     assert (
-        summed([receipt(0, 10, seconds=computed).timed(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0).verdict
+        summed(
+            [receipt(0, 10, seconds=computed).with_timing(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0
+        ).verdict
         == verdict
     )
 
@@ -203,9 +206,9 @@ def test_who_waits_for_its_worker_to_start_is_not_idle() -> None:
     """A device's time begins with its first chunk, and ends for this process where workers take over from it."""
     times = {"read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
     done = [
-        receipt(0, 10, "inline", seconds=4.0).timed(**times, read_began=100.0, ended=104.0),
-        receipt(10, 20, "cpu:0", seconds=5.5).timed(**times, read_began=104.0, ended=110.0),
-        receipt(20, 30, "cpu:1", seconds=5.5).timed(**times, read_began=104.0, ended=109.5),
+        receipt(0, 10, "inline", seconds=4.0).with_timing(**times, read_began=100.0, ended=104.0),
+        receipt(10, 20, "cpu:0", seconds=5.5).with_timing(**times, read_began=104.0, ended=110.0),
+        receipt(20, 30, "cpu:1", seconds=5.5).with_timing(**times, read_began=104.0, ended=109.5),
     ]
     found = summed(done, {"cpu:0": 0.5, "cpu:1": 0.5}, seconds=10.0)
     assert found.verdict == "compute-bound: devices computed 94% of the time"
@@ -216,7 +219,7 @@ def test_devices_that_end_apart_are_unbalanced() -> None:
     """Where one device waits for the other most of the time, shares are what to change."""
     ended = [("cuda:0", 2.0), ("cpu:0", 9.0)]
     none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-    done = [receipt(i, i + 1, device).timed(**none, ended=at) for i, (device, at) in enumerate(ended)]
+    done = [receipt(i, i + 1, device).with_timing(**none, ended=at) for i, (device, at) in enumerate(ended)]
     found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
     assert (
         found.verdict

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from daskinfer.core.chunks import Failure, Receipt
+from daskinfer.core.chunks import ChunkStats, RowFailure
 from daskinfer.diagnostics.events import (
-    Asked,
+    BatchSizeChosen,
+    BatchTuningStarted,
     ChunkDone,
     ChunkFailed,
     ChunkStarted,
     DeviceChanged,
     Event,
-    MicroBatchChosen,
-    MicroBatchesTried,
+    PlannedDevice,
     RunEnded,
     RunStarted,
 )
-from daskinfer.diagnostics.status import SPEED_SECONDS, Standing
-from daskinfer.diagnostics.status_text import words
+from daskinfer.diagnostics.status import THROUGHPUT_WINDOW_SECONDS, StatusTracker
+from daskinfer.diagnostics.status_text import format_progress
 
-DEVICES = (Asked("cuda:0", "L4", "cuda", 0.75), Asked("cpu:0", "", "cpu", 0.25))
+DEVICES = (PlannedDevice("cuda:0", "L4", "cuda", 0.75), PlannedDevice("cpu:0", "", "cpu", 0.25))
 
 
 def done(start: int, stop: int, at: float, device: str = "cuda:0", n_failed: int = 0) -> ChunkDone:
     """Rows ``start:stop`` are done, but for the first ``n_failed``."""
-    failures = (Failure(start, start + n_failed, device, "ValueError: no"),) if n_failed else ()
-    return ChunkDone("a", at, start, stop, device, Receipt(start, stop, device, "EPYC", 4, 1.0, "w", began=1.0), failures, 1)
+    failures = (RowFailure(start, start + n_failed, device, "ValueError: no"),) if n_failed else ()
+    return ChunkDone(
+        "a", at, start, stop, device, ChunkStats(start, stop, device, "EPYC", 4, 1.0, "w", began=1.0), failures, 1
+    )
 
 
-def standing(*events: Event, n_before: int = 0) -> Standing:
+def standing(*events: Event, n_before: int = 0) -> StatusTracker:
     """A run of 100 rows in which this happened."""
-    found = Standing()
+    found = StatusTracker()
     found(RunStarted("a", 10.0, "Net", ("x",), ("y",), (0, 100), ((0, n_before),), 8, DEVICES))
     for event in events:
         found(event)
@@ -40,25 +42,25 @@ def standing(*events: Event, n_before: int = 0) -> Standing:
 
 def test_before_the_first_chunk() -> None:
     """Nothing is known of speed and time until a chunk is on its way."""
-    status = standing(n_before=20).status(11.0)
+    status = standing(n_before=20).get_status(11.0)
     assert (status.n_done, status.n_rows, status.seconds, status.seconds_left) == (20, 100, None, None)
     assert [(d.device, d.asked_share, d.done_share) for d in status.devices] == [("cuda:0", 0.75, 0.0), ("cpu:0", 0.25, 0.0)]
 
 
 def test_while_micro_batches_are_measured() -> None:
     """Between the workers' start and the first chunk it says what takes the time."""
-    assert words(standing().status(11.0))[2:] == ["workers start"]
-    tried = standing(MicroBatchesTried("a", 11.0))
-    assert words(tried.status(12.0))[2:] == ["micro-batches are measured"]
-    tried(MicroBatchChosen("a", 13.0, 16, {}))
+    assert format_progress(standing().get_status(11.0))[2:] == ["workers start"]
+    tried = standing(BatchTuningStarted("a", 11.0))
+    assert format_progress(tried.get_status(12.0))[2:] == ["micro-batches are measured"]
+    tried(BatchSizeChosen("a", 13.0, 16, {}))
     tried(ChunkStarted("a", 13.0, 0, 10, "cuda:0"))
-    assert "micro-batches are measured" not in words(tried.status(14.0))
+    assert "micro-batches are measured" not in format_progress(tried.get_status(14.0))
 
 
 def test_rows_speed_and_what_is_left() -> None:
     """Rows/s and the time that is left follow from what was done since the first chunk was sent."""
     events = [ChunkStarted("a", 12.0, 0, 30, "cuda:0"), ChunkStarted("a", 12.0, 30, 40, "cpu:0")]
-    status = standing(*events, done(0, 30, 14.0), done(30, 40, 14.0, "cpu:0", n_failed=2)).status(16.0)
+    status = standing(*events, done(0, 30, 14.0), done(30, 40, 14.0, "cpu:0", n_failed=2)).get_status(16.0)
     assert (status.n_done, status.n_failed, status.seconds) == (40, 2, 4.0)
     assert (status.rows_per_second, status.seconds_left) == (10.0, 6.0)
     cuda, cpu = status.devices
@@ -71,7 +73,7 @@ def test_speed_is_of_late() -> None:
     events: list[Event] = [ChunkStarted("a", 0.0, 0, 1, "cuda:0")]
     events += [done(i, i + 10, i / 10) for i in range(0, 50, 10)]  # 10 rows/s for 5 s
     events += [done(i, i + 1, i - 49 + 5.0) for i in range(50, 80)]  # then 1 row/s for 30 s
-    assert standing(*events).status(35.0).rows_per_second == pytest.approx(1.0, rel=2 / SPEED_SECONDS)
+    assert standing(*events).get_status(35.0).rows_per_second == pytest.approx(1.0, rel=2 / THROUGHPUT_WINDOW_SECONDS)
 
 
 def test_what_failed_is_in_flight_no_more() -> None:
@@ -80,21 +82,21 @@ def test_what_failed_is_in_flight_no_more() -> None:
     found = standing(
         *sent, ChunkFailed("a", 2.0, 0, 1, "cpu:0", "OSError: no"), DeviceChanged("a", 2.0, "cpu:0", "replaced")
     )
-    cpu = found.status(3.0).devices[1]
-    assert (cpu.n_in_flight, cpu.n_retried, cpu.state, found.status(3.0).n_retried) == (2, 1, "replaced", 1)
+    cpu = found.get_status(3.0).devices[1]
+    assert (cpu.n_in_flight, cpu.n_retried, cpu.state, found.get_status(3.0).n_retried) == (2, 1, "replaced", 1)
 
 
 def test_what_was_given_up_is_not_counted_twice() -> None:
     """A chunk that is given up after its last attempt came back is in flight no more, and once only."""
-    given_up = ChunkDone("a", 3.0, 0, 1, "cpu:0", Receipt(0, 1, "cpu:0", "", 0, 0.0, ""), (), 1)
+    given_up = ChunkDone("a", 3.0, 0, 1, "cpu:0", ChunkStats(0, 1, "cpu:0", "", 0, 0.0, ""), (), 1)
     found = standing(ChunkStarted("a", 1.0, 0, 1, "cpu:0"), ChunkFailed("a", 2.0, 0, 1, "cpu:0", "OSError: no"), given_up)
-    cpu = found.status(4.0).devices[1]
-    assert (cpu.n_in_flight, cpu.n_rows, found.status(4.0).n_done) == (0, 1, 1)
+    cpu = found.get_status(4.0).devices[1]
+    assert (cpu.n_in_flight, cpu.n_rows, found.get_status(4.0).n_done) == (0, 1, 1)
 
 
 def test_devices_and_micro_batches_that_came_later() -> None:
     """This process computes first where no device was named, and the micro-batch may be chosen while the run goes on."""
-    status = standing(MicroBatchChosen("a", 1.0, 16, {}), ChunkStarted("a", 2.0, 0, 1, "inline")).status(3.0)
+    status = standing(BatchSizeChosen("a", 1.0, 16, {}), ChunkStarted("a", 2.0, 0, 1, "inline")).get_status(3.0)
     assert status.batch_size == 16
     assert [(d.device, d.kind, d.n_in_flight) for d in status.devices][2:] == [("inline", "inline", 1)]
 
@@ -102,11 +104,11 @@ def test_devices_and_micro_batches_that_came_later() -> None:
 def test_an_ended_run_stands_still() -> None:
     """Once it has ended, its seconds and speed are those of its end, and nothing is in flight."""
     found = standing(ChunkStarted("a", 1.0, 0, 1, "cpu:0"), RunEnded("a", 3.0, "ChunkError: no"))
-    status = found.status(100.0)
+    status = found.get_status(100.0)
     assert (status.ended, status.error, status.seconds, status.devices[1].n_in_flight) == (True, "ChunkError: no", 2.0, 0)
 
 
 def test_nothing_to_do_at_once() -> None:
     """A run without rows has no speed, and divides by nothing."""
-    found = Standing()
-    assert found.status(0.0).rows_per_second == 0.0
+    found = StatusTracker()
+    assert found.get_status(0.0).rows_per_second == 0.0

@@ -7,14 +7,14 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskinfer.core.chunks import Receipt
+from daskinfer.core.chunks import ChunkStats
 from daskinfer.diagnostics.timeline import MAX_SPANS, Span, Timeline
 
 
-def receipt(i: int, device: str = "cpu:0") -> Receipt:
+def receipt(i: int, device: str = "cpu:0") -> ChunkStats:
     """The receipt of the chunk of row ``i``: read for 1 s, computed for 2, written for 1."""
     times = {"read_began": 4.0 * i + 1, "ended": 4.0 * i + 5, "read_seconds": 1.0, "write_seconds": 1.0}
-    return Receipt(i, i + 1, device, "", 1, 2.0, "w", began=4.0 * i + 2).timed(**times, waited_seconds=0.0)
+    return ChunkStats(i, i + 1, device, "", 1, 2.0, "w", began=4.0 * i + 2).with_timing(**times, waited_seconds=0.0)
 
 
 def test_a_span_per_chunk() -> None:
@@ -45,5 +45,5 @@ def test_many_chunks_have_few_spans(n_chunks: int, n_devices: int) -> None:
 def test_a_chunk_that_was_given_up_has_no_span() -> None:
     """What was never computed took no time that is known."""
     timeline = Timeline()
-    timeline.add(Receipt(0, 1, "cpu:0", "", 0, 0.0, ""))
+    timeline.add(ChunkStats(0, 1, "cpu:0", "", 0, 0.0, ""))
     assert timeline.spans == ()

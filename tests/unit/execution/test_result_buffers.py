@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import daskinfer as di
-from daskinfer.execution.result_buffers import MAX_NBYTES, MAX_WASTE, MIN_NBYTES, N_KEPT, ResultMemory
+from daskinfer.execution.result_buffers import MAX_FREE_BLOCKS, MAX_NBYTES, MAX_WASTE, MIN_NBYTES, ResultBufferPool
 
 N = MIN_NBYTES // 4  # float32 of the smallest block
 F32 = np.dtype("float32")
@@ -35,7 +35,7 @@ VIEWS: dict[str, Callable[[Array], Any]] = {
 }
 
 
-def lent(memory: ResultMemory, n_items: int = N) -> Array:
+def lent(memory: ResultBufferPool, n_items: int = N) -> Array:
     """An array of four columns."""
     return memory.empty((n_items // 4, 4), F32)
 
@@ -53,7 +53,7 @@ def block_of(array: Array) -> weakref.ref[Array]:
 
 def test_memory_comes_back() -> None:
     """What was let go serves the next array, of another shape and dtype too."""
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     first = lent(memory)
     place = address(first)
     del first
@@ -62,7 +62,7 @@ def test_memory_comes_back() -> None:
 
 def test_an_array_is_as_any_other() -> None:
     """It can be written, pickled and stored, and has the shape and dtype that were asked for."""
-    array = lent(ResultMemory())
+    array = lent(ResultBufferPool())
     array[...] = 3
     assert (array.shape, array.dtype, array.flags.c_contiguous, array.flags.writeable) == ((N // 4, 4), F32, True, True)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)), array)
@@ -71,7 +71,7 @@ def test_an_array_is_as_any_other() -> None:
 @given(names=st.lists(st.sampled_from([*VIEWS]), min_size=1, max_size=3))
 def test_what_is_seen_is_not_lent_again(names: list[str]) -> None:
     """As long as anything of an array is left, its memory is nobody else's."""
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     array: Any = lent(memory)
     array[...] = 7
     place = address(array)
@@ -87,12 +87,12 @@ def test_what_is_seen_is_not_lent_again(names: list[str]) -> None:
         views.pop(0)
         before.pop(0)
         del view
-    assert place in {address(lent(memory)) for _ in range(N_KEPT)}
+    assert place in {address(lent(memory)) for _ in range(MAX_FREE_BLOCKS)}
 
 
 def test_arrays_that_live_at_once_do_not_overlap() -> None:
     """Each array that is alive has its own block."""
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     arrays = [lent(memory) for _ in range(4)]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays) for b in arrays[:i])
 
@@ -100,18 +100,18 @@ def test_arrays_that_live_at_once_do_not_overlap() -> None:
 @pytest.mark.parametrize("nbytes", [0, 4, MIN_NBYTES - 4, MAX_NBYTES + 4])
 def test_small_and_huge_arrays_are_plain(nbytes: int) -> None:
     """What the heap has ready, and what is too much to keep, is NumPy's."""
-    assert ResultMemory().empty((nbytes // 4,), F32).flags.owndata
+    assert ResultBufferPool().empty((nbytes // 4,), F32).flags.owndata
 
 
 def test_a_block_is_not_wasted() -> None:
     """A block serves arrays that fill a good part of it, and larger ones get their own."""
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     array = lent(memory, MAX_WASTE * N)
     place = address(array)
     del array
     assert address(lent(memory, MAX_WASTE * N + 4)) != place
     assert address(lent(memory, N)) == place
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     array = lent(memory, 2 * MAX_WASTE * N)
     place, block = address(array), block_of(array)
     del array
@@ -121,17 +121,17 @@ def test_a_block_is_not_wasted() -> None:
 
 def test_few_blocks_are_kept() -> None:
     """Of many that come back the last are kept."""
-    memory = ResultMemory()
-    arrays = [lent(memory) for _ in range(N_KEPT + 2)]
+    memory = ResultBufferPool()
+    arrays = [lent(memory) for _ in range(MAX_FREE_BLOCKS + 2)]
     blocks = [block_of(array) for array in arrays]
     while arrays:
         arrays.pop(0)
-    assert [block() is not None for block in blocks] == [False] * 2 + [True] * N_KEPT
+    assert [block() is not None for block in blocks] == [False] * 2 + [True] * MAX_FREE_BLOCKS
 
 
 def test_released_memory_is_gone() -> None:
     """Blocks that are free go at once, those that are lent with their arrays."""
-    memory = ResultMemory()
+    memory = ResultBufferPool()
     free, kept = lent(memory), lent(memory)
     blocks = block_of(free), block_of(kept)
     del free

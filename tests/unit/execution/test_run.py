@@ -16,8 +16,8 @@ from distributed import Client, Future
 
 import daskinfer as di
 from daskinfer.execution import run, task_builder
-from daskinfer.planning.build_job import assemble
-from daskinfer.scheduling.throughput_history import memory
+from daskinfer.planning.build_job import build_job
+from daskinfer.scheduling.throughput_history import history
 from tests.conftest import wait_until
 
 X = np.ones((64, 4), np.float32)
@@ -75,7 +75,7 @@ def by_device(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def test_devices_get_rows_by_their_measured_speed(two_cpus: list[str]) -> None:
     """Of unlike devices the faster one gets more rows without being told, and the report says what was measured."""
-    memory.clear()
+    history.clear()
     x = np.arange(30_000.0)
     y, report = di.predict(by_device, x, devices=two_cpus, batch_size=50, return_report=True)
     np.testing.assert_array_equal(y, x)
@@ -97,7 +97,7 @@ def test_given_weights_are_honoured_to_the_row(two_cpus: list[str], weights: Any
 
 def test_a_large_order_goes_to_the_cluster_once(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a preprocess carries along travels once, not with each task."""
-    table = np.arange(task_builder.MAX_ORDER_NBYTES // 8 + 1, dtype=float)
+    table = np.arange(task_builder.MAX_INLINE_CONTEXT_NBYTES // 8 + 1, dtype=float)
     n_sent: list[int] = []
     orders: list[Any] = []
     scatter, submit = Client.scatter, Client.submit
@@ -130,11 +130,11 @@ def test_a_small_order_goes_with_its_tasks(cluster_client: Client, monkeypatch: 
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
 def test_speeds_are_measured_and_remembered(two_cpus: list[str], devices: Any) -> None:
     """Each device's speed is found on the first rows, on all devices at once, and the next call begins with it."""
-    memory.clear()
+    history.clear()
     given = {"device_weights": "auto", "batch_size": 50, "client": None, "options": None, "fields": {}}
-    call = assemble(by_device, np.arange(30_000.0), devices=devices, **given).call()
-    found = run.speeds(call)
-    assert memory.of(call.key).speeds == found
+    call = build_job(by_device, np.arange(30_000.0), devices=devices, **given).make_job()
+    found = run.measure_throughput(call)
+    assert history.get_or_create(call.history_key).speeds == found
     if devices == "inline":
         assert set(found) == {"inline"}
     else:

@@ -21,7 +21,7 @@ import pytest
 import daskinfer as di
 from daskinfer.cluster import nanny
 from daskinfer.errors import Interrupted
-from daskinfer.execution.signals import StopNow, drained
+from daskinfer.execution.signals import StopNow, drain_on_signal
 from tests.conftest import wait_until
 
 SCRIPT = """
@@ -73,7 +73,7 @@ class Script:
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 commands.append(child.cmdline())
-        return sum(nanny._START in command for command in commands)
+        return sum(nanny._BOOTSTRAP_CODE in command for command in commands)
 
     def signalled(self, number: int) -> None:
         """Send it to the whole process group, as a terminal does, and to the workers, as a batch system does."""
@@ -158,7 +158,7 @@ def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace,
     run.began = None
 
     def call() -> None:
-        with drained(run):
+        with drain_on_signal(run):
             sent(signal.SIGINT)
             raise AssertionError("it went on")
 
@@ -170,7 +170,7 @@ def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace,
 
 def test_without_a_signal_nothing_is_raised(run: SimpleNamespace) -> None:
     """A call that nobody interrupts ends as it would."""
-    with drained(run):
+    with drain_on_signal(run):
         pass
     assert not run.draining
 
@@ -181,7 +181,7 @@ def test_the_first_signal_is_raised_at_the_end(run: SimpleNamespace, number: int
     went_on: list[bool] = []
 
     def call() -> None:
-        with drained(run):
+        with drain_on_signal(run):
             sent(number)
             went_on.append(run.draining)
 
@@ -196,7 +196,7 @@ def test_the_second_signal_is_none_of_the_rows_fault(run: SimpleNamespace) -> No
     assert not issubclass(StopNow, Exception)
 
     def call() -> None:
-        with drained(run):
+        with drain_on_signal(run):
             for _ in range(3):
                 with contextlib.suppress(Exception):
                     sent(signal.SIGINT)
@@ -210,7 +210,7 @@ def test_a_handler_of_the_programs_own_stays(run: SimpleNamespace) -> None:
     """Where the program handles a signal itself, the call does not."""
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    with drained(run):
+    with drain_on_signal(run):
         sent(signal.SIGTERM)
     assert (came, run.draining) == ([signal.SIGTERM], False)
     signal.signal(signal.SIGTERM, before)
@@ -221,7 +221,7 @@ def test_in_another_thread_signals_are_not_touched() -> None:
     found: list[Any] = []
 
     def call() -> None:
-        with drained(SimpleNamespace(draining=False, began=1.0)):
+        with drain_on_signal(SimpleNamespace(draining=False, began=1.0)):
             found.append(signal.getsignal(signal.SIGINT))
         found.append(di.predict(np.negative, np.arange(5.0), devices="inline"))
 

@@ -15,11 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskinfer.core.chunks import Chunk
-from daskinfer.execution.task_builder import Feeder
+from daskinfer.execution.task_builder import TaskBuilder
 from daskinfer.planning.inputs import Inputs
-from daskinfer.transport.routing import SENT_NBYTES
-from daskinfer.transport.row_sources import Brought, FromClient, FromFile, FromGraph, FromSlot, Sent, Task, Within
-from daskinfer.transport.shared_memory import Arena
+from daskinfer.transport.routing import MAX_INLINE_NBYTES
+from daskinfer.transport.row_sources import (
+    FileRows,
+    GraphRows,
+    InlineRows,
+    ProcessMemoryRows,
+    ScatteredRows,
+    SharedMemoryRows,
+    Task,
+    TaskResources,
+)
+from daskinfer.transport.shared_memory import SharedMemoryPool
 
 X = np.arange(40, dtype="float32").reshape(10, 4)
 CHUNKS = (4, 4, 2)
@@ -39,15 +48,15 @@ def chunks_of(row_chunks: Sequence[int]) -> list[Chunk]:
     return [Chunk(index, start, stop, 0) for index, (start, stop) in enumerate(ends)]
 
 
-def feeder_of(value: Any, outputs: Sequence[Any] = Y, row_chunks: Sequence[int] = CHUNKS, client: Any = None) -> Feeder:
+def feeder_of(value: Any, outputs: Sequence[Any] = Y, row_chunks: Sequence[int] = CHUNKS, client: Any = None) -> TaskBuilder:
     """A feeder of these inputs."""
-    return Feeder(Inputs.of(value), outputs, row_chunks, client)
+    return TaskBuilder(Inputs.from_value(value), outputs, row_chunks, client)
 
 
-def made(feeder: Feeder, chunks: Sequence[Chunk]) -> tuple[Task, Arena]:
+def made(feeder: TaskBuilder, chunks: Sequence[Chunk]) -> tuple[Task, SharedMemoryPool]:
     """A task of these chunks in an arena of one slot that is just as large as the feeder says."""
-    arena = Arena(feeder.slot_nbytes(sum(chunk.n_rows for chunk in chunks), len(chunks)), 1)
-    task, brought = feeder.task(chunks, arena.free.pop())
+    arena = SharedMemoryPool(feeder.compute_slot_nbytes(sum(chunk.n_rows for chunk in chunks), len(chunks)), 1)
+    task, brought = feeder.build_task(chunks, arena.free_slots.pop())
     assert brought == []
     return task, arena
 
@@ -69,18 +78,18 @@ def test_parts_by_kind_of_input(tmp_path: Path) -> None:
     chunk = chunks_of(CHUNKS)[1]
     task, arena = made(feeder_of(inputs), [chunk])
     (piece,) = pickle.loads(pickle.dumps(task)).pieces
-    assert [type(part) for part in piece.parts] == [FromSlot, FromFile, FromFile, FromSlot, FromGraph]
+    assert [type(part) for part in piece.parts] == [SharedMemoryRows, FileRows, FileRows, SharedMemoryRows, GraphRows]
     for part in piece.parts:
-        np.testing.assert_array_equal(part.rows(Within(arena.memory)), X[4:8])
+        np.testing.assert_array_equal(part.rows(TaskResources(arena.memory)), X[4:8])
     arena.close()
 
 
 def test_a_task_in_a_slot() -> None:
     """A task in a slot says where each chunk's rows are, where its answer goes, and where the receipts do."""
     task, arena = made(feeder_of(X), chunks := chunks_of(CHUNKS)[:2])
-    assert [piece.chunk for piece in task.pieces] == chunks
-    assert [place.shape for piece in task.pieces for place in piece.places or ()] == [(4, 3), (4, 3)]
-    assert (task.arena, task.note_offset) == (arena.ref, arena.slot_nbytes + 4096 - (32 << 10))
+    assert [piece.chunk for piece in task.chunk_inputs] == chunks
+    assert [place.shape for piece in task.chunk_inputs for place in piece.output_refs or ()] == [(4, 3), (4, 3)]
+    assert (task.pool_ref, task.header_offset) == (arena.ref, arena.slot_nbytes + 4096 - (32 << 10))
     arena.close()
 
 
@@ -89,38 +98,44 @@ def test_a_task_for_a_worker_that_reads(tmp_path: Path) -> None:
     graph = da.from_array(X, chunks=(4, 4)) + 0
     inputs = (X, in_file(tmp_path, ".npy"), da.from_array(X, chunks=(4, 4)), graph, np.asfortranarray(X))
     feeder, chunk = feeder_of(inputs), chunks_of(CHUNKS)[1]
-    arena = Arena(feeder.slot_nbytes(4, 1), 1)
-    task, brought = feeder.task([chunk], arena.free.pop(), reads=True)
+    arena = SharedMemoryPool(feeder.compute_slot_nbytes(4, 1), 1)
+    task, brought = feeder.build_task([chunk], arena.free_slots.pop(), reads_process_memory=True)
     (piece,) = pickle.loads(pickle.dumps(task)).pieces
-    assert [type(part) for part in piece.parts] == [FromClient, FromFile, FromClient, FromGraph, FromSlot]
+    assert [type(part) for part in piece.parts] == [
+        ProcessMemoryRows,
+        FileRows,
+        ProcessMemoryRows,
+        GraphRows,
+        SharedMemoryRows,
+    ]
     assert (brought, [place.shape for place in piece.places]) == ([], [(4, 3)])
     for part in piece.parts:
-        np.testing.assert_array_equal(part.rows(Within(arena.memory)), X[4:8])
+        np.testing.assert_array_equal(part.rows(TaskResources(arena.memory)), X[4:8])
     arena.close()
 
 
 def test_a_task_without_a_slot() -> None:
     """Without a slot the rows travel in the task and the answers come back."""
-    task, brought = feeder_of(X).task(chunks_of(CHUNKS)[1:], None)
-    assert (task.arena, brought, [piece.places for piece in task.pieces]) == (None, [], [None, None])
-    assert all(isinstance(part, Sent) for piece in task.pieces for part in piece.parts)
-    rows = [piece.parts[0].rows(Within()) for piece in pickle.loads(pickle.dumps(task)).pieces]
+    task, brought = feeder_of(X).build_task(chunks_of(CHUNKS)[1:], None)
+    assert (task.pool_ref, brought, [piece.output_refs for piece in task.chunk_inputs]) == (None, [], [None, None])
+    assert all(isinstance(part, InlineRows) for piece in task.chunk_inputs for part in piece.row_sources)
+    rows = [piece.parts[0].rows(TaskResources()) for piece in pickle.loads(pickle.dumps(task)).pieces]
     np.testing.assert_array_equal(np.concatenate(rows), X[4:])
 
 
 def test_a_task_without_a_slot_holds_its_own_rows_only() -> None:
     """What travels is the rows of the chunk, not the array that they are a view of."""
-    task, _ = feeder_of(np.ones((100_000, 4)), row_chunks=(4, 99_996)).task([Chunk(0, 0, 4, 0)], None)
+    task, _ = feeder_of(np.ones((100_000, 4)), row_chunks=(4, 99_996)).build_task([Chunk(0, 0, 4, 0)], None)
     assert len(pickle.dumps(task)) < 2000
 
 
 def test_large_rows_without_a_slot(cluster_client: Client) -> None:
     """Without a slot the large rows of a task go by Dask's comms to the worker that it is for."""
     address = sorted(cluster_client.has_what())[0]
-    x = np.random.default_rng(0).normal(size=(3, SENT_NBYTES))
+    x = np.random.default_rng(0).normal(size=(3, MAX_INLINE_NBYTES))
     feeder = feeder_of({"a": x, "b": X[:3]}, row_chunks=(3,), client=cluster_client)
-    task, brought = feeder.task(chunks_of((3,)), None, [address])
-    assert [type(part) for part in task.pieces[0].parts] == [Brought, Sent]
+    task, brought = feeder.build_task(chunks_of((3,)), None, [address])
+    assert [type(part) for part in task.chunk_inputs[0].row_sources] == [ScatteredRows, InlineRows]
     assert list(cluster_client.who_has(brought).values()) == [(address,)]
     assert len(pickle.dumps(task)) < 2000
     np.testing.assert_array_equal(brought[0].result(), x)
@@ -130,24 +145,24 @@ def test_answers_that_go_into_files() -> None:
     """Where workers write the answer to files it has no place in the slot, and takes no bytes of it."""
     feeder = feeder_of(X, outputs=())
     task, arena = made(feeder, chunks_of(CHUNKS)[:1])
-    assert task.pieces[0].places is None
-    assert feeder.slot_nbytes(1000, 1) < feeder_of(X).slot_nbytes(1000, 1)
+    assert task.chunk_inputs[0].output_refs is None
+    assert feeder.compute_slot_nbytes(1000, 1) < feeder_of(X).compute_slot_nbytes(1000, 1)
     arena.close()
 
 
 def test_a_slot_that_is_too_small_for_the_answer() -> None:
     """An answer that has no room comes back by itself, and its rows stay in the slot."""
     feeder = feeder_of(X, outputs=(np.empty((0, 10_000), "float64"),))
-    arena = Arena(feeder_of(X).slot_nbytes(10, 1), 1)
-    task, _ = feeder.task(chunks_of((10,)), arena.free.pop())
-    assert (task.pieces[0].places, type(task.pieces[0].parts[0])) == (None, FromSlot)
+    arena = SharedMemoryPool(feeder_of(X).compute_slot_nbytes(10, 1), 1)
+    task, _ = feeder.build_task(chunks_of((10,)), arena.free_slots.pop())
+    assert (task.chunk_inputs[0].output_refs, type(task.chunk_inputs[0].row_sources[0])) == (None, SharedMemoryRows)
     arena.close()
 
 
 def test_files_take_no_shared_memory(tmp_path: Path) -> None:
     """Rows that workers read from files count nothing towards a slot, however many they are."""
     feeder = feeder_of(in_file(tmp_path, ".npy"), outputs=())
-    assert feeder.slot_nbytes(10**9, 64) == feeder.slot_nbytes(1, 64)
+    assert feeder.compute_slot_nbytes(10**9, 64) == feeder.compute_slot_nbytes(1, 64)
 
 
 @given(
@@ -170,10 +185,10 @@ def test_a_slot_holds_the_largest_task(
         for i, a in enumerate(ports)
     )
     task, arena = made(feeder_of(given_ports, outputs, row_chunks), chunks_of(row_chunks))
-    for piece in task.pieces:
-        assert [type(part) for part in piece.parts] == [FromSlot] * len(ports)
-        assert piece.places is not None
-        assert [place.shape for place in piece.places] == [(piece.chunk.n_rows, *out.shape[1:]) for out in outputs]
+    for piece in task.chunk_inputs:
+        assert [type(part) for part in piece.row_sources] == [SharedMemoryRows] * len(ports)
+        assert piece.output_refs is not None
+        assert [place.shape for place in piece.output_refs] == [(piece.chunk.n_rows, *out.shape[1:]) for out in outputs]
     arena.close()
 
 
@@ -182,13 +197,13 @@ def test_rows_in_this_process(tmp_path: Path) -> None:
     graph = da.from_array(X, chunks=(5, 2)) * 1
     feeder = feeder_of({"a": X, "b": in_file(tmp_path, ".zarr"), "c": graph, "d": X.tolist()})
     for chunk in chunks_of(CHUNKS):
-        for rows in feeder.rows(chunk):
+        for rows in feeder.read_rows(chunk):
             np.testing.assert_array_equal(rows, X[chunk.start : chunk.stop])
 
 
 def test_rows_in_this_process_are_not_copied() -> None:
     """Rows of an array in this process are the array's own."""
-    (rows,) = feeder_of(X).rows(Chunk(0, 4, 8, 0))
+    (rows,) = feeder_of(X).read_rows(Chunk(0, 4, 8, 0))
     assert np.shares_memory(rows, X)
 
 
@@ -196,8 +211,12 @@ def test_a_slice_of_what_was_persisted(cluster_client: Client) -> None:
     """Blocks that lie on a cluster are brought with the task."""
     with cluster_client.as_current():
         wait(persisted := cluster_client.persist(da.from_array(X, chunks=(4, 4)) + 1))
-    task, brought = feeder_of(persisted, client=cluster_client).task(chunks_of(CHUNKS), None)
-    assert [piece.parts for piece in task.pieces] == [(Brought(0),), (Brought(1),), (Brought(2),)]
+    task, brought = feeder_of(persisted, client=cluster_client).build_task(chunks_of(CHUNKS), None)
+    assert [piece.row_sources for piece in task.chunk_inputs] == [
+        (ScatteredRows(0),),
+        (ScatteredRows(1),),
+        (ScatteredRows(2),),
+    ]
     np.testing.assert_array_equal(np.concatenate([future.result() for future in brought]), X + 1)
 
 
@@ -206,7 +225,7 @@ def test_persisted_rows_in_this_process(cluster_client: Client) -> None:
     with cluster_client.as_current():
         wait(persisted := cluster_client.persist(da.from_array(X, chunks=(4, 4)) + 1))
     feeder = feeder_of((persisted, persisted * 2))
-    first, second = feeder.rows(chunks_of(CHUNKS)[1])
+    first, second = feeder.read_rows(chunks_of(CHUNKS)[1])
     np.testing.assert_array_equal(first, X[4:8] + 1)
     np.testing.assert_array_equal(second, 2 * (X[4:8] + 1))
 
@@ -214,5 +233,5 @@ def test_persisted_rows_in_this_process(cluster_client: Client) -> None:
 def test_dependent_blocks_in_this_process() -> None:
     """Where blocks depend on each other and nobody else computes, their rows are right here as well."""
     x = da.from_array(X, chunks=(4, 4))
-    (rows,) = feeder_of(x - x.mean(0)).rows(chunks_of(CHUNKS)[2])
+    (rows,) = feeder_of(x - x.mean(0)).read_rows(chunks_of(CHUNKS)[2])
     np.testing.assert_allclose(rows, X[8:] - X.mean(0))

@@ -23,21 +23,21 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 import daskinfer as di
 from daskinfer.cluster import broadcast, preflight
-from daskinfer.cluster.placement import workers_of
-from daskinfer.cluster.restart import Replacer
-from daskinfer.core.chunks import Receipt
+from daskinfer.cluster.placement import fetch_workers
+from daskinfer.cluster.restart import WorkerRestarter
+from daskinfer.core.chunks import ChunkStats
 from daskinfer.diagnostics.report import RunReport
 from daskinfer.errors import ClusterError
 from daskinfer.execution import window
-from daskinfer.execution.device_queue import Lane
-from daskinfer.execution.results import InFlight
-from daskinfer.models.model import Model, ShippedModel
-from daskinfer.models.shared_files import shipped_path
-from daskinfer.scheduling.balancer import Planned
-from daskinfer.scheduling.chunking import follow, lay_out
+from daskinfer.execution.device_queue import DeviceQueue
+from daskinfer.execution.results import InFlightTask
+from daskinfer.models.model import BroadcastLoader, Model
+from daskinfer.models.shared_files import get_broadcast_path
+from daskinfer.scheduling.balancer import StaticBalancer
+from daskinfer.scheduling.chunking import assign_chunks, make_chunks
 from daskinfer.transport import shared_memory
-from daskinfer.transport.row_sources import Piece, Task, UnsentError
-from daskinfer.worker.task import Block
+from daskinfer.transport.row_sources import ChunkInput, RowTransferError, Task
+from daskinfer.worker.task import ComputedChunk
 from tests.conftest import wait_until
 
 N_TINY = 2000  # chunks
@@ -106,17 +106,17 @@ def tiny(cluster_client: Client) -> tuple[np.ndarray[Any, Any], RunReport, Watch
     return y, report, watch
 
 
-@pytest.mark.parametrize(("readers", "weights"), [(1, [1, 0]), (3, [1, 0]), (1, [1, 1])])
-def test_a_window_per_device(cluster_client: Client, readers: int, weights: list[int]) -> None:
-    """Each device has readers + 2 tasks in flight as long as there are chunks, and never one more."""
+@pytest.mark.parametrize(("prefetch", "weights"), [(1, [1, 0]), (3, [1, 0]), (1, [1, 1])])
+def test_a_window_per_device(cluster_client: Client, prefetch: int, weights: list[int]) -> None:
+    """Each device has prefetch + 2 tasks in flight as long as there are chunks, and never one more."""
 
     def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         time.sleep(0.02)  # stands for a chunk's work
         return batch
 
     with watched(cluster_client) as watch:
-        di.predict(model, cells(30), client=cluster_client, batch_size=1, device_weights=weights, readers=readers)
-    assert watch.most_in_flight == (readers + 2) * sum(weights)
+        di.predict(model, cells(30), client=cluster_client, batch_size=1, device_weights=weights, prefetch=prefetch)
+    assert watch.most_in_flight == (prefetch + 2) * sum(weights)
 
 
 def test_the_scheduler_holds_a_window(tiny: tuple[np.ndarray[Any, Any], RunReport, Watch]) -> None:
@@ -152,9 +152,9 @@ def test_results_travel_where_memory_is_not_shared(
     cluster_client: Client, monkeypatch: pytest.MonkeyPatch, n_sharing: int, reads: bool
 ) -> None:
     """Workers that share no memory with the client, all or some, answer through Dask, which may also bring the rows."""
-    asked = preflight.ask
+    asked = preflight.check_workers
 
-    def apart(*args: Any) -> dict[str, preflight.Answer]:
+    def apart(*args: Any) -> dict[str, preflight.WorkerInfo]:
         answers = sorted(asked(*args).items())
         return {
             address: replace(a, shares_memory=i < n_sharing, reads_memory=reads) for i, (address, a) in enumerate(answers)
@@ -162,7 +162,7 @@ def test_results_travel_where_memory_is_not_shared(
 
     n_fetched: list[str] = []
     result = Future.result
-    monkeypatch.setattr(preflight, "ask", apart)
+    monkeypatch.setattr(preflight, "check_workers", apart)
     monkeypatch.setattr(Future, "result", lambda future, **how: n_fetched.append(future.key) or result(future, **how))
     x = np.arange(5000.0)
     y, report = di.predict(np.negative, x, client=cluster_client, batch_size=10, device_weights=[1, 1], return_report=True)
@@ -176,22 +176,24 @@ def test_an_answer_larger_than_its_slot_comes_back_through_dask(
     cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit into a slot goes with the task, and the answer is the same."""
-    monkeypatch.setattr(shared_memory, "slot_nbytes", lambda nbytes: 0)
-    monkeypatch.setattr("daskinfer.execution.task_builder.slot_nbytes", lambda nbytes: shared_memory.NOTE_NBYTES + 4096)
-    shared_memory.release(cluster_client)
+    monkeypatch.setattr(shared_memory, "compute_slot_nbytes", lambda nbytes: 0)
+    monkeypatch.setattr(
+        "daskinfer.execution.task_builder.slot_nbytes", lambda nbytes: shared_memory.RESULT_HEADER_NBYTES + 4096
+    )
+    shared_memory.close_cached_pool(cluster_client)
     x = np.arange(20_000.0)
     np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client, device_weights=[1, 1]), -x)
-    shared_memory.release(cluster_client)
+    shared_memory.close_cached_pool(cluster_client)
 
 
 def test_slots_are_given_back(cluster_client: Client) -> None:
     """After a call that went well every slot is free, and the next call has the same memory."""
     x = np.arange(1000.0)
     di.predict(np.negative, x, client=cluster_client, batch_size=1)
-    first = shared_memory._kept[cluster_client]
-    assert first.clean
+    first = shared_memory._cached_pools[cluster_client]
+    assert first.is_idle
     di.predict(np.negative, x, client=cluster_client, batch_size=1)
-    assert shared_memory._kept[cluster_client] is first
+    assert shared_memory._cached_pools[cluster_client] is first
 
 
 def test_memory_that_a_lost_task_may_write_to_is_let_go(cluster_client: Client) -> None:
@@ -206,7 +208,7 @@ def test_memory_that_a_lost_task_may_write_to_is_let_go(cluster_client: Client) 
     x = np.arange(1000.0)
     with pytest.raises(di.DaskInferError, match=r"rows \d+:\d+ on cpu failed: ArithmeticError: no"):
         di.predict(fails, x, client=cluster_client, batch_size=1, retries=0, device_weights=[1, 1])
-    assert cluster_client not in shared_memory._kept
+    assert cluster_client not in shared_memory._cached_pools
     np.testing.assert_array_equal(di.predict(np.negative, x, client=cluster_client), -x)
 
 
@@ -227,13 +229,15 @@ def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) 
     """Where nothing can come back any more, the call ends and says why."""
     with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
         pass
-    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
-    lane = Lane(0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Unanswered(): InFlight((), None, (), False, 0.0)})
-    dealer = Planned(lay_out(0, [1.0], batch_size=1), 0, n_devices=1)
-    policy = window.Policy(0, None, Replacer(client, {}, allowed=False), None)
+    monkeypatch.setattr(window, "WORKER_CHECK_SECONDS", 0.01)
+    lane = DeviceQueue(
+        0, "cpu:0", "cpu", {"resources": {}}, 1, None, tasks={Unanswered(): InFlightTask((), None, (), False, 0.0)}
+    )
+    dealer = StaticBalancer(make_chunks(0, [1.0], batch_size=1), 0, n_devices=1)
+    policy = window.FailurePolicy(0, None, WorkerRestarter(client, {}, allow_external=False), None)
     with (
         pytest.raises(ClusterError, match=r"the scheduler of the client is lost \(the client is closed\)"),
-        window.Window(client, len, bytes, [lane], None, policy) as opened,
+        window.TaskWindow(client, len, bytes, [lane], None, policy) as opened,
     ):
         next(opened.run(dealer, lambda: None))
 
@@ -241,15 +245,15 @@ def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_a_shipped_network_goes_though_its_receiver_died(foreign: Client) -> None:
     """On a cluster of others the network's file is removed at the end of the call, whichever worker had received it."""
-    recipe = Model(torch.nn.Linear(3, 2)).recipe()
-    before = set(workers_of(foreign))
-    with broadcast.shipped(foreign, recipe, dict.fromkeys(before, ""), set()) as shipment:
-        assert isinstance(shipment.recipe, ShippedModel)
-        path = Path(shipped_path(shipment.recipe.name))
+    recipe = Model(torch.nn.Linear(3, 2)).make_loader()
+    before = set(fetch_workers(foreign))
+    with broadcast.broadcast_model(foreign, recipe, dict.fromkeys(before, ""), set()) as shipment:
+        assert isinstance(shipment.loader, BroadcastLoader)
+        path = Path(get_broadcast_path(shipment.loader.file_name))
         assert path.exists()
         for pid in foreign.run(os.getpid).values():
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: len(set(workers_of(foreign)) - before) == 2, 60)
+        wait_until(lambda: len(set(fetch_workers(foreign)) - before) == 2, 60)
     assert not path.exists()
 
 
@@ -291,7 +295,7 @@ class OneWorker:
 
     def submit(self, work: Any, order: Any, task: Any, brought: Any, **_: Any) -> Late:
         start, stop = cloudpickle.loads(zlib.decompress(task)).pieces[0].chunk.start, 0
-        block = Block([np.full(1, start)], Receipt(start, stop, "0", "", 1, 0.1, "tcp://a"))
+        block = ComputedChunk([np.full(1, start)], ChunkStats(start, stop, "0", "", 1, 0.1, "tcp://a"))
         self.submitted.append(Late(self, block))
         return self.submitted[-1]
 
@@ -301,24 +305,24 @@ class OneWorker:
 
 def test_what_is_lost_on_the_way_comes_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that cannot be sent, as their worker has just ended, are sent later; an answer is asked for again."""
-    monkeypatch.setattr(window, "PATIENCE_SECONDS", 0.01)
-    monkeypatch.setattr(window, "AWAY_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(window, "WORKER_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(window, "MISSING_WORKER_CHECK_SECONDS", 0.01)
     client, refused = OneWorker(), [1, 1]
 
     def feed(chunks: Any, slot: Any, workers: Any, *, reads: bool) -> tuple[Task, list[Future]]:
         if refused and refused.pop():
-            raise UnsentError(workers)
-        return Task(tuple(Piece(chunk, (), None) for chunk in chunks)), []
+            raise RowTransferError(workers)
+        return Task(tuple(ChunkInput(chunk, (), None) for chunk in chunks)), []
 
-    arena = shared_memory.Arena(shared_memory.NOTE_NBYTES, 1)
-    lane = Lane(0, "0", "cpu", {"workers": ["tcp://a"]}, 1, arena, nanny="tcp://n")
-    dealer = Planned(follow([1, 0, 1, 1], [1.0], batch_size=1), 0, n_devices=1)
-    policy = window.Policy(0, None, Replacer(client, {}, allowed=False), None)
-    with window.Window(client, len, bytes, [lane], feed, policy) as opened:
+    arena = shared_memory.SharedMemoryPool(shared_memory.RESULT_HEADER_NBYTES, 1)
+    lane = DeviceQueue(0, "0", "cpu", {"workers": ["tcp://a"]}, 1, arena, nanny="tcp://n")
+    dealer = StaticBalancer(assign_chunks([1, 0, 1, 1], [1.0], batch_size=1), 0, n_devices=1)
+    policy = window.FailurePolicy(0, None, WorkerRestarter(client, {}, allow_external=False), None)
+    with window.TaskWindow(client, len, bytes, [lane], feed, policy) as opened:
         found = [(one.chunk.start, int(one.arrays[0][0])) for one in opened.run(dealer, lambda: None)]
     assert sorted(found) == [(0, 0), (1, 1), (2, 2)]
     assert all(future.n_asked == 2 for future in client.submitted)
-    assert arena.clean
+    assert arena.is_idle
     arena.close()
 
 
@@ -343,9 +347,9 @@ class Fake:
 
 def test_no_task_hangs_while_an_answer_waits_to_be_used() -> None:
     """How long a device has been quiet is known once what it answered has been looked at."""
-    lane = Lane(0, "cpu:0", "cpu", {}, 3, None)
-    task = InFlight((), None, (), alone=False, submitted=0.0)
+    lane = DeviceQueue(0, "cpu:0", "cpu", {}, 3, None)
+    task = InFlightTask((), None, (), alone=False, submitted_at=0.0)
     lane.tasks = {Fake("finished"): task, Fake("pending"): task}  # type: ignore[dict-item]
-    assert lane.hangs(1.0, now=10.0) is None
+    assert lane.find_hung_task(1.0, now=10.0) is None
     lane.tasks = {Fake("pending"): task}  # type: ignore[dict-item]
-    assert lane.hangs(1.0, now=10.0) is task
+    assert lane.find_hung_task(1.0, now=10.0) is task

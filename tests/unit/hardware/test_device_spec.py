@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, Device, DeviceTable, Machine, check_drivable, parse
+from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, Device, DeviceTable, Machine, check_drivable, parse_devices
 
 MIG_UUID = "MIG-aaaa"
 
@@ -25,7 +25,7 @@ def made_up(n_gpus: int = 2, **fields: object) -> Machine:
 
 def names(spec: object, machine: Machine) -> list[str]:
     """The names of what is asked for."""
-    return [device.name for device in parse(spec, machine)]
+    return [device.name for device in parse_devices(spec, machine)]
 
 
 def spellings(ask: tuple[str, int]) -> list[str]:
@@ -78,7 +78,7 @@ def test_parse_agrees_with_an_oracle(data: st.DataObject, n_gpus: int, n_cores: 
     machine = made_up(n_gpus, n_cores=n_cores)
     if expected is None:
         with pytest.raises(DeviceError, match=r"is not there|is asked for"):
-            parse(spec, machine)
+            parse_devices(spec, machine)
     else:
         assert names(spec, machine) == expected
 
@@ -88,7 +88,7 @@ def test_parse_agrees_with_an_oracle(data: st.DataObject, n_gpus: int, n_cores: 
 def test_any_text_gives_devices_or_a_device_error(spec: str | list[str]) -> None:
     """Whatever the text, the answer is at least one device or a DeviceError."""
     with contextlib.suppress(DeviceError):
-        assert len(parse(spec, made_up())) >= 1
+        assert len(parse_devices(spec, made_up())) >= 1
 
 
 def test_auto_takes_every_gpu_else_one_cpu_worker_per_core() -> None:
@@ -100,18 +100,18 @@ def test_auto_takes_every_gpu_else_one_cpu_worker_per_core() -> None:
 def test_cpu_workers_carry_the_machines_label_and_memory() -> None:
     """A CPU worker knows the processor's name and the host's memory, and its own number."""
     expected = Device("cpu:1", "cpu", 1, label="Slow One", memory_nbytes=8 << 30)
-    assert parse(["cpu", "cpu"], made_up())[1] == expected
+    assert parse_devices(["cpu", "cpu"], made_up())[1] == expected
 
 
 def test_inline_is_one_device_of_its_own() -> None:
     """ "inline" gives one device that stands for this process."""
-    assert parse([" Inline "], made_up()) == (Device("inline", "inline", 0),)
+    assert parse_devices([" Inline "], made_up()) == (Device("inline", "inline", 0),)
 
 
 def test_a_mig_instance_is_found_by_its_uuid_and_its_number() -> None:
     """An instance of a divided GPU is a device like any other."""
     machine = Machine(gpus=(Device(MIG_UUID, "cuda", 0, uuid=MIG_UUID),))
-    assert parse("mig-AAAA", machine) == parse("cuda:0", machine) == machine.gpus
+    assert parse_devices("mig-AAAA", machine) == parse_devices("cuda:0", machine) == machine.gpus
 
 
 REFUSED = {
@@ -135,7 +135,7 @@ REFUSED = {
 def test_refusals_say_what_was_got_what_is_allowed_and_what_to_change(spec: str) -> None:
     """Each refusal names the device, what is allowed or there, and the change to make."""
     with pytest.raises(DeviceError, match=REFUSED[spec]):
-        parse(spec, made_up())
+        parse_devices(spec, made_up())
 
 
 WRONG_TYPES = [
@@ -152,11 +152,11 @@ WRONG_TYPES = [
 def test_what_is_not_text_is_refused(spec: object, message: str) -> None:
     """A number, None, bytes or a set is refused by its type, a number in a list by its place."""
     with pytest.raises(DeviceError, match=message):
-        parse(spec, made_up())
+        parse_devices(spec, made_up())
 
 
 MISSING = [
-    ({"hidden_gpus": 2}, r"sees no GPU and 4 CPU cores\. CUDA_VISIBLE_DEVICES hides 2 more: unset it"),
+    ({"n_hidden_gpus": 2}, r"sees no GPU and 4 CPU cores\. CUDA_VISIBLE_DEVICES hides 2 more: unset it"),
     ({"driver": ""}, r"NVML finds no NVIDIA driver: install it, or give the container its GPUs.*devices=\"cpu\""),
     ({}, r"The driver \(580\.65\.06\) finds no GPU: see what nvidia-smi says"),
 ]
@@ -166,12 +166,12 @@ MISSING = [
 def test_a_missing_gpu_is_explained_by_its_likeliest_reason(fields: dict[str, object], message: str) -> None:
     """Hidden by the environment, no driver, or a driver without GPUs: each has its own cure."""
     with pytest.raises(DeviceError, match=message):
-        parse("cuda", made_up(0, **fields))
+        parse_devices("cuda", made_up(0, **fields))
 
 
 def test_cpus_need_no_cuda_in_torch() -> None:
     """Without a GPU among the devices, any build of torch will do."""
-    check_drivable(parse("cpu*2", made_up(0)), None, made_up(0))
+    check_drivable(parse_devices("cpu*2", made_up(0)), None, made_up(0))
 
 
 @pytest.mark.parametrize("driver_cuda", [(13, 0), (13, 2), (14, 0), None])
@@ -202,7 +202,7 @@ def test_a_driver_older_than_torch_is_refused(torch_cuda: str, needs: str) -> No
 
 def test_a_table_of_devices_shows_itself_as_text_and_html() -> None:
     """People see aligned columns, notebooks a table; unknown sizes stay empty."""
-    table = DeviceTable((*made_up(1).gpus, *parse("cpu", made_up())))
+    table = DeviceTable((*made_up(1).gpus, *parse_devices("cpu", made_up())))
     lines = str(table).splitlines()
     assert lines[0].split() == ["device", "name", "memory", "free", "uuid"]
     assert lines[1].split() == ["cuda:0", "Fast", "One", "16.0", "GiB", "GPU-0000"]

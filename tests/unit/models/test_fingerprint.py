@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from daskinfer.errors import ModelError
-from daskinfer.models.fingerprint import fingerprint
-from daskinfer.models.serialization import pack
+from daskinfer.models.fingerprint import compute_fingerprint
+from daskinfer.models.serialization import serialize_object
 
 
 def linear(seed: int = 0) -> nn.Linear:
@@ -94,7 +94,7 @@ class Flattened(torch.Tensor):
         lambda net: net.to(memory_format=torch.channels_last),
         lambda net: net._parameters.update(weight=net._parameters.pop("weight")) or net,
         lambda net: copy.deepcopy(net),
-        lambda net: pack(net).unpack(),
+        lambda net: serialize_object(net).deserialize(),
         lambda net: net.__dict__.update(reversed(list(net.__dict__.items()))) or net,
         lambda net: net.load_state_dict(torch.load(saved(net.state_dict()))) and net,
         lambda net: torch.load(saved(net), weights_only=False),
@@ -104,7 +104,7 @@ class Flattened(torch.Tensor):
 def test_unaffected(change: Callable[[nn.Module], nn.Module]) -> None:
     """What says nothing about the answers does not count."""
     net = nn.Conv2d(3, 4, 2)
-    assert fingerprint(net) == fingerprint(change(net))
+    assert compute_fingerprint(net) == compute_fingerprint(change(net))
 
 
 def saved(thing: Any) -> io.BytesIO:
@@ -117,7 +117,7 @@ def saved(thing: Any) -> io.BytesIO:
 
 def test_the_device_that_a_network_remembers() -> None:
     """Where a network ran is not what it is."""
-    assert fingerprint(holding(torch.device("cpu"))) == fingerprint(holding(torch.device("cuda:1")))
+    assert compute_fingerprint(holding(torch.device("cpu"))) == compute_fingerprint(holding(torch.device("cuda:1")))
 
 
 class Compiled(nn.Module):
@@ -130,7 +130,7 @@ class Compiled(nn.Module):
 
 def test_compiled() -> None:
     """A compiled network is the network that was compiled."""
-    assert fingerprint(Compiled(linear())) == fingerprint(linear())
+    assert compute_fingerprint(Compiled(linear())) == compute_fingerprint(linear())
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_compiled() -> None:
 )
 def test_networks_of_every_kind(net: nn.Module) -> None:
     """Networks with state of their own are read, and are the same after packing; each weight counts."""
-    before = fingerprint(net)
-    other = pack(net).unpack()
-    assert fingerprint(other) == before
+    before = compute_fingerprint(net)
+    other = serialize_object(net).deserialize()
+    assert compute_fingerprint(other) == before
     next(other.parameters()).data.view(-1)[0] += 1
-    assert fingerprint(other) != before
+    assert compute_fingerprint(other) != before
 
 
 # --- what changes it
@@ -183,7 +183,7 @@ def test_changes(change: Callable[[nn.Module], Any]) -> None:
     """Everything that may change an answer counts."""
     net = linear()
     change(net)
-    assert fingerprint(net) != fingerprint(linear())
+    assert compute_fingerprint(net) != compute_fingerprint(linear())
 
 
 def test_a_buffer_that_is_not_saved() -> None:
@@ -191,22 +191,22 @@ def test_a_buffer_that_is_not_saved() -> None:
     nets = [linear(), linear()]
     for i, net in enumerate(nets):
         net.register_buffer("mask", torch.full((2,), i), persistent=False)
-    assert fingerprint(nets[0]) != fingerprint(nets[1])
+    assert compute_fingerprint(nets[0]) != compute_fingerprint(nets[1])
 
 
 def test_which_submodule_is_shared() -> None:
     """Which of two equal layers comes again counts, wherever containers lie between."""
     a, b = nn.ReLU(), nn.ReLU()
-    assert fingerprint([[a], b, a]) != fingerprint([[a], b, b])
+    assert compute_fingerprint([[a], b, a]) != compute_fingerprint([[a], b, b])
 
 
 def test_graphs() -> None:
     """A traced network is its code: another operation is another network."""
     nets = [torch.fx.symbolic_trace(nn.Sequential(layer)) for layer in (nn.ReLU(), nn.ReLU())]
-    assert fingerprint(nets[0]) == fingerprint(nets[1])
+    assert compute_fingerprint(nets[0]) == compute_fingerprint(nets[1])
     nets[1].graph.output_node().append(nets[1].graph.placeholder("unused"))
     nets[1].recompile()
-    assert fingerprint(nets[0]) != fingerprint(nets[1])
+    assert compute_fingerprint(nets[0]) != compute_fingerprint(nets[1])
 
 
 def cached(n: int) -> Any:
@@ -273,28 +273,28 @@ VALUES: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize(("one", "other"), VALUES, ids=[type(one).__name__ for one, _ in VALUES])
 def test_values(one: Any, other: Any) -> None:
     """Attributes count by value, whatever they are, and are the same in a copy."""
-    assert fingerprint(holding(one)) == fingerprint(holding(one))
-    assert fingerprint(holding(one)) != fingerprint(holding(other))
+    assert compute_fingerprint(holding(one)) == compute_fingerprint(holding(one))
+    assert compute_fingerprint(holding(one)) != compute_fingerprint(holding(other))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but people have such networks
 def test_quantised() -> None:
     """A quantised tensor counts by its values."""
     one, same, other = (torch.quantize_per_tensor(torch.full((2,), n), 0.1, 0, torch.qint8) for n in (1.0, 1.0, 2.0))
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert compute_fingerprint(one) == compute_fingerprint(same) != compute_fingerprint(other)
 
 
 def test_equal_containers() -> None:
     """Whether two equal lists are one object does not count."""
     shared = [1, 2]
-    assert fingerprint([shared, shared]) == fingerprint([[1, 2], [1, 2]])
+    assert compute_fingerprint([shared, shared]) == compute_fingerprint([[1, 2], [1, 2]])
 
 
 def test_cycles_end() -> None:
     """Parents that children know, and sets of them, are read once."""
     net = nn.Sequential(nn.ReLU())
     net[0].parent, net.all = [net], {net[0]}
-    assert fingerprint(net) == fingerprint(copy.deepcopy(net))
+    assert compute_fingerprint(net) == compute_fingerprint(copy.deepcopy(net))
 
 
 def test_functions_that_refer_to_themselves() -> None:
@@ -305,7 +305,7 @@ def test_functions_that_refer_to_themselves() -> None:
 
     if not down:
         never = 0
-    assert fingerprint(down) == fingerprint(down)
+    assert compute_fingerprint(down) == compute_fingerprint(down)
 
 
 # --- code of the user's files
@@ -367,7 +367,7 @@ def of_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             (tmp_path / f"{module}.py").write_text(source.replace(old, new) if old else source)
             sys.modules.pop(module, None)
         thing = getattr(import_module("nets"), name)
-        return fingerprint(thing() if isinstance(thing, type) else thing)
+        return compute_fingerprint(thing() if isinstance(thing, type) else thing)
 
     yield read
     for module in ("nets", "helpers", "inner"):
@@ -420,7 +420,7 @@ def test_class_name(of_files: Callable[..., str]) -> None:
 def test_closures_of_installed_packages() -> None:
     """A function made by an installed one counts by what it closes over."""
     one, same, other = (torch.optim.swa_utils.get_ema_avg_fn(decay) for decay in (0.5, 0.5, 0.9))
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert compute_fingerprint(one) == compute_fingerprint(same) != compute_fingerprint(other)
 
 
 SCRIPT = (
@@ -430,18 +430,18 @@ import sys
 from collections import Counter
 import numpy as np
 from torch import nn
-from daskinfer.models.fingerprint import fingerprint
-from daskinfer.models.serialization import pack
+from daskinfer.models.fingerprint import compute_fingerprint
+from daskinfer.models.serialization import serialize_object
 torch.manual_seed(0)
 net = Net()
 net.names = {"a", "b", "c", "d", "e"}
 net.layers = nn.Sequential(nn.LSTM(3, 4), nn.BatchNorm1d(4), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
 net.config, net.array, net.counts = Config(7), np.arange(5), Counter("hello")
 net.method, net.pool, net.words = net.made, nn.functional.max_pool2d, frozenset(["x", "y", "z"])
-print(fingerprint(net), fingerprint(pack(net).unpack()))
-print(fingerprint(configured), fingerprint(Far()))
-print(fingerprint(lambda x: x in {"a", "b", "c", "d"}))
-print(fingerprint(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))))
+print(compute_fingerprint(net), compute_fingerprint(serialize_object(net).deserialize()))
+print(compute_fingerprint(configured), compute_fingerprint(Far()))
+print(compute_fingerprint(lambda x: x in {"a", "b", "c", "d"}))
+print(compute_fingerprint(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))))
 """
 )
 
@@ -483,13 +483,13 @@ def test_the_same_in_every_process(tmp_path: pathlib.Path) -> None:
 def test_what_cannot_be_read(value: Any, message: str) -> None:
     """What is not the same in another process is refused by its path, and version= is named."""
     with pytest.raises(ModelError, match=message + r".*Pass Model\(…, version="):
-        fingerprint(holding(value))
+        compute_fingerprint(holding(value))
 
 
 def test_a_lazy_network() -> None:
     """A network whose weights do not exist yet cannot be told from another."""
     with pytest.raises(ModelError, match="is a UninitializedParameter"):
-        fingerprint(nn.LazyLinear(3))
+        compute_fingerprint(nn.LazyLinear(3))
 
 
 class WithLock(nn.Module):
@@ -505,5 +505,9 @@ class WithLock(nn.Module):
 
 def test_what_a_network_leaves_out() -> None:
     """A network's own __getstate__ says what counts."""
-    assert fingerprint(WithLock({"a": 1})) == fingerprint(WithLock({"a": 1})) != fingerprint(WithLock({"a": 2}))
-    assert fingerprint(WithLock((1, 2))) != fingerprint(WithLock((1, 3)))
+    assert (
+        compute_fingerprint(WithLock({"a": 1}))
+        == compute_fingerprint(WithLock({"a": 1}))
+        != compute_fingerprint(WithLock({"a": 2}))
+    )
+    assert compute_fingerprint(WithLock((1, 2))) != compute_fingerprint(WithLock((1, 3)))

@@ -17,9 +17,9 @@ from torch import nn
 
 from daskinfer.core import env
 from daskinfer.errors import ModelError
-from daskinfer.models.model import Model, PackedModel, Recipe, ShippedModel, as_model
-from daskinfer.models.serialization import pack
-from daskinfer.models.shared_files import shipped_path
+from daskinfer.models.model import BroadcastLoader, InMemoryLoader, Model, ModelLoader, as_model
+from daskinfer.models.serialization import serialize_object
+from daskinfer.models.shared_files import get_broadcast_path
 from daskinfer.worker.loaded import LoadedModel
 
 CPU = torch.device("cpu")
@@ -70,10 +70,10 @@ class Protocol:
         self.log.append("close")
 
 
-def recipe(source: Any, **given: Any) -> Recipe:
+def recipe(source: Any, **given: Any) -> ModelLoader:
     """What travels, after it travelled."""
-    made = Model(source, **given).recipe()
-    again: Recipe = pickle.loads(pickle.dumps(made))
+    made = Model(source, **given).make_loader()
+    again: ModelLoader = pickle.loads(pickle.dumps(made))
     assert (again.key, again.nbytes) == (made.key, made.nbytes)
     return again
 
@@ -122,7 +122,7 @@ def test_modules_are_loaded_for_inference() -> None:
 def test_the_callers_module_is_never_changed() -> None:
     """What a loaded module writes into its weights and buffers stays its own, load by load."""
     net = Counting()
-    made = Model(net).recipe()
+    made = Model(net).make_loader()
     assert [made.load(CPU).run(torch.zeros(1)).item() for _ in range(2)] == [1, 1]
     assert net.n_calls == 0
 
@@ -160,25 +160,25 @@ def test_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A network whose block lies on the host is loaded from there, under the same key."""
     monkeypatch.setenv(env.SCRATCH, str(tmp_path))
     net = linear()
-    made = PackedModel(pack(net))
-    Path(shipped_path("block")).write_bytes(made.packed.to_bytes())
-    shipped = ShippedModel(made.key, "block", made.nbytes)
+    made = InMemoryLoader(serialize_object(net))
+    Path(get_broadcast_path("block")).write_bytes(made.serialized.to_bytes())
+    shipped = BroadcastLoader(made.key, "block", made.nbytes)
     assert torch.equal(shipped.load(CPU).run(X), net(X))
     with pytest.raises(NotImplementedError, match="before it ships"):
-        shipped.fingerprint()
+        shipped.compute_fingerprint()
 
 
 def test_shipped_but_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A block that is not there is named."""
     monkeypatch.setenv(env.SCRATCH, str(tmp_path))
     with pytest.raises(ModelError, match=f"the model shipped to {tmp_path}/gone cannot be loaded: FileNotFoundError"):
-        ShippedModel("key", "gone", 0).load(CPU)
+        BroadcastLoader("key", "gone", 0).load(CPU)
 
 
 def test_shipped_path_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere each user has a folder of their own."""
     monkeypatch.delenv(env.SCRATCH, raising=False)
-    assert shipped_path("block").endswith(f"daskinfer-{os.getuid()}/block")
+    assert get_broadcast_path("block").endswith(f"daskinfer-{os.getuid()}/block")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +203,14 @@ def test_shipped_path_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_no_model(in_folder: Path, source: Any, message: str) -> None:
     """A source that is not understood is refused before anything travels."""
     with pytest.raises(ModelError, match=message):
-        Model(source).recipe()
+        Model(source).make_loader()
 
 
 def test_a_program_in_memory() -> None:
     """An exported program that was not saved is refused, and the message names the file that is needed."""
     exported = torch.export.export(linear(), (X,))
     with pytest.raises(ModelError, match=r"is a ExportedProgram, which cannot be called .*a path \(a program's is .pt2\)"):
-        Model(exported).recipe()
+        Model(exported).make_loader()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_program_in_memory() -> None:
 def test_what_a_source_has_no_use_for(source: Any, given: dict[str, Any], message: str) -> None:
     """A factory or keywords that nobody would call are refused, not ignored."""
     with pytest.raises(ModelError, match=message):
-        Model(source, **given).recipe()
+        Model(source, **given).make_loader()
 
 
 def test_a_network_without_weights_yet() -> None:
@@ -430,14 +430,14 @@ def test_keywords_that_cannot_travel() -> None:
     """Keywords that hold a handle are refused by name."""
     lock = threading.Lock()
     with pytest.raises(ModelError, match=r"the factory's kwargs \(dict\) cannot be sent"):
-        Model("torch.nn:Linear", kwargs={"lock": lock}).recipe()
+        Model("torch.nn:Linear", kwargs={"lock": lock}).make_loader()
 
 
 def test_a_factory_function_that_cannot_travel(tmp_path: Path) -> None:
     """A factory that holds a handle is refused by name."""
     lock = threading.Lock()
     with pytest.raises(ModelError, match=r"the factory \(function\) cannot be sent to workers"):
-        Model(weights(tmp_path / "w.pt", linear()), factory=lambda: lock).recipe()
+        Model(weights(tmp_path / "w.pt", linear()), factory=lambda: lock).make_loader()
 
 
 # --- programs
@@ -466,7 +466,7 @@ def test_fingerprint_of_a_program(program: tuple[Path, nn.Module], tmp_path: Pat
     loaded.state_dict["0.weight"].data[0, 0] += 1
     torch.export.save(loaded, tmp_path / "other.pt2")
     paths = (program[0], tmp_path / "again.pt2", tmp_path / "other.pt2")
-    same, again, other = (recipe(path, trust=True).fingerprint() for path in paths)
+    same, again, other = (recipe(path, trust=True).compute_fingerprint() for path in paths)
     assert same == again != other
 
 
@@ -478,32 +478,32 @@ def test_fingerprint_is_the_networks(tmp_path: Path) -> None:
     net = linear()
     given = {"factory": "torch.nn:Linear", "kwargs": LINEAR}
     files = [weights(tmp_path / name, net) for name in ("w.pt", "w.safetensors")]
-    prints = [recipe(net).fingerprint(), *(recipe(path, **given).fingerprint() for path in files)]
+    prints = [recipe(net).compute_fingerprint(), *(recipe(path, **given).compute_fingerprint() for path in files)]
     assert len(set(prints)) == 1
 
 
 def test_fingerprint_of_other_weights(tmp_path: Path) -> None:
     """Other weights in the file, or another network around them, count."""
     given = {"factory": "torch.nn:Linear", "kwargs": LINEAR}
-    one, other = (recipe(weights(tmp_path / name, linear()), **given).fingerprint() for name in ("a.pt", "b.pt"))
+    one, other = (recipe(weights(tmp_path / name, linear()), **given).compute_fingerprint() for name in ("a.pt", "b.pt"))
     assert one != other
 
 
 def test_fingerprint_of_a_factory(factories: Path) -> None:
     """What a factory makes is read."""
-    assert recipe("made_nets:function").fingerprint() == recipe(abs).fingerprint()
+    assert recipe("made_nets:function").compute_fingerprint() == recipe(abs).compute_fingerprint()
 
 
 def test_fingerprint_that_fails(factories: Path) -> None:
     """What goes wrong while the network is made to be read is said as when it is loaded."""
     with pytest.raises(ModelError, match=r"made_nets:fails\(\) cannot be loaded: KeyError"):
-        recipe("made_nets:fails").fingerprint()
+        recipe("made_nets:fails").compute_fingerprint()
 
 
 def test_version_says_it_instead(tmp_path: Path) -> None:
     """With version= the content is not read (making this network would end the process), and the version is what counts."""
     path = weights(tmp_path / "w.pt", linear())
-    prints = [recipe(path, factory="os:abort", version=version).fingerprint() for version in ("1", 1, "2")]
+    prints = [recipe(path, factory="os:abort", version=version).compute_fingerprint() for version in ("1", 1, "2")]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -511,9 +511,9 @@ def test_fingerprint_in_another_process(tmp_path: Path) -> None:
     """A weights file and its factory are the same to a later process."""
     path = weights(tmp_path / "w.pt", linear())
     call = f"Model({str(path)!r}, factory='torch.nn:Linear', kwargs={LINEAR})"
-    code = f"from daskinfer import Model; print({call}.recipe().fingerprint())"
+    code = f"from daskinfer import Model; print({call}.make_loader().compute_fingerprint())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == recipe(path, factory="torch.nn:Linear", kwargs=LINEAR).fingerprint()
+    assert done.stdout.strip() == recipe(path, factory="torch.nn:Linear", kwargs=LINEAR).compute_fingerprint()
 
 
 # --- the record itself

@@ -20,8 +20,8 @@ from torch import nn
 
 from daskinfer.errors import ModelError
 from daskinfer.models import serialization
-from daskinfer.models.serialization import ByValue, from_file, pack
-from daskinfer.models.user_code import is_own
+from daskinfer.models.serialization import ByValueFunction, deserialize_file, serialize_object
+from daskinfer.models.user_code import is_user_module
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
@@ -47,13 +47,13 @@ Way = Callable[[Any], Any]
 def through_file(network: Any) -> Any:
     """The network by way of its block in a file, as a worker gets it."""
     path = Path("block")
-    path.write_bytes(pack(network).to_bytes())
-    return from_file(path)
+    path.write_bytes(serialize_object(network).to_bytes())
+    return deserialize_file(path)
 
 
 WAYS: list[Way] = [
-    lambda network: pack(network).unpack(),
-    lambda network: pickle.loads(pickle.dumps(pack(network))).unpack(),
+    lambda network: serialize_object(network).deserialize(),
+    lambda network: pickle.loads(pickle.dumps(serialize_object(network))).deserialize(),
     through_file,
 ]
 every_way = pytest.mark.parametrize("way", WAYS, ids=["memory", "pickle", "file"])
@@ -121,8 +121,8 @@ def test_sparse_and_attributes(in_folder: Path, way: Way) -> None:
 def test_quantised() -> None:
     """A quantised tensor comes back, with one key each time."""
     net = Holder(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
-    assert torch.equal(pack(net).unpack().held.dequantize(), net.held.dequantize())
-    assert pack(net).key == pack(net).key
+    assert torch.equal(serialize_object(net).deserialize().held.dequantize(), net.held.dequantize())
+    assert serialize_object(net).key == serialize_object(net).key
 
 
 @every_way
@@ -139,7 +139,7 @@ def test_views_of_one_storage() -> None:
     """Tensors that share memory are kept apart, each with its own values."""
     whole = torch.arange(6.0)
     net = nn.ModuleList([Holder(whole), Holder(whole[2:4])])
-    back = pack(net).unpack()
+    back = serialize_object(net).deserialize()
     assert same(back[0].held, whole)
     assert same(back[1].held, whole[2:4])
 
@@ -178,36 +178,36 @@ def test_the_original_stays_as_it_is() -> None:
     """Neither packing nor what is done to the packed network reaches the original."""
     net = nn.Linear(2, 2).train()
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    made = pack(net)
-    made.unpack().weight.data.zero_()
+    made = serialize_object(net)
+    made.deserialize().weight.data.zero_()
     assert net.training
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    assert not torch.equal(made.unpack().weight, torch.zeros(2, 2))
+    assert not torch.equal(made.deserialize().weight, torch.zeros(2, 2))
 
 
 def test_a_later_change_does_not_reach_what_was_packed() -> None:
     """What is packed is the network as it was then."""
     net = nn.Linear(2, 2)
-    made, before = pack(net), net.weight.detach().clone()
+    made, before = serialize_object(net), net.weight.detach().clone()
     net.weight.data.zero_()
-    assert torch.equal(made.unpack().weight, before)
+    assert torch.equal(made.deserialize().weight, before)
 
 
 def test_key_is_the_contents() -> None:
     """The same network twice is one key; a change in place, or back, is seen."""
     net = nn.Linear(2, 2)
-    key = pack(net).key
-    assert pack(net).key == key
+    key = serialize_object(net).key
+    assert serialize_object(net).key == key
     net.bias.data[0] += 1
-    assert pack(net).key != key
+    assert serialize_object(net).key != key
     net.bias.data[0] -= 1
     net.note = "other"
-    assert pack(net).key != key
+    assert serialize_object(net).key != key
 
 
 def test_key_survives_pickling() -> None:
     """A worker that unpickles a packed network finds it under the client's key."""
-    made = pack(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
+    made = serialize_object(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
     again = pickle.loads(pickle.dumps(made))
     assert (again.key, again.nbytes) == (made.key, made.nbytes)
 
@@ -223,12 +223,12 @@ def test_key_of_a_class_that_is_defined_again() -> None:
 
     first, second = cell(), cell()
     second.load_state_dict(first.state_dict())
-    assert pack(first).key != pack(second).key
+    assert serialize_object(first).key != serialize_object(second).key
 
 
 def test_nbytes() -> None:
     """The size is the tensors' and the pickle's."""
-    assert 4_000_000 < pack(nn.Linear(1000, 1000, bias=False)).nbytes < 4_010_000
+    assert 4_000_000 < serialize_object(nn.Linear(1000, 1000, bias=False)).nbytes < 4_010_000
 
 
 def test_from_file_maps(in_folder: Path) -> None:
@@ -255,7 +255,7 @@ def test_from_file_maps(in_folder: Path) -> None:
 def test_what_cannot_be_pickled(made: Callable[[], Any], message: str) -> None:
     """A handle inside a network is refused, and the message says what to do."""
     with pytest.raises(ModelError, match=message):
-        pack(made())
+        serialize_object(made())
 
 
 @pytest.mark.parametrize("mode", ["r", "rb", "w"])
@@ -263,7 +263,7 @@ def test_an_open_file_is_refused(tmp_path: Path, mode: str) -> None:
     """A file is refused however it was opened, not sent as a copy of its text."""
     (tmp_path / "file").touch()
     with open(tmp_path / "file", mode) as file, pytest.raises(ModelError, match=r"holds an open file \(<_io"):
-        pack(with_attribute(file))
+        serialize_object(with_attribute(file))
 
 
 def with_attribute(value: Any) -> nn.Module:
@@ -275,7 +275,7 @@ def with_attribute(value: Any) -> nn.Module:
 
 def test_lambdas_travel() -> None:
     """A lambda inside a network goes by value."""
-    assert pack(with_attribute(lambda x: x + 1)).unpack().held(1) == 2
+    assert serialize_object(with_attribute(lambda x: x + 1)).deserialize().held(1) == 2
 
 
 NET = """
@@ -294,15 +294,15 @@ def double(x):
 HELPERS = "def halve(x):\n    return x / 2\n"
 WRITE = """
 import pickle, sys, nets
-from daskinfer.models.serialization import ByValue, pack
+from daskinfer.models.serialization import ByValueFunction, serialize_object
 for name, net in (("script", Net()), ("beside", nets.Net())):
-    open(f"{sys.argv[1]}/{name}", "wb").write(pack(net).to_bytes())
-open(f"{sys.argv[1]}/function", "wb").write(pickle.dumps(ByValue(nets.double)))
+    open(f"{sys.argv[1]}/{name}", "wb").write(serialize_object(net).to_bytes())
+open(f"{sys.argv[1]}/function", "wb").write(pickle.dumps(ByValueFunction(nets.double)))
 """
 READ = """
 import pickle, sys, torch
-from daskinfer.models.serialization import from_file
-print(*(from_file(f"{sys.argv[1]}/{name}")(torch.ones(1)).item() for name in ("script", "beside")))
+from daskinfer.models.serialization import deserialize_file
+print(*(deserialize_file(f"{sys.argv[1]}/{name}")(torch.ones(1)).item() for name in ("script", "beside")))
 print(pickle.load(open(f"{sys.argv[1]}/function", "rb"))(1))
 """
 
@@ -341,47 +341,47 @@ def own(user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_by_value(own: types.ModuleType) -> None:
     """A function by value is called like the function."""
-    assert ByValue(own.double)(x=2) == 4
-    assert pickle.loads(pickle.dumps(ByValue(own.double)))(2) == 4
+    assert ByValueFunction(own.double)(x=2) == 4
+    assert pickle.loads(pickle.dumps(ByValueFunction(own.double)))(2) == 4
 
 
 def test_a_cached_property(own: types.ModuleType) -> None:
     """A user's class may have one, though it holds a lock."""
-    assert pack(own.Net()).unpack()(torch.ones(1)).item() == 1.5
+    assert serialize_object(own.Net()).deserialize()(torch.ones(1)).item() == 1.5
 
 
 def test_threads_pack_at_once(own: types.ModuleType) -> None:
     """A thread that is done does not end by-value pickling for one that is not."""
     with ThreadPoolExecutor(8) as pool:
-        packs = list(pool.map(lambda _: pack(own.Net()), range(64)))
+        packs = list(pool.map(lambda _: serialize_object(own.Net()), range(64)))
     assert all(b"SCALE" in made.skeleton for made in packs)
 
 
 def test_the_registry_is_left_as_it_was(own: types.ModuleType) -> None:
     """After packing, others' pickles go by reference as before."""
-    pack(own.Net())
+    serialize_object(own.Net())
     assert b"SCALE" not in cloudpickle.dumps(own.Net())
 
 
 def test_only_modules_that_the_network_names_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all that are loaded: some thousand, 20 ms of a first short call."""
     asked = []
-    monkeypatch.setattr(serialization, "is_own", lambda module: asked.append(module.__name__))
-    pack(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
+    monkeypatch.setattr(serialization, "is_user_module", lambda module: asked.append(module.__name__))
+    serialize_object(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
     assert 0 < len(asked) < 200
     assert len(asked) < len(sys.modules) / 2
 
 
 def test_pickled_once_more_only_where_classes_travel_by_value(own: types.ModuleType) -> None:
     """By name they are this process's own already."""
-    assert pack(nn.Linear(1, 1)).local is None
-    assert type(pack(own.Net()).unpack()) is own.Net
+    assert serialize_object(nn.Linear(1, 1)).local_pickle is None
+    assert type(serialize_object(own.Net()).deserialize()) is own.Net
     inside = type("Inside", (nn.Linear,), {})
-    assert type(pack(inside(1, 1)).unpack()) is inside
+    assert type(serialize_object(inside(1, 1)).deserialize()) is inside
     kept = nn.Identity()
     kept.module, kept.function = own, lambda x: x
-    assert pack(kept).unpack().module is own
-    assert pack(kept).unpack().function is kept.function
+    assert serialize_object(kept).deserialize().module is own
+    assert serialize_object(kept).deserialize().function is kept.function
 
 
 def test_what_does_not_say_where_it_is_from(own: types.ModuleType) -> None:
@@ -389,8 +389,8 @@ def test_what_does_not_say_where_it_is_from(own: types.ModuleType) -> None:
     own.double.__module__ = None
     own.T = TypeVar("T")
     own.T.__module__ = "nets"
-    assert b"_make_function" in pack(own.double).skeleton
-    assert b"_make_typevar" in pack(own.T).skeleton
+    assert b"_make_function" in serialize_object(own.double).skeleton
+    assert b"_make_typevar" in serialize_object(own.T).skeleton
 
 
 @pytest.mark.parametrize(
@@ -398,15 +398,15 @@ def test_what_does_not_say_where_it_is_from(own: types.ModuleType) -> None:
 )
 def test_not_own(module: types.ModuleType) -> None:
     """What is installed, the standard library, this package and __main__ are not registered."""
-    assert not is_own(module)
+    assert not is_user_module(module)
 
 
 def test_own(own: types.ModuleType) -> None:
     """A file beside the script is the user's."""
-    assert is_own(own)
-    assert is_own(sys.modules["helpers"])
-    assert not is_own(own.double)
-    assert not is_own(types.ModuleType("nets"))
+    assert is_user_module(own)
+    assert is_user_module(sys.modules["helpers"])
+    assert not is_user_module(own.double)
+    assert not is_user_module(types.ModuleType("nets"))
 
 
 @pytest.mark.parametrize("folder", ["lib/site-packages", ".local/lib/python3/dist-packages", "target"])
@@ -421,6 +421,6 @@ def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fo
     monkeypatch.syspath_prepend(place)
     leaf = import_module("installed.deep.leaf")
     found = [leaf, sys.modules["installed.deep"], sys.modules["installed"]]
-    assert not any(map(is_own, found))
+    assert not any(map(is_user_module, found))
     for module in found:
         del sys.modules[module.__name__]

@@ -25,7 +25,7 @@ def _zarr_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def read(value: Any, row_chunks: tuple[int, ...] = (3, 1)) -> np.ndarray:
     """The rows of a single port as a worker gets them, put together again."""
-    (port,) = Inputs.of(value).cut(row_chunks)
+    (port,) = Inputs.from_value(value).make_dask_arrays(row_chunks)
     assert port.chunks[0] == row_chunks
     return np.concatenate(dask.compute(*port.to_delayed().ravel(), scheduler="synchronous"))
 
@@ -72,13 +72,13 @@ def test_paths(tmp_path: Path, suffix: str, as_what: type) -> None:
     """A path, as text or as a Path, gives the file's rows, and the file is told of."""
     path = in_file(tmp_path, suffix)
     np.testing.assert_array_equal(read(as_what(path)), X)
-    assert Inputs.of(as_what(path)).paths == [str(path)]
+    assert Inputs.from_value(as_what(path)).paths == [str(path)]
 
 
 def test_memmap(tmp_path: Path) -> None:
     """A memory map is taken as a plain view of it, which pickles no more than its rows."""
     mapped = np.load(in_file(tmp_path, ".npy"), mmap_mode="r")
-    (array,) = Inputs.of(mapped).arrays
+    (array,) = Inputs.from_value(mapped).arrays
     assert type(array) is np.ndarray
     assert np.shares_memory(array, mapped)
 
@@ -102,42 +102,44 @@ def test_memmap(tmp_path: Path) -> None:
 )
 def test_dtypes(value: Any, dtype: str) -> None:
     """Python's numbers become what torch makes of them; whatever has a dtype keeps it."""
-    assert Inputs.of(value).like()[0].dtype == dtype
+    assert Inputs.from_value(value).make_empty_arrays()[0].dtype == dtype
 
 
 def test_no_copy() -> None:
     """An array and a tensor are used where they lie."""
     tensor = torch.ones(3, 2, requires_grad=True)
-    assert np.shares_memory(Inputs.of(X).arrays[0], X)
-    assert np.shares_memory(Inputs.of(tensor).arrays[0], tensor.detach().numpy())
+    assert np.shares_memory(Inputs.from_value(X).arrays[0], X)
+    assert np.shares_memory(Inputs.from_value(tensor).arrays[0], tensor.detach().numpy())
 
 
 def test_named_ports() -> None:
     """A dict names the ports, of any number of axes."""
-    inputs = Inputs.of({"image": np.zeros((2, 3, 4, 4), "u1"), "meta": [1.0, 2.0]})
+    inputs = Inputs.from_value({"image": np.zeros((2, 3, 4, 4), "u1"), "meta": [1.0, 2.0]})
     assert inputs.describe() == ("image: (2, 3, 4, 4) uint8", "meta: (2,) float32")
     assert (inputs.n_rows, inputs.row_nbytes) == (2, 48 + 4)
-    assert [array.shape for array in inputs.like()] == [(0, 3, 4, 4), (0,)]
+    assert [array.shape for array in inputs.make_empty_arrays()] == [(0, 3, 4, 4), (0,)]
 
 
 def test_positional_ports(tmp_path: Path) -> None:
     """A tuple is one port per entry, each in a form of its own; a dask array's chunks are everybody's."""
-    inputs = Inputs.of((X, torch.ones(4), da.ones((4, 2), chunks=((1, 3), 1)), in_file(tmp_path, ".npy"), [1, 2, 3, 4]))
+    inputs = Inputs.from_value(
+        (X, torch.ones(4), da.ones((4, 2), chunks=((1, 3), 1)), in_file(tmp_path, ".npy"), [1, 2, 3, 4])
+    )
     assert inputs.ports.names == ("x[0]", "x[1]", "x[2]", "x[3]", "x[4]")
     assert inputs.row_chunks == (1, 3)
-    assert {port.chunks[0] for port in inputs.cut((1, 3))} == {(1, 3)}
+    assert {port.chunks[0] for port in inputs.make_dask_arrays((1, 3))} == {(1, 3)}
 
 
 def test_tensors() -> None:
     """A tensor among the ports is noted, and bfloat16 ones by name."""
-    inputs = Inputs.of({"a": X, "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.ones(4)})
-    assert (inputs.tensors, inputs.bfloat16) == (True, ("b",))
-    assert not Inputs.of(X).tensors
+    inputs = Inputs.from_value({"a": X, "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.ones(4)})
+    assert (inputs.has_tensors, inputs.bfloat16_ports) == (True, ("b",))
+    assert not Inputs.from_value(X).has_tensors
 
 
 def test_row_chunks_free() -> None:
     """Without a dask array the rows may be cut anywhere."""
-    assert Inputs.of(X).row_chunks is None
+    assert Inputs.from_value(X).row_chunks is None
 
 
 @pytest.mark.parametrize(
@@ -146,38 +148,38 @@ def test_row_chunks_free() -> None:
 )
 def test_unit_rows_of_dask_arrays(row_chunks: tuple[int, ...], unit_rows: int | None) -> None:
     """A dask array is computed by its chunks where all but the last are alike; others have no unit."""
-    assert Inputs.of(da.ones((sum(row_chunks), 2), chunks=(row_chunks, 2))).unit_rows == unit_rows
+    assert Inputs.from_value(da.ones((sum(row_chunks), 2), chunks=(row_chunks, 2))).unit_rows == unit_rows
 
 
 def test_unit_rows_of_files(tmp_path: Path) -> None:
     """A store is read by its chunks; arrays and ``.npy`` files can be read from anywhere."""
-    assert Inputs.of(in_file(tmp_path, ".zarr")).unit_rows == 2
-    assert Inputs.of((X, in_file(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
+    assert Inputs.from_value(in_file(tmp_path, ".zarr")).unit_rows == 2
+    assert Inputs.from_value((X, in_file(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
 
 
 def test_unit_rows_of_all_ports(tmp_path: Path) -> None:
     """Of several ports the rows that are whole units of each."""
     stored = in_file(tmp_path, ".zarr")
-    assert Inputs.of((X, stored, da.ones((4, 2), chunks=((3, 1), 2)))).unit_rows == 6
-    assert Inputs.of({"a": stored, "b": da.ones(4, chunks=((1, 3),))}).unit_rows == 2
+    assert Inputs.from_value((X, stored, da.ones((4, 2), chunks=((3, 1), 2)))).unit_rows == 6
+    assert Inputs.from_value({"a": stored, "b": da.ones(4, chunks=((1, 3),))}).unit_rows == 2
 
 
 def test_no_rows() -> None:
     """An input without rows is one."""
-    assert Inputs.of(X[:0]).n_rows == 0
-    assert Inputs.of(X[:0]).cut((0,))[0].shape == (0, 3)
+    assert Inputs.from_value(X[:0]).n_rows == 0
+    assert Inputs.from_value(X[:0]).make_dask_arrays((0,))[0].shape == (0, 3)
 
 
 def test_axis_of_no_length() -> None:
     """A later axis may have no length."""
-    assert Inputs.of(np.ones((4, 0))).cut((3, 1))[0].compute(scheduler="synchronous").shape == (4, 0)
+    assert Inputs.from_value(np.ones((4, 0))).make_dask_arrays((3, 1))[0].compute(scheduler="synchronous").shape == (4, 0)
 
 
 def test_file_is_read_where_needed(tmp_path: Path) -> None:
     """A file's rows are in no graph, and are read chunk by chunk."""
     path = tmp_path / "x.npy"
     np.save(path, np.ones((1000, 100)))
-    (port,) = Inputs.of(path).cut((500, 500))
+    (port,) = Inputs.from_value(path).make_dask_arrays((500, 500))
     assert len(pickle.dumps(port)) < 10_000
     path.unlink()
     with pytest.raises(InputError, match="cannot be read"):
@@ -228,20 +230,20 @@ def test_refused(bad: str) -> None:
     """What is no array of numbers with rows is refused, by the name of its port."""
     make, said = BAD[bad]
     with pytest.raises(InputError, match=said):
-        Inputs.of(make())
+        Inputs.from_value(make())
 
 
 def test_file_missing() -> None:
     """A path where nothing lies is refused."""
     with pytest.raises(SourceMissing, match=r"nowhere\.npy' does not exist"):
-        Inputs.of({"a": "nowhere.npy"})
+        Inputs.from_value({"a": "nowhere.npy"})
 
 
 def test_file_of_objects(tmp_path: Path) -> None:
     """A file of pickled objects is refused, and nothing in it is unpickled."""
     np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(InputError, match="Python objects"):
-        Inputs.of(tmp_path / "x.npy")
+        Inputs.from_value(tmp_path / "x.npy")
 
 
 def test_dask_is_not_computed() -> None:
@@ -251,4 +253,4 @@ def test_dask_is_not_computed() -> None:
         raise AssertionError("computed")
 
     with dask.config.set(scheduler=refuse):
-        Inputs.of({"a": da.ones((4, 3), chunks=2), "b": X}).cut((2, 2))
+        Inputs.from_value({"a": da.ones((4, 3), chunks=2), "b": X}).make_dask_arrays((2, 2))

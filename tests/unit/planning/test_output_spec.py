@@ -15,7 +15,7 @@ from daskinfer.errors import InputError, ModelError, OptionError
 from daskinfer.models.model import as_model
 from daskinfer.options import Options
 from daskinfer.planning import output_spec
-from daskinfer.planning.output_spec import Promise, promise
+from daskinfer.planning.output_spec import OutputSpec, infer_output_spec
 from daskinfer.worker.loaded import LoadedModel
 
 
@@ -43,14 +43,16 @@ class Do(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def ask(model: Any, x: Any = ((5, 3), "float32"), **fields: Any) -> Promise:
+def ask(model: Any, x: Any = ((5, 3), "float32"), **fields: Any) -> OutputSpec:
     """What the model will answer to ``x``: (shape, dtype), or a dict or list of them."""
-    ports = Ports.of(tuple(x) if isinstance(x, list) else {} if x is None else x if isinstance(x, dict) else "single")
+    ports = Ports.from_input(
+        tuple(x) if isinstance(x, list) else {} if x is None else x if isinstance(x, dict) else "single"
+    )
     forms = list(x.values()) if isinstance(x, dict) else x if isinstance(x, list) else [x]
-    return promise(as_model(model).recipe(), ports, [Unreadable(*form) for form in forms], Options(**fields))
+    return infer_output_spec(as_model(model).make_loader(), ports, [Unreadable(*form) for form in forms], Options(**fields))
 
 
-def looks(promised: Promise) -> list[tuple[tuple[int, ...], str]]:
+def looks(promised: OutputSpec) -> list[tuple[tuple[int, ...], str]]:
     """Shape and dtype of each output."""
     return [(output.shape, output.dtype.name) for output in promised.outputs]
 
@@ -59,7 +61,7 @@ def looks(promised: Promise) -> list[tuple[tuple[int, ...], str]]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of trying a module: made-up rows, and fake tensors."""
     if request.param == "fake":
-        monkeypatch.setattr(output_spec, "FAKE_ABOVE_NBYTES", 0)
+        monkeypatch.setattr(output_spec, "FAKE_TENSOR_MIN_NBYTES", 0)
     return str(request.param)
 
 
@@ -70,8 +72,8 @@ def _fake_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("run for real")
 
-    monkeypatch.setattr(output_spec, "FAKE_ABOVE_NBYTES", 0)
-    monkeypatch.setattr(output_spec, "_real_run", refuse)
+    monkeypatch.setattr(output_spec, "FAKE_TENSOR_MIN_NBYTES", 0)
+    monkeypatch.setattr(output_spec, "_infer_from_zeros", refuse)
 
 
 @pytest.mark.usefixtures("way")
@@ -163,7 +165,7 @@ def test_no_fake_with_steps(step: str) -> None:
 )
 def test_fake_does_not_do(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Where fake tensors fail, two rows are run, and a line says so."""
-    monkeypatch.setattr(output_spec, "FAKE_ABOVE_NBYTES", 0)
+    monkeypatch.setattr(output_spec, "FAKE_TENSOR_MIN_NBYTES", 0)
     with caplog.at_level(logging.DEBUG, "daskinfer.planning.output_spec"):
         assert looks(ask(Do(function))) == [((0, 3), "float32")]
     assert "two rows are run" in caplog.text
@@ -339,8 +341,8 @@ def test_refused_by_the_public_functions() -> None:
 def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many dtypes are tried, the network is loaded once."""
     loads = []
-    of = LoadedModel.of
-    monkeypatch.setattr(LoadedModel, "of", lambda *args: loads.append(1) or of(*args))
+    of = LoadedModel.from_model
+    monkeypatch.setattr(LoadedModel, "from_model", lambda *args: loads.append(1) or of(*args))
     with pytest.raises(InputError, match="pass dtype"):
         ask(nn.Linear(3, 2), ((5, 3), "float64"))
     assert len(loads) == 1
@@ -366,11 +368,11 @@ def test_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fill_values_that_an_output_holds(dtype: str, value: float | None, holds: bool) -> None:
     """A fill value that an output cannot hold is refused by the output's name, unless no row may fail."""
     outputs = (np.empty(0), np.empty((0, 3), dtype))
-    wanted = output_spec.Promise(flatten({"a": outputs[0], "b": outputs[1]})[1], outputs)
-    output_spec.check_fill(Options(fill_value=value), wanted)
+    wanted = output_spec.OutputSpec(flatten({"a": outputs[0], "b": outputs[1]})[1], outputs)
+    output_spec.check_fill_value(Options(fill_value=value), wanted)
     options = Options(fill_value=value, on_error="skip")
     if holds:
-        output_spec.check_fill(options, wanted)
+        output_spec.check_fill_value(options, wanted)
         return
     with pytest.raises(OptionError, match=f"the output b is {outputs[1].dtype}, which cannot hold .* fill_value=0"):
-        output_spec.check_fill(options, wanted)
+        output_spec.check_fill_value(options, wanted)

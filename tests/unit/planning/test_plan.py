@@ -3,13 +3,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from daskinfer.planning.plan import DevicePlan, Plan, describe, memory_refusals
-from daskinfer.scheduling.chunking import Layout, fit_chunk_nbytes, lay_out
+from daskinfer.planning.plan import DevicePlan, Plan, find_memory_problems, make_device_plans
+from daskinfer.scheduling.chunking import ChunkLayout, fit_chunk_nbytes, make_chunks
 
 
-def plan_devices(layout: Layout, *, model_nbytes: int = 0, n_devices: int = 1) -> tuple[DevicePlan, ...]:
+def plan_devices(layout: ChunkLayout, *, model_nbytes: int = 0, n_devices: int = 1) -> tuple[DevicePlan, ...]:
     """Describe a layout for GPUs of even weight and rows of 1 KiB."""
-    return describe(
+    return make_device_plans(
         layout,
         names=[f"cuda:{i}" for i in range(n_devices)],
         labels=["<b>"] * n_devices,
@@ -22,7 +22,7 @@ def plan_devices(layout: Layout, *, model_nbytes: int = 0, n_devices: int = 1) -
 
 def example_plan(**changed: object) -> Plan:
     """Make a plan of 1010 rows for two GPUs, but for the fields given."""
-    layout = lay_out(1010, [1.0, 1.0], batch_size=10)
+    layout = make_chunks(1010, [1.0, 1.0], batch_size=10)
     fields: dict[str, object] = {
         "devices": plan_devices(layout, model_nbytes=5, n_devices=2),
         "layout": layout,
@@ -36,7 +36,7 @@ def example_plan(**changed: object) -> Plan:
 
 def test_a_device_is_described_in_rows_and_bytes():
     """Rows, chunks and bytes are summed per device; the peak is the network and the largest chunk."""
-    first, second = plan_devices(lay_out(1010, [1.0, 1.0], batch_size=10), model_nbytes=5, n_devices=2)
+    first, second = plan_devices(make_chunks(1010, [1.0, 1.0], batch_size=10), model_nbytes=5, n_devices=2)
     assert (first.n_rows, first.n_chunks, first.share) == (510, 6, 510 / 1010)
     assert (second.n_rows, second.input_nbytes, second.output_nbytes) == (500, 500 * 768, 500 * 256)
     assert first.peak_nbytes == 5 + 130 * 1024
@@ -44,12 +44,12 @@ def test_a_device_is_described_in_rows_and_bytes():
 
 def test_the_peak_counts_the_padding():
     """Three rows at a micro-batch of 64 take the memory of 64."""
-    assert plan_devices(lay_out(3, [1.0], batch_size=64))[0].peak_nbytes == 64 * 1024
+    assert plan_devices(make_chunks(3, [1.0], batch_size=64))[0].peak_nbytes == 64 * 1024
 
 
 def test_a_device_without_rows_is_described_by_zeros():
     """No row gives a share, a peak and a count of 0, and no division by zero."""
-    (device,) = plan_devices(lay_out(0, [1.0], batch_size=8), model_nbytes=5)
+    (device,) = plan_devices(make_chunks(0, [1.0], batch_size=8), model_nbytes=5)
     assert (device.share, device.n_rows, device.n_chunks, device.peak_nbytes) == (0.0, 0, 0, 0)
 
 
@@ -114,9 +114,9 @@ def test_a_plan_knows_its_sums():
 )
 def test_a_chunk_that_cannot_fit_is_refused_with_the_cure(cell_rows, limit, cure):
     """The refusal names chunk, rows, device, need and free bytes, and the one thing that has to change."""
-    layout = lay_out(64 * 32, [1.0], batch_size=64, cell_rows=cell_rows)
+    layout = make_chunks(64 * 32, [1.0], batch_size=64, cell_rows=cell_rows)
     plan = plan_devices(layout, model_nbytes=1024)
-    (refusal,) = memory_refusals(plan, layout, [limit], row_nbytes=1024, model_nbytes=1024)
+    (refusal,) = find_memory_problems(plan, layout, [limit], row_nbytes=1024, model_nbytes=1024)
     needs, advice = refusal.split(" free. ")
     assert needs.startswith("chunk 0 (rows 0:512) needs 513.0 KiB on cuda:0 at batch_size=64; ")
     assert advice == cure
@@ -124,9 +124,9 @@ def test_a_chunk_that_cannot_fit_is_refused_with_the_cure(cell_rows, limit, cure
 
 def test_the_worst_offender_comes_first():
     """Refusals are sorted by the bytes that are missing; an unknown limit and an idle device are never refused."""
-    layout = lay_out(300, [1.0, 1.0, 1.0, 1.0, 0.0], batch_size=1)
+    layout = make_chunks(300, [1.0, 1.0, 1.0, 1.0, 0.0], batch_size=1)
     limits = [1 << 14, 0, 1 << 10, 1 << 30, 1]
-    refusals = memory_refusals(plan_devices(layout, n_devices=5), layout, limits, row_nbytes=1024, model_nbytes=0)
+    refusals = find_memory_problems(plan_devices(layout, n_devices=5), layout, limits, row_nbytes=1024, model_nbytes=0)
     assert [r.split(" on ")[1].split()[0] for r in refusals] == ["cuda:2", "cuda:0"]
 
 
@@ -134,16 +134,16 @@ def test_a_layout_made_to_fit_is_not_refused():
     """With fit_chunk_nbytes as its limit a layout is refused only where a single cell does not fit."""
     limit = 100 << 10
     budget = fit_chunk_nbytes([limit], model_nbytes=1024)
-    layout = lay_out(5000, [1.0], batch_size=64, row_nbytes=1024, chunk_nbytes=budget)
+    layout = make_chunks(5000, [1.0], batch_size=64, row_nbytes=1024, chunk_nbytes=budget)
     plan = plan_devices(layout, model_nbytes=1024)
-    assert memory_refusals(plan, layout, [limit], row_nbytes=1024, model_nbytes=1024) == []
+    assert find_memory_problems(plan, layout, [limit], row_nbytes=1024, model_nbytes=1024) == []
 
 
 @pytest.mark.parametrize(("balanced", "seconds"), [(True, 1010 / 400), (False, 510 / 100)])
 def test_measured_speeds_give_the_time_to_expect(balanced, seconds):
     """Balanced devices end together; planned shares take as long as the slowest takes for its own."""
-    layout = lay_out(1010, [1.0, 1.0], batch_size=10)
-    devices = describe(
+    layout = make_chunks(1010, [1.0, 1.0], batch_size=10)
+    devices = make_device_plans(
         layout,
         names=["cpu:0", "cpu:1"],
         labels=["", ""],

@@ -10,11 +10,11 @@ from daskinfer.errors import OptionError
 from daskinfer.scheduling.batching import (
     AUTO_BATCH_NBYTES,
     NEGLIGIBLE_WEIGHT,
-    auto_batch_size,
+    align_batch_size,
     check_batch_size,
-    read_grid,
-    tried_sizes,
-    within,
+    choose_batch_size,
+    make_batch_size_candidates,
+    read_cell_rows,
 )
 
 weight = st.sampled_from([0.0, 1e-9, 0.3, 1.0, 1.0, 2.0, 8.0, 1e9])
@@ -40,18 +40,18 @@ def test_batch_size_is_refused_with_cause_and_cure(wrong):
 )
 def test_a_micro_batch_is_about_a_mebibyte(n_rows, row_nbytes, expected):
     """One device's micro-batch is a power of two of at most a MiB within 8 to 1024 rows, and an eighth of its rows."""
-    assert auto_batch_size(n_rows, row_nbytes, [1.0]) == expected
+    assert choose_batch_size(n_rows, row_nbytes, [1.0]) == expected
 
 
 def test_a_negligible_device_does_not_set_the_micro_batch():
     """A weight below a thousandth of the largest leaves the micro-batch as it is; a thousandth cuts it."""
-    assert auto_batch_size(100_000, 256, [1.0, 1e-3 / 2]) == 1024
-    assert auto_batch_size(100_000, 256, [1.0, 1e-3]) == 12
+    assert choose_batch_size(100_000, 256, [1.0, 1e-3 / 2]) == 1024
+    assert choose_batch_size(100_000, 256, [1.0, 1e-3]) == 12
 
 
 def test_many_negligible_devices_still_get_a_cell_each():
     """Ten light devices beside a heavy one leave eleven cells at least: 100 rows by 9, as by 10 there would be ten."""
-    assert auto_batch_size(100, 1, [1.0] + [1e-9] * 10) == 9
+    assert choose_batch_size(100, 1, [1.0] + [1e-9] * 10) == 9
 
 
 @given(
@@ -61,7 +61,7 @@ def test_many_negligible_devices_still_get_a_cell_each():
 )
 def test_a_micro_batch_leaves_nobody_idle(n_rows, row_nbytes, weights):
     """The automatic micro-batch keeps its byte limit, an eighth of each share that counts, and a cell per device."""
-    rows = auto_batch_size(n_rows, row_nbytes, weights)
+    rows = choose_batch_size(n_rows, row_nbytes, weights)
     n_active = sum(w > 0 for w in weights)
     counting = [Fraction(w) for w in weights if w >= NEGLIGIBLE_WEIGHT * max(weights)]
     assert 1 <= rows <= 1024
@@ -73,7 +73,7 @@ def test_a_micro_batch_leaves_nobody_idle(n_rows, row_nbytes, weights):
 @given(unit=st.integers(1, 2000), size=st.integers(1, 1024))
 def test_a_micro_batch_within_what_is_read_in_one_go(unit, size):
     """It divides the unit where a divisor is at least half of it, and is never larger."""
-    rows = within(unit, size)
+    rows = align_batch_size(unit, size)
     assert rows <= size
     divisors = [d for d in range(1, size + 1) if unit % d == 0 and 2 * d >= size]
     assert rows == (max(divisors) if divisors else size)
@@ -82,17 +82,17 @@ def test_a_micro_batch_within_what_is_read_in_one_go(unit, size):
 @given(size=st.integers(1, 100), unit=st.integers(1, 100), n_rows=st.integers(0, 10**6), row_nbytes=st.integers(1, 1000))
 def test_cells_are_whole_micro_batches_and_whole_units_where_they_can_be(size, unit, n_rows, row_nbytes):
     """A cell is a multiple of the micro-batch, and of the unit unless that makes it too large for a chunk or the input."""
-    cell = read_grid(size, unit, n_rows, row_nbytes=row_nbytes, chunk_nbytes=100_000)
+    cell = read_cell_rows(size, unit, n_rows, row_nbytes=row_nbytes, chunk_nbytes=100_000)
     assert cell % size == 0
     assert cell % unit == 0 or np.lcm(size, unit) * row_nbytes > 100_000 or np.lcm(size, unit) * 64 > n_rows
 
 
 def test_sizes_to_try_double():
     """From the first up to the limit, at most six times; only divisors of a unit that is given; the first always."""
-    assert tried_sizes(8, 10**9) == (8, 16, 32, 64, 128, 256, 512)
-    assert tried_sizes(16, 32) == (8, 16, 32)
-    assert tried_sizes(16, 31) == (16,)  # too few rows for a choice
-    assert tried_sizes(64, 10**9)[:3] == (16, 32, 64)
-    assert tried_sizes(50, 100) == (25, 50, 100)
-    assert tried_sizes(8, 3) == (8,)
-    assert tried_sizes(6, 100, divides=48) == (6, 12, 24, 48)
+    assert make_batch_size_candidates(8, 10**9) == (8, 16, 32, 64, 128, 256, 512)
+    assert make_batch_size_candidates(16, 32) == (8, 16, 32)
+    assert make_batch_size_candidates(16, 31) == (16,)  # too few rows for a choice
+    assert make_batch_size_candidates(64, 10**9)[:3] == (16, 32, 64)
+    assert make_batch_size_candidates(50, 100) == (25, 50, 100)
+    assert make_batch_size_candidates(8, 3) == (8,)
+    assert make_batch_size_candidates(6, 100, write_unit_rows=48) == (6, 12, 24, 48)

@@ -12,7 +12,7 @@ from daskinfer.scheduling.chunking import (
     CHUNK_NBYTES,
     apportion,
     fit_chunk_nbytes,
-    lay_out,
+    make_chunks,
     resolve_weights,
 )
 
@@ -144,8 +144,8 @@ def test_shares_of_known_cases(n_cells, weights, expected):
 def test_a_layout_holds_every_row_once_on_the_grid(n_rows, weights, batch_size, batches_per_cell, chunk_nbytes):
     """Chunks are contiguous, whole cells, within their bytes, apportioned by weight, and shrink towards the end."""
     cell = batch_size * batches_per_cell
-    layout = lay_out(n_rows, weights, batch_size=batch_size, cell_rows=cell, row_nbytes=10, chunk_nbytes=chunk_nbytes)
-    by_device = [[c for c in layout.chunks if c.device == d] for d in range(len(weights))]
+    layout = make_chunks(n_rows, weights, batch_size=batch_size, cell_rows=cell, row_nbytes=10, chunk_nbytes=chunk_nbytes)
+    by_device = [[c for c in layout.chunks if c.device_index == d] for d in range(len(weights))]
     cells = apportion(math.ceil(n_rows / cell), weights)
 
     assert [row for c in layout.chunks for row in range(c.start, c.stop)] == list(range(n_rows))
@@ -160,24 +160,24 @@ def test_a_layout_holds_every_row_once_on_the_grid(n_rows, weights, batch_size, 
 @given(n_cells=st.integers(8, 500), n_devices=st.integers(1, 5))
 def test_rounds_run_through_the_devices_in_order(n_cells, n_devices):
     """Even devices take turns: chunk i is device i modulo their number, wherever all have the cells for it."""
-    devices = [c.device for c in lay_out(n_cells * n_devices, [1.0] * n_devices, batch_size=1).chunks]
+    devices = [c.device_index for c in make_chunks(n_cells * n_devices, [1.0] * n_devices, batch_size=1).chunks]
     assert devices == [i % n_devices for i in range(len(devices))]
 
 
 def test_a_light_device_keeps_pace_with_the_rounds():
     """Where chunks are many, a light device's cells are spread over all rounds and not bunched at either end."""
-    layout = lay_out(1010, [100.0, 1.0], batch_size=1, row_nbytes=1, chunk_nbytes=10)
-    assert [c.start for c in layout.chunks if c.device == 1] == [10 + 101 * i for i in range(10)]
+    layout = make_chunks(1010, [100.0, 1.0], batch_size=1, row_nbytes=1, chunk_nbytes=10)
+    assert [c.start for c in layout.chunks if c.device_index == 1] == [10 + 101 * i for i in range(10)]
 
 
 def test_the_last_round_is_cut_small():
     """The last of the rounds is cut into a half and two quarters."""
-    assert lay_out(1600, [1.0], batch_size=1).row_chunks == (400, 400, 400, 200, 100, 100)
+    assert make_chunks(1600, [1.0], batch_size=1).row_chunks == (400, 400, 400, 200, 100, 100)
 
 
 def test_the_partial_cell_is_the_last_chunks():
     """Rows beyond the last whole cell belong to the last chunk."""
-    layout = lay_out(81, [1.0], batch_size=10)
+    layout = make_chunks(81, [1.0], batch_size=10)
     assert layout.row_chunks[-1] == 1
     assert layout.padded_rows(layout.chunks[-1]) == 10
 
@@ -185,19 +185,19 @@ def test_the_partial_cell_is_the_last_chunks():
 @pytest.mark.parametrize(("n_rows", "row_chunks", "per_device"), [(0, (0,), (0, 0)), (1, (1,), (1, 0)), (2, (1, 1), (1, 1))])
 def test_few_rows_make_few_chunks(n_rows, row_chunks, per_device):
     """No row gives no chunk, and dask's chunks of an empty axis; fewer rows than devices leave the later ones out."""
-    layout = lay_out(n_rows, [1.0, 1.0], batch_size=1)
+    layout = make_chunks(n_rows, [1.0, 1.0], batch_size=1)
     assert (layout.row_chunks, layout.rows_per_device(2)) == (row_chunks, per_device)
 
 
 def test_the_largest_chunks_are_known_per_device():
     """Each device's first largest chunk is found, and None for a device without any."""
-    layout = lay_out(101, [1.0, 0.0, 3.0], batch_size=5)
+    layout = make_chunks(101, [1.0, 0.0, 3.0], batch_size=5)
     assert [c and c.n_rows for c in layout.largest_chunks(3)] == [10, None, 20]
 
 
 def test_a_million_chunks_are_laid_out():
     """A million chunks of one row each come out whole, also where a second device has one cell of them."""
-    layout = lay_out(1_000_000, [1e9, 1e-9, 0.0], batch_size=1, row_nbytes=2, chunk_nbytes=1)
+    layout = make_chunks(1_000_000, [1e9, 1e-9, 0.0], batch_size=1, row_nbytes=2, chunk_nbytes=1)
     assert len(layout.chunks) == 1_000_000
     assert layout.rows_per_device(3) == (999_999, 1, 0)
 
@@ -205,9 +205,9 @@ def test_a_million_chunks_are_laid_out():
 def test_write_units_hold_whole_micro_batches():
     """Write-units that cut through a micro-batch are refused with the largest batch size that divides them."""
     with pytest.raises(OptionError, match=r"hold 100 rows at batch_size=64; .* Use batch_size=50 \(--batch-size\)\."):
-        lay_out(1000, [1.0], batch_size=64, cell_rows=100)
+        make_chunks(1000, [1.0], batch_size=64, cell_rows=100)
     with pytest.raises(OptionError, match=r"hold 10 rows at batch_size=64; .* Use batch_size=10 \(--batch-size\)\."):
-        lay_out(1000, [1.0], batch_size=64, cell_rows=10)
+        make_chunks(1000, [1.0], batch_size=64, cell_rows=10)
 
 
 @pytest.mark.parametrize(

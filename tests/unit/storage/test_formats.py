@@ -12,12 +12,19 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskinfer.core.files import named
+from daskinfer.core.files import with_filename
 from daskinfer.errors import InputError, SourceMissing
 from daskinfer.storage import staging
-from daskinfer.storage.formats import Target, check_path, is_array, open_source, state, target
+from daskinfer.storage.formats import (
+    Target,
+    check_output_path,
+    compute_stat_fingerprint,
+    is_array_path,
+    make_target,
+    open_source,
+)
 from daskinfer.storage.formats import npy as npy_format
-from daskinfer.storage.paths import is_stored
+from daskinfer.storage.paths import is_part_intact
 
 X = np.arange(24, dtype="float32").reshape(6, 4)
 FORMATS = (".npy", ".zarr")
@@ -42,8 +49,8 @@ def write(path: Path, array: np.ndarray) -> Path:
 
 def created(path: Path, shape: tuple[int, ...], dtype: Any, unit_rows: int) -> Target:
     """An empty output at ``path``, and a run beside it that may write it."""
-    run = staging.begin(path.with_name("staging"), "run")
-    made = target(str(path), str(path), str(run), shape, np.dtype(dtype), unit_rows)
+    run = staging.create_run_folder(path.with_name("staging"), "run")
+    made = make_target(str(path), str(path), str(run), shape, np.dtype(dtype), unit_rows)
     made.create(str(path))
     return made
 
@@ -179,7 +186,7 @@ def test_npy_without_numbers(tmp_path: Path, shape: tuple[int, ...]) -> None:
 
 def test_npy_in_many_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more bytes than the system moves in one call are read and written in several, to the last byte."""
-    monkeypatch.setattr(npy_format, "_PART_NBYTES", 7)
+    monkeypatch.setattr(npy_format, "_MAX_IO_NBYTES", 7)
     target = created(tmp_path / "y.npy", X.shape, X.dtype, 1)
     target.write(2, X[2:])
     target.write(0, np.asfortranarray(X[:2]))
@@ -243,8 +250,8 @@ def test_target_round_trip(tmp_path_factory: pytest.TempPathFactory, shape: list
         parts += made.publish(pickle.loads(pickle.dumps(made)).write(start, rows))
     np.testing.assert_array_equal(open_source(path)[:], array)
     assert len(parts) == (-(-shape[0] // made.unit_rows) if array.size else 0)
-    assert all(is_stored(path, part) for part in parts)
-    assert all(os.path.exists(file) for file in made.files(parts))
+    assert all(is_part_intact(path, part) for part in parts)
+    assert all(os.path.exists(file) for file in made.get_file_paths(parts))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -262,7 +269,7 @@ def test_target_writes_what_an_empty_output_holds(tmp_path: Path, suffix: str) -
     made = created(tmp_path / f"y{suffix}", (6,), "f4", 3)
     parts = made.publish([*made.write(0, np.zeros(3, "f4")), *made.write(3, np.full(3, -0.0, "f4"))])
     assert np.signbit(open_source(tmp_path / f"y{suffix}")[:]).tolist() == [False] * 3 + [True] * 3
-    assert all(is_stored(tmp_path / f"y{suffix}", part) for part in parts)
+    assert all(is_part_intact(tmp_path / f"y{suffix}", part) for part in parts)
 
 
 def test_target_publishes_whole_chunks(tmp_path: Path) -> None:
@@ -271,7 +278,7 @@ def test_target_publishes_whole_chunks(tmp_path: Path) -> None:
     first, second = made.write(0, X), made.write(0, X)
     assert [path.name for path in (tmp_path / "y.zarr").iterdir()] == ["zarr.json"]
     assert made.publish(second) == made.publish(first)
-    assert [path.name for path in Path(made.path).iterdir()] == [staging.FENCE]
+    assert [path.name for path in Path(made.writable_path).iterdir()] == [staging.FENCE]
 
 
 def test_target_units_are_zarr_chunks(tmp_path: Path) -> None:
@@ -289,9 +296,9 @@ def test_target_metadata(tmp_path: Path, suffix: str, dtype: str) -> None:
     if suffix == ".npy":
         ends = [part.name.split(":") for part in parts]
         assert int(ends[-1][1]) == (tmp_path / "y.npy").stat().st_size
-        assert made.metadata[0] == f"0:{ends[0][0]}"
+        assert made.metadata_parts[0] == f"0:{ends[0][0]}"
     else:
-        assert {p.name for p in (tmp_path / "y.zarr").iterdir()} == {*made.metadata, *(part.name for part in parts)}
+        assert {p.name for p in (tmp_path / "y.zarr").iterdir()} == {*made.metadata_parts, *(part.name for part in parts)}
 
 
 def test_target_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +336,7 @@ def test_npy_header_is_numpys(tmp_path: Path) -> None:
 
 def test_write_errors_name_the_file(tmp_path: Path) -> None:
     """What the system says on writing, without a name, is said of the file."""
-    with pytest.raises(OSError, match=r"No space left on device: 'y'"), named("y"):
+    with pytest.raises(OSError, match=r"No space left on device: 'y'"), with_filename("y"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -337,45 +344,45 @@ def test_write_errors_name_the_file(tmp_path: Path) -> None:
 def test_state(tmp_path: Path, suffix: str) -> None:
     """An array's state is the same until it is written to."""
     path = write(tmp_path / f"x{suffix}", X)
-    before = state(str(path))
-    assert state(str(path)) == before
+    before = compute_stat_fingerprint(str(path))
+    assert compute_stat_fingerprint(str(path)) == before
     if suffix == ".npy":
         os.utime(path, ns=(0, before["mtime_ns"] + 1))
     else:
         zarr.open_array(path, mode="r+")[:1] = 7
-    assert state(str(path)) != before
+    assert compute_stat_fingerprint(str(path)) != before
 
 
 def test_state_of_zarr_2(tmp_path: Path) -> None:
     """The metadata of either of Zarr's formats counts."""
     zarr.create_array(tmp_path / "x.zarr", shape=(3,), dtype="f4", zarr_format=2)
-    before = state(str(tmp_path / "x.zarr"))
+    before = compute_stat_fingerprint(str(tmp_path / "x.zarr"))
     text = (tmp_path / "x.zarr" / ".zarray").read_text()
     (tmp_path / "x.zarr" / ".zarray").write_text(f"{text} ")
-    assert state(str(tmp_path / "x.zarr"))["metadata"] != before["metadata"]
+    assert compute_stat_fingerprint(str(tmp_path / "x.zarr"))["metadata"] != before["metadata"]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_is_array(tmp_path: Path, suffix: str) -> None:
     """What is no array of its suffix's format is none."""
-    assert is_array(str(write(tmp_path / f"x{suffix}", X)))
+    assert is_array_path(str(write(tmp_path / f"x{suffix}", X)))
     (tmp_path / f"y{suffix}").write_text("precious")
-    assert not is_array(str(tmp_path / f"y{suffix}"))
+    assert not is_array_path(str(tmp_path / f"y{suffix}"))
 
 
 def test_check_path(tmp_path: Path) -> None:
     """A path comes back absolute, whatever lies there."""
     (tmp_path / "y.npy").touch()
-    assert check_path(os.path.relpath(tmp_path / "y.npy")) == str(tmp_path / "y.npy")
+    assert check_output_path(os.path.relpath(tmp_path / "y.npy")) == str(tmp_path / "y.npy")
 
 
 def test_check_path_no_folder(tmp_path: Path) -> None:
     """An output in a folder that is missing is refused."""
     with pytest.raises(SourceMissing, match=r"the output's folder .* does not exist"):
-        check_path(tmp_path / "no" / "y.npy")
+        check_output_path(tmp_path / "no" / "y.npy")
 
 
 def test_check_path_suffix() -> None:
     """An output with an unknown suffix is refused."""
     with pytest.raises(InputError, match=r"the output .* ends in ''"):
-        check_path("y")
+        check_output_path("y")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskinfer.errors import OutputLocked
-from daskinfer.storage.journal import Ledger
+from daskinfer.storage.journal import OutputJournal
 from daskinfer.storage.manifest import Header
 
 HEADER = Header(output="y", model="m", input={}, options={}, shape=(4,), dtype="float32", unit_rows=1, batch_size=1)
@@ -23,13 +23,16 @@ HEADER = Header(output="y", model="m", input={}, options={}, shape=(4,), dtype="
 def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
     """However runs take the lock and leave with nothing stored, one at a time has it, and the last leaves nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        holder: Ledger | None = None
+        holder: OutputJournal | None = None
         for leave in [*leaves, True]:
             if holder is None:
-                holder = Ledger(f"{folder}/y.npy", HEADER)
-                holder.hold()
-            with Ledger(f"{folder}/y.npy", HEADER) as other, pytest.raises(OutputLocked, match="is held by another run"):
-                other.hold()
+                holder = OutputJournal(f"{folder}/y.npy", HEADER)
+                holder.lock()
+            with (
+                OutputJournal(f"{folder}/y.npy", HEADER) as other,
+                pytest.raises(OutputLocked, match="is held by another run"),
+            ):
+                other.lock()
             assert os.listdir(folder) == ["y.npy.daskinfer"]
             if leave:
                 holder.__exit__()
@@ -39,8 +42,8 @@ def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
 
 def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that opens a lock just before its owner withdraws the output takes the next one, not one that is gone."""
-    first, second, third = (Ledger(str(tmp_path / "y.npy"), HEADER) for _ in range(3))
-    first.hold()
+    first, second, third = (OutputJournal(str(tmp_path / "y.npy"), HEADER) for _ in range(3))
+    first.lock()
     flock, n_calls = fcntl.flock, []
 
     def late(descriptor: int, kind: int) -> None:
@@ -50,10 +53,10 @@ def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: p
         flock(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second.hold()
+    second.lock()
     assert len(n_calls) == 2
     with third, pytest.raises(OutputLocked, match="is held by another run"):
-        third.hold()
+        third.lock()
     second.__exit__()
     assert list(tmp_path.iterdir()) == []
 
@@ -68,8 +71,8 @@ def test_the_lock_that_is_held_goes_last(tmp_path: Path, monkeypatch: pytest.Mon
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", noting)
-    with Ledger(str(tmp_path / "y.npy"), HEADER) as held:
-        held.hold()
+    with OutputJournal(str(tmp_path / "y.npy"), HEADER) as held:
+        held.lock()
         for name in ("lock-1-of-2", "lock-2-of-2", "creating"):
             (held.folder / name).touch()
     assert gone[-1] == "lock"

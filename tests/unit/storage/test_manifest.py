@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daskinfer.core.chunks import Failure, Written
-from daskinfer.core.row_ranges import in_all, left_over, merged
-from daskinfer.storage.manifest import Entry, Header, Progress, from_line, read_lines, shard_rows, to_line
+from daskinfer.core.chunks import RowFailure, StoredPart
+from daskinfer.core.row_ranges import intersect_ranges, merge_ranges, subtract_ranges
+from daskinfer.storage.manifest import (
+    CommitState,
+    Header,
+    JournalEntry,
+    compute_shard_rows,
+    format_line,
+    parse_line,
+    parse_lines,
+)
 
 HEADER = Header(
     output="y",
@@ -36,27 +44,27 @@ records = st.dictionaries(st.text(), plain, max_size=12)
 @given(records)
 def test_a_line_gives_back_its_record(record: dict[str, Any]) -> None:
     """Whatever a record holds, its line is one line and reads back as it was."""
-    line = to_line(record)
+    line = format_line(record)
     assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
-    assert from_line(line) == record
+    assert parse_line(line) == record
 
 
 @given(records, st.data())
 def test_a_line_notices_any_changed_byte(record: dict[str, Any], data: st.DataObject) -> None:
     """A line of which one byte is another is no line any more."""
-    line = bytearray(to_line(record))
+    line = bytearray(format_line(record))
     at, mask = data.draw(st.integers(0, len(line) - 1)), data.draw(st.integers(1, 255))
     line[at] ^= mask
-    assert from_line(bytes(line)) is None
+    assert parse_line(bytes(line)) is None
 
 
 @given(st.lists(records, max_size=5), st.data())
 def test_a_torn_log_keeps_what_came_before(written: list[dict[str, Any]], data: st.DataObject) -> None:
     """Cut off anywhere, a log gives the records of its whole lines, and says where they end."""
-    lines = [to_line(record) for record in written]
+    lines = [format_line(record) for record in written]
     content = b"".join(lines)
     cut = data.draw(st.integers(0, len(content)))
-    found, n_bytes = read_lines(content[:cut])
+    found, n_bytes = parse_lines(content[:cut])
     assert found == written[: len(found)]
     assert n_bytes == sum(map(len, lines[: len(found)])) <= cut
     assert len(found) == len(written) or cut < n_bytes + len(lines[len(found)])
@@ -64,9 +72,9 @@ def test_a_torn_log_keeps_what_came_before(written: list[dict[str, Any]], data: 
 
 def test_header_round_trip() -> None:
     """A header is read as it was written, also one with fields that a later version adds."""
-    record = from_line(to_line(HEADER.record() | {"later": 1}))
+    record = parse_line(format_line(HEADER.to_record() | {"later": 1}))
     assert record is not None
-    assert Header.of(record) == HEADER
+    assert Header.from_record(record) == HEADER
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_header_round_trip() -> None:
 )
 def test_every_difference_is_named(changed: dict[str, Any], said: str) -> None:
     """Whatever changes the answer is named, with what it was and is; nothing else is."""
-    first, *_ = found = HEADER.differences(replace(HEADER, **changed), None)
+    first, *_ = found = HEADER.find_differences(replace(HEADER, **changed), None)
     assert first.startswith(said)
     assert len(found) <= 2  # a port that is gone and one that is new
 
@@ -94,28 +102,28 @@ def test_every_difference_is_named(changed: dict[str, Any], said: str) -> None:
 def test_what_may_differ() -> None:
     """Write-units and micro-batches are the older run's, unless the caller names a micro-batch."""
     other = replace(HEADER, unit_rows=20, batch_size=20, by_kind={})
-    assert HEADER.differences(other, None) == []
-    assert HEADER.differences(other, 5) == []
-    assert HEADER.differences(other, 20) == ["batch_size was 5 and is 20"]
+    assert HEADER.find_differences(other, None) == []
+    assert HEADER.find_differences(other, 5) == []
+    assert HEADER.find_differences(other, 20) == ["batch_size was 5 and is 20"]
 
 
-parts = st.builds(Written, st.text(), st.integers(0), st.integers(0, 2**32 - 1))
-failures = st.builds(Failure, st.integers(0), st.integers(0), st.text(), st.text())
+parts = st.builds(StoredPart, st.text(), st.integers(0), st.integers(0, 2**32 - 1))
+failures = st.builds(RowFailure, st.integers(0), st.integers(0), st.text(), st.text())
 
 
 @given(
     st.builds(
-        Entry,
+        JournalEntry,
         *(st.integers(0), st.integers(0), st.text(), st.integers(0), st.text(), st.integers(1)),
         st.lists(parts).map(tuple),
         st.lists(failures).map(tuple),
     )
 )
-def test_a_receipt_gives_back_its_chunk(entry: Entry) -> None:
+def test_a_receipt_gives_back_its_chunk(entry: JournalEntry) -> None:
     """A receipt is read as it was written."""
-    record = from_line(to_line(entry.record()))
+    record = parse_line(format_line(entry.to_record()))
     assert record is not None
-    assert Entry.of(record) == entry
+    assert JournalEntry.from_record(record) == entry
 
 
 @st.composite
@@ -132,51 +140,53 @@ def logs(draw: st.DrawFn) -> tuple[int, int, list[tuple[str, int, int]]]:
 def test_progress_is_what_the_lines_add_up_to(log: tuple[int, int, list[tuple[str, int, int]]]) -> None:
     """After any receipts and voids, in any order, what is done and failed is what one row at a time would say."""
     n_rows, unit_rows, happened = log
-    progress, rows = Progress(n_rows, unit_rows), dict.fromkeys(range(n_rows), "")
+    progress, rows = CommitState(n_rows, unit_rows), dict.fromkeys(range(n_rows), "")
     for number, (what, start, stop) in enumerate(happened):
-        failed = (Failure(start, stop, "cpu", "bad"),) if what == "fail" else ()
-        written = tuple(Written(f"{number}.{first}", 1, 0) for first in range(start, stop, unit_rows))
-        entry = Entry(start, stop, "cpu", 1, "", 1, written, failed)
-        progress.read([{"void": [start, stop]} if what == "void" else entry.record()])
+        failed = (RowFailure(start, stop, "cpu", "bad"),) if what == "fail" else ()
+        written = tuple(StoredPart(f"{number}.{first}", 1, 0) for first in range(start, stop, unit_rows))
+        entry = JournalEntry(start, stop, "cpu", 1, "", 1, written, failed)
+        progress.replay([{"void": [start, stop]} if what == "void" else entry.to_record()])
         rows |= dict.fromkeys(range(start, stop), "" if what == "void" else what)
-    assert progress.done == merged((row, row + 1) for row, what in rows.items() if what)
-    found = merged((failure.start, failure.stop) for failure in progress.failures)
-    assert found == merged((row, row + 1) for row, what in rows.items() if what == "fail")
-    assert [part.start for part in progress.parts] == sorted({row // unit_rows * unit_rows for row, w in rows.items() if w})
+    assert progress.done == merge_ranges((row, row + 1) for row, what in rows.items() if what)
+    found = merge_ranges((failure.start, failure.stop) for failure in progress.failures)
+    assert found == merge_ranges((row, row + 1) for row, what in rows.items() if what == "fail")
+    assert [part.start for part in progress.stored_ranges] == sorted(
+        {row // unit_rows * unit_rows for row, w in rows.items() if w}
+    )
 
 
 def test_what_may_have_been_written_twice() -> None:
     """A part is marked where its chunk was tried again, or where an earlier run may have begun it."""
-    progress = Progress(40, 10)
-    progress.read([{"run": 1, "boot": "here"}])
-    progress.add(Entry(0, 10, "cpu", 1, "", 1, (Written("a", 1, 0),)))
-    progress.add(Entry(10, 20, "cpu", 1, "", 2, (Written("b", 1, 0),)))
-    progress.read([{"end": True}])
-    assert progress.ended
-    progress.read([{"run": 2, "boot": "there"}])
-    progress.add(Entry(20, 40, "cpu", 1, "", 1, (Written("c", 1, 0), Written("d", 1, 0))))
-    assert [part.again for part in progress.parts] == [False, True, True, True]
-    assert (progress.ended, progress.n_runs, progress.boot) == (False, 2, "there")
+    progress = CommitState(40, 10)
+    progress.replay([{"run": 1, "boot": "here"}])
+    progress.add(JournalEntry(0, 10, "cpu", 1, "", 1, (StoredPart("a", 1, 0),)))
+    progress.add(JournalEntry(10, 20, "cpu", 1, "", 2, (StoredPart("b", 1, 0),)))
+    progress.replay([{"end": True}])
+    assert progress.is_finished
+    progress.replay([{"run": 2, "boot": "there"}])
+    progress.add(JournalEntry(20, 40, "cpu", 1, "", 1, (StoredPart("c", 1, 0), StoredPart("d", 1, 0))))
+    assert [part.needs_recheck for part in progress.stored_ranges] == [False, True, True, True]
+    assert (progress.is_finished, progress.n_runs, progress.boot_id) == (False, 2, "there")
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 12))
 def test_shards_cover_all_rows_once(n_rows: int, unit_rows: int, n_shards: int) -> None:
     """Shards are whole write-units, in order, and every row is in exactly one; sizes differ by one unit at most."""
-    found = [shard_rows(n_rows, unit_rows, (i, n_shards)) for i in range(1, n_shards + 1)]
+    found = [compute_shard_rows(n_rows, unit_rows, (i, n_shards)) for i in range(1, n_shards + 1)]
     assert [row for start, stop in found for row in range(start, stop)] == list(range(n_rows))
     assert all(start % unit_rows == 0 or start == n_rows for start, _ in found)
     n_units = [-(-(stop - start) // unit_rows) for start, stop in found]
     assert max(n_units) - min(n_units) <= 1
 
 
-ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda r: r[0] < r[1])).map(merged)
+ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda r: r[0] < r[1])).map(merge_ranges)
 
 
 @given(st.lists(ranges, min_size=1, max_size=3))
 def test_ranges_are_sets_of_rows(many: list[list[tuple[int, int]]]) -> None:
     """What is common to several lists of ranges, and what is left without it, is what sets of rows say."""
     sets = [{row for start, stop in found for row in range(start, stop)} for found in many]
-    common = in_all(many, 30)
+    common = intersect_ranges(many, 30)
     assert {row for start, stop in common for row in range(start, stop)} == set.intersection(*sets)
-    left = [row for start, stop in left_over((0, 30), common) for row in range(start, stop)]
+    left = [row for start, stop in subtract_ranges((0, 30), common) for row in range(start, stop)]
     assert left == sorted(set(range(30)) - set.intersection(*sets))

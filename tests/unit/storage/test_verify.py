@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import daskinfer as di
 from daskinfer.cli.main import main
-from daskinfer.core.files import remove
+from daskinfer.core.files import remove_path
 from daskinfer.storage.verify import verify
 
 X = np.random.default_rng(0).random((300, 6))
@@ -92,7 +92,7 @@ def test_every_missing_or_longer_file_is_found(output: Path) -> None:
         lambda output, manifest: ((manifest / "creating").unlink(), (manifest / "creating").mkdir()),
         lambda output, manifest: ((output if output.is_dir() else manifest) / "c.99.0").touch(),
         lambda output, manifest: ((output if output.is_dir() else manifest) / "folder").mkdir(),
-        lambda output, manifest: remove(output),
+        lambda output, manifest: remove_path(output),
     ],
     ids=["more", "staging", "lock", "creating", "chunk", "folder", "gone"],
 )
@@ -162,9 +162,9 @@ def test_a_complete_output_whose_parts_are_gone_is_not_called_done(tmp_path: Pat
             sorted(path.glob("c.*"))[1].unlink()
         else:
             os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(di.errors.OutputExists, match=r"parts are gone or cut short since \(.*--fresh"):
+        with pytest.raises(di.errors.OutputExists, match=r"parts are gone or cut short since \(.*--overwrite"):
             di.run(np.sqrt, X, path, **how)
         with pytest.raises(di.errors.OutputExists, match="gone or cut short"):
             di.plan(np.sqrt, X, target=path, **how)
-        assert di.run(np.sqrt, X, path, fresh=True, **how).rows == len(X)
+        assert di.run(np.sqrt, X, path, overwrite=True, **how).rows == len(X)
         assert verify(path).wrong == ()

@@ -23,7 +23,12 @@ from hypothesis import strategies as st
 
 from daskinfer.core.arrays import copy_rows
 from daskinfer.transport import process_memory
-from daskinfer.transport.process_memory import Borrowed, lendable, own_memory, readable
+from daskinfer.transport.process_memory import (
+    ProcessMemoryArray,
+    advertise_process_memory,
+    can_read_memory,
+    is_readable_by_peers,
+)
 from tests.unit.transport.test_row_sources import FORMS
 
 X = np.arange(24, dtype="float32").reshape(6, 4)
@@ -34,7 +39,7 @@ def child() -> Iterator[ProcessPoolExecutor]:
     """A process that was started anew, without anything of this one's memory."""
     resource_tracker.ensure_running()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        pool.submit(own_memory).result()  # it starts with its first work
+        pool.submit(advertise_process_memory).result()  # it starts with its first work
         yield pool
 
 
@@ -50,7 +55,7 @@ def ended() -> int:
 def test_another_process_reads_an_array(form: str, child: ProcessPoolExecutor) -> None:
     """A process reads arrays of every dtype and shape out of this one's memory, and gets nothing but their address."""
     array = np.array(FORMS[form], order="C")
-    lent = Borrowed.of(array)
+    lent = ProcessMemoryArray.from_array(array)
     assert len(pickle.dumps(lent)) < 400
     native = array.astype(array.dtype.newbyteorder("="))  # as NumPy's pickles are, on the way back
     np.testing.assert_array_equal(child.submit(np.asarray, lent).result(), native, strict=True)
@@ -59,40 +64,46 @@ def test_another_process_reads_an_array(form: str, child: ProcessPoolExecutor) -
 def test_rows_are_read_when_they_are_asked_for(child: ProcessPoolExecutor) -> None:
     """Nothing is copied before: what is read is what lies there then."""
     array = X.copy()
-    lent = Borrowed.of(array)
+    lent = ProcessMemoryArray.from_array(array)
     array[:] = 7
     assert (child.submit(np.asarray, lent).result() == 7).all()
 
 
 def test_another_process_knows_this_one(child: ProcessPoolExecutor) -> None:
     """A process can read this one's memory where it finds the token, not where another token or another address is."""
-    own = own_memory()
+    own = advertise_process_memory()
     others = [own, replace(own, token=own.token[::-1]), replace(own, address=own.address + 1), replace(own, address=1)]
-    assert [child.submit(readable, ref).result() for ref in others] == [True, False, False, False]
+    assert [child.submit(can_read_memory, ref).result() for ref in others] == [True, False, False, False]
 
 
 def test_a_process_of_its_own_number_knows_another_one(child: ProcessPoolExecutor) -> None:
     """Each process has a token of its own, so that one of the same number in another container is not taken for it."""
-    assert child.submit(own_memory).result().token != own_memory().token
+    assert child.submit(advertise_process_memory).result().token != advertise_process_memory().token
 
 
 def test_a_process_that_is_gone(ended: int) -> None:
     """Reading from a process that is gone is an error that names it, and asking first says so."""
     with pytest.raises(OSError, match=f"the memory of process {ended} cannot be read: No such process"):
-        np.asarray(replace(Borrowed.of(X), pid=ended))
-    assert not readable(replace(own_memory(), pid=ended))
+        np.asarray(replace(ProcessMemoryArray.from_array(X), pid=ended))
+    assert not can_read_memory(replace(advertise_process_memory(), pid=ended))
 
 
 def test_an_address_without_memory() -> None:
     """Reading where nothing is mapped is an error, not a crash."""
     with pytest.raises(OSError, match=f"the memory of process {os.getpid()} cannot be read: Bad address"):
-        np.asarray(replace(Borrowed.of(X), address=1))
+        np.asarray(replace(ProcessMemoryArray.from_array(X), address=1))
 
 
 def test_memory_that_nobody_may_read() -> None:
     """Of memory that the system keeps from others, a driver's or this page, it is seen before it is lent."""
     kept = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE, prot=0), np.uint8)
-    assert [lendable(array) for array in (kept, X, X[:0], X[:, :0], np.array(1.0))] == [False, True, True, True, True]
+    assert [is_readable_by_peers(array) for array in (kept, X, X[:0], X[:, :0], np.array(1.0))] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
 BOUND = st.none() | st.integers(-9, 9)
@@ -102,14 +113,17 @@ BOUND = st.none() | st.integers(-9, 9)
 def test_slices(first: tuple[Any, Any], second: tuple[Any, Any], n_columns: int) -> None:
     """A slice, and one of that, holds the rows that NumPy says, also none of them and rows of no bytes."""
     array = X[:, :n_columns].copy()
-    found, expected = Borrowed.of(array)[slice(*first)][slice(*second)], array[slice(*first)][slice(*second)]
+    found, expected = (
+        ProcessMemoryArray.from_array(array)[slice(*first)][slice(*second)],
+        array[slice(*first)][slice(*second)],
+    )
     assert len(found) == len(expected)
     np.testing.assert_array_equal(np.asarray(found), expected, strict=True)
 
 
 def test_a_slice_reads_nothing(ended: int) -> None:
     """Slicing is arithmetic: it needs no process."""
-    assert replace(Borrowed.of(X), pid=ended)[2:4].shape == (2, 4)
+    assert replace(ProcessMemoryArray.from_array(X), pid=ended)[2:4].shape == (2, 4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,13 +133,13 @@ def test_copying_rows(form: str, cast: str | None, lent: bool) -> None:
     """Rows come into a buffer with the buffer's dtype, from another process's memory as from this one's."""
     array = np.array(FORMS[form], order="C")
     out = np.full(array.shape, 9, cast or array.dtype.newbyteorder("="))
-    copy_rows(Borrowed.of(array) if lent else array, out)
+    copy_rows(ProcessMemoryArray.from_array(array) if lent else array, out)
     np.testing.assert_array_equal(out, array.astype(out.dtype), strict=True)
 
 
 def test_as_an_array_of_another_dtype() -> None:
     """NumPy makes an array of it in the dtype that is asked for, of its own memory."""
-    lent = Borrowed.of(X)
+    lent = ProcessMemoryArray.from_array(X)
     np.testing.assert_array_equal(np.asarray(lent, dtype=">f8"), X.astype(">f8"), strict=True)
     np.array(lent)[:] = 0
     assert X.sum() == 276
@@ -133,7 +147,7 @@ def test_as_an_array_of_another_dtype() -> None:
 
 def test_a_system_that_reads_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the system copies at a time may be less than was asked for."""
-    reader, n_calls = process_memory._reader(), []
+    reader, n_calls = process_memory._get_process_vm_readv(), []
 
     def reads_five(pid: int, here: Any, n: int, there: Any, m: int, flags: int) -> int:
         n_calls.append(1)
@@ -141,25 +155,25 @@ def test_a_system_that_reads_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         places[1] = places[3] = min(5, places[1])
         return reader(pid, here, n, there, m, flags)
 
-    monkeypatch.setattr(process_memory, "_reader", lambda: reads_five)
-    np.testing.assert_array_equal(np.asarray(Borrowed.of(X)), X)
+    monkeypatch.setattr(process_memory, "_get_process_vm_readv", lambda: reads_five)
+    np.testing.assert_array_equal(np.asarray(ProcessMemoryArray.from_array(X)), X)
     assert len(n_calls) == -(-X.nbytes // 5)
 
 
 def test_a_system_that_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that copies no byte and names no reason is an error, not a loop."""
-    monkeypatch.setattr(process_memory, "_reader", lambda: lambda *_: 0)
+    monkeypatch.setattr(process_memory, "_get_process_vm_readv", lambda: lambda *_: 0)
     with pytest.raises(OSError, match="cannot be read"):
-        np.asarray(Borrowed.of(X))
+        np.asarray(ProcessMemoryArray.from_array(X))
 
 
 def test_a_system_without_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has no way, nothing is readable or lent, and reading all the same is an error."""
-    monkeypatch.setattr(process_memory, "_libc", object)
-    process_memory._reader.cache_clear()
-    assert (readable(own_memory()), lendable(X)) == (False, False)
+    monkeypatch.setattr(process_memory, "_load_libc", object)
+    process_memory._get_process_vm_readv.cache_clear()
+    assert (can_read_memory(advertise_process_memory()), is_readable_by_peers(X)) == (False, False)
     with pytest.raises(OSError, match="this system cannot read another process's memory"):
-        np.asarray(Borrowed.of(X))
+        np.asarray(ProcessMemoryArray.from_array(X))
 
 
 @pytest.mark.parametrize(("scope", "n_calls"), [("1\n", 1), ("0\n", 0), ("2\n", 0), (None, 0)])
@@ -168,9 +182,9 @@ def test_descendants_are_let_in(scope: str | None, n_calls: int, tmp_path: Path,
     if scope is not None:
         (tmp_path / "scope").write_text(scope)
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(process_memory, "_YAMA", tmp_path / "scope")
-    monkeypatch.setattr(process_memory, "_libc", lambda: SimpleNamespace(prctl=lambda *words: calls.append(words)))
-    assert own_memory().pid == os.getpid()
+    monkeypatch.setattr(process_memory, "_PTRACE_SCOPE_PATH", tmp_path / "scope")
+    monkeypatch.setattr(process_memory, "_load_libc", lambda: SimpleNamespace(prctl=lambda *words: calls.append(words)))
+    assert advertise_process_memory().pid == os.getpid()
     said = [(option, process.value, *rest) for option, process, *rest in calls]
     assert said == [(int.from_bytes(b"Yama", "big"), os.getpid(), 0, 0, 0)] * n_calls
     assert all(isinstance(process, ctypes.c_ulong) for _, process, *_ in calls)

@@ -17,21 +17,28 @@ from distributed import Client
 import daskinfer as di
 from daskinfer.cluster import preflight
 from daskinfer.transport import process_memory, routing
-from daskinfer.transport.process_memory import Borrowed
-from daskinfer.transport.routing import SENT_NBYTES, Way
-from daskinfer.transport.row_sources import Brought, FromClient, FromSlot, Part, Sent, Within
-from daskinfer.transport.shared_memory import Arena, slot_nbytes
+from daskinfer.transport.process_memory import ProcessMemoryArray
+from daskinfer.transport.routing import MAX_INLINE_NBYTES, RowRouter
+from daskinfer.transport.row_sources import (
+    InlineRows,
+    ProcessMemoryRows,
+    RowSource,
+    ScatteredRows,
+    SharedMemoryRows,
+    TaskResources,
+)
+from daskinfer.transport.shared_memory import SharedMemoryPool, compute_slot_nbytes
 
 Array = np.ndarray[Any, Any]
 
 X = np.arange(24, dtype="float32").reshape(6, 4)
-SMALL, LARGE = np.zeros(SENT_NBYTES, "u1"), np.zeros(SENT_NBYTES + 1, "u1")
+SMALL, LARGE = np.zeros(MAX_INLINE_NBYTES, "u1"), np.zeros(MAX_INLINE_NBYTES + 1, "u1")
 
 
 @pytest.fixture
-def arena() -> Iterator[Arena]:
+def arena() -> Iterator[SharedMemoryPool]:
     """An arena of one slot."""
-    made = Arena(slot_nbytes(1000), 1)
+    made = SharedMemoryPool(compute_slot_nbytes(1000), 1)
     yield made
     made.close()
 
@@ -66,76 +73,86 @@ NOT_IN_ORDER = {
 
 
 @pytest.mark.parametrize("form", IN_ORDER)
-def test_rule_1_rows_stay_where_the_worker_reads_them(form: str, arena: Arena) -> None:
+def test_rule_1_rows_stay_where_the_worker_reads_them(form: str, arena: SharedMemoryPool) -> None:
     """Rows that lie one after the other stay where they are, whatever other ways there are."""
-    array, slot, client = IN_ORDER[form], arena.free[0], Comms()
-    assert Way(client, slot, reads=True).take(array) == FromClient(Borrowed.of(array))
-    assert (client.sent, slot.place(SMALL[:1000].shape, SMALL.dtype) is None) == ([], False)
+    array, slot, client = IN_ORDER[form], arena.free_slots[0], Comms()
+    assert RowRouter(client, slot, reads_process_memory=True).send_rows(array) == ProcessMemoryRows(
+        ProcessMemoryArray.from_array(array)
+    )
+    assert (client.sent, slot.allocate(SMALL[:1000].shape, SMALL.dtype) is None) == ([], False)
 
 
 @pytest.mark.parametrize("form", NOT_IN_ORDER)
-def test_rule_2_rows_in_another_order_go_into_the_slot(form: str, arena: Arena) -> None:
+def test_rule_2_rows_in_another_order_go_into_the_slot(form: str, arena: SharedMemoryPool) -> None:
     """Rows that do not lie one after the other are put in order in the slot."""
-    part = Way(Comms(), arena.free[0], reads=True).take(NOT_IN_ORDER[form])
-    assert isinstance(part, FromSlot)
-    np.testing.assert_array_equal(part.rows(Within(arena.memory)), NOT_IN_ORDER[form], strict=True)
+    part = RowRouter(Comms(), arena.free_slots[0], reads_process_memory=True).send_rows(NOT_IN_ORDER[form])
+    assert isinstance(part, SharedMemoryRows)
+    np.testing.assert_array_equal(part.read_rows(TaskResources(arena.memory)), NOT_IN_ORDER[form], strict=True)
 
 
-def test_rule_2_rows_go_into_the_slot_where_the_worker_does_not_read(arena: Arena) -> None:
+def test_rule_2_rows_go_into_the_slot_where_the_worker_does_not_read(arena: SharedMemoryPool) -> None:
     """For a worker that shares memory and does not read this process's, rows are copied into the slot."""
-    assert isinstance(Way(Comms(), arena.free[0]).take(X), FromSlot)
+    assert isinstance(RowRouter(Comms(), arena.free_slots[0]).send_rows(X), SharedMemoryRows)
 
 
-def test_rule_2_rows_that_cannot_be_lent_go_into_the_slot(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rule_2_rows_that_cannot_be_lent_go_into_the_slot(arena: SharedMemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in memory that the system keeps from others are copied into the slot, though the worker reads."""
-    monkeypatch.setattr(routing, "lendable", lambda array: False)
-    assert isinstance(Way(Comms(), arena.free[0], reads=True).take(X), FromSlot)
+    monkeypatch.setattr(routing, "is_readable_by_peers", lambda array: False)
+    assert isinstance(RowRouter(Comms(), arena.free_slots[0], reads_process_memory=True).send_rows(X), SharedMemoryRows)
 
 
-@pytest.mark.parametrize(("array", "sort"), [(LARGE, Brought), (SMALL, Sent)])
-def test_rules_3_and_4_a_full_slot_goes_on(array: Array, sort: type[Part], arena: Arena) -> None:
+@pytest.mark.parametrize(("array", "sort"), [(LARGE, ScatteredRows), (SMALL, InlineRows)])
+def test_rules_3_and_4_a_full_slot_goes_on(array: Array, sort: type[RowSource], arena: SharedMemoryPool) -> None:
     """What has no room in the slot goes by comms if it is large, else in the task."""
-    way = Way(Comms(), arena.free[0])
-    assert [type(way.take(rows)) for rows in (SMALL[:900], array, SMALL[:10])] == [FromSlot, sort, FromSlot]
+    way = RowRouter(Comms(), arena.free_slots[0])
+    assert [type(way.send_rows(rows)) for rows in (SMALL[:900], array, SMALL[:10])] == [
+        SharedMemoryRows,
+        sort,
+        SharedMemoryRows,
+    ]
 
 
 @pytest.mark.parametrize(("workers", "named"), [((), None), (["tcp://a", "tcp://b"], ["tcp://a", "tcp://b"])])
 def test_rule_3_large_rows_go_by_comms(workers: Sequence[str], named: Any) -> None:
     """Without shared memory large rows go to the workers that are named, to any if none is, and are brought in order."""
     client = Comms()
-    way = Way(client, workers=workers)
-    assert [way.take(rows) for rows in (LARGE, SMALL, LARGE)] == [Brought(0), Sent(SMALL), Brought(1)]
-    assert ([workers for _, workers in client.sent], way.brought) == ([named] * 2, [1, 2])
+    way = RowRouter(client, workers=workers)
+    assert [way.send_rows(rows) for rows in (LARGE, SMALL, LARGE)] == [ScatteredRows(0), InlineRows(SMALL), ScatteredRows(1)]
+    assert ([workers for _, workers in client.sent], way.dependencies) == ([named] * 2, [1, 2])
 
 
 def test_rule_4_without_a_client_all_rows_are_sent() -> None:
     """Where there is nothing else even large rows travel in the task, in order and without what they are a view of."""
-    part = Way().take(np.asfortranarray(X)[:2])
-    assert isinstance(part, Sent)
-    assert (part.array.base, part.array.flags.c_contiguous, type(Way().take(LARGE))) == (None, True, Sent)
+    part = RowRouter().send_rows(np.asfortranarray(X)[:2])
+    assert isinstance(part, InlineRows)
+    assert (part.array.base, part.array.flags.c_contiguous, type(RowRouter().send_rows(LARGE))) == (None, True, InlineRows)
     np.testing.assert_array_equal(part.array, X[:2], strict=True)
 
 
 def test_what_is_brought_is_brought_once() -> None:
     """A result that several parts ask for has one place among what Dask brings."""
-    way = Way()
-    assert [way.bring(future) for future in ("a", "b", "a")] == [Brought(0), Brought(1), Brought(0)]
-    assert way.brought == ["a", "b"]
-    assert Way().brought == []
+    way = RowRouter()
+    assert [way.add_dependency(future) for future in ("a", "b", "a")] == [
+        ScatteredRows(0),
+        ScatteredRows(1),
+        ScatteredRows(0),
+    ]
+    assert way.dependencies == ["a", "b"]
+    assert RowRouter().dependencies == []
 
 
 def test_rows_of_many_bytes_go_by_comms(cluster_client: Client) -> None:
     """Dask brings large rows of any order to one of the workers that are named, and small ones go in the task."""
     address = sorted(cluster_client.has_what())[-1]
-    way = Way(cluster_client, workers=[address])
-    large = np.asfortranarray(np.arange(SENT_NBYTES // 8 + 2.0).reshape(2, -1))
+    way = RowRouter(cluster_client, workers=[address])
+    large = np.asfortranarray(np.arange(MAX_INLINE_NBYTES // 8 + 2.0).reshape(2, -1))
     arrays = [X, large, large[:, ::2], -large]
-    parts = [way.take(array) for array in arrays]
-    assert [type(part) for part in parts] == [Sent, Brought, Sent, Brought]
-    assert set(cluster_client.who_has(way.brought).values()) == {(address,)}
-    within = Within(brought=[future.result() for future in way.brought])
+    parts = [way.send_rows(array) for array in arrays]
+    assert [type(part) for part in parts] == [InlineRows, ScatteredRows, InlineRows, ScatteredRows]
+    assert set(cluster_client.who_has(way.dependencies).values()) == {(address,)}
+    within = TaskResources(dependency_results=[future.result() for future in way.dependencies])
     for part, array in zip(parts, arrays, strict=True):
-        np.testing.assert_array_equal(part.rows(within), array)
+        np.testing.assert_array_equal(part.read_rows(within), array)
 
 
 # Real workers
@@ -190,14 +207,14 @@ def plain_loop(x: Any) -> Array:
 def taken(monkeypatch: pytest.MonkeyPatch) -> Counter[type]:
     """How many arrays of this process took which way."""
     found: Counter[type] = Counter()
-    take = Way.take
+    take = RowRouter.send_rows
 
-    def counted(way: Way, array: Array) -> Part:
+    def counted(way: RowRouter, array: Array) -> RowSource:
         part = take(way, array)
         found[type(part)] += 1
         return part
 
-    monkeypatch.setattr(Way, "take", counted)
+    monkeypatch.setattr(RowRouter, "take", counted)
     return found
 
 
@@ -207,7 +224,7 @@ def test_rows_are_read_where_they_lie(form: str, cluster_client: Client, taken: 
     x = INPUTS[form](tmp_path)
     y = di.predict(Net(), x, client=cluster_client, batch_size=16)
     np.testing.assert_array_equal(y, plain_loop(x))
-    assert set(taken) == {FromSlot if form in NOT_LENT else FromClient}
+    assert set(taken) == {SharedMemoryRows if form in NOT_LENT else ProcessMemoryRows}
 
 
 @pytest.mark.usefixtures("unread")
@@ -219,18 +236,18 @@ def test_rows_go_into_slots_where_workers_cannot_read(
     x = INPUTS[form](tmp_path)
     y = di.predict(Net(), x, client=cluster_client, batch_size=16)
     np.testing.assert_array_equal(y, plain_loop(x))
-    assert set(taken) == {FromSlot}
+    assert set(taken) == {SharedMemoryRows}
 
 
 def test_a_system_that_has_no_way_to_read(cluster_client: Client, taken: Counter[type]) -> None:
     """Workers on a system without ``process_vm_readv`` say that they do not read, and get their rows in slots."""
 
     def without() -> None:
-        process_memory._kept, process_memory._libc = process_memory._libc, object
-        process_memory._reader.cache_clear()
+        process_memory._kept, process_memory._load_libc = process_memory._load_libc, object
+        process_memory._get_process_vm_readv.cache_clear()
 
     def as_before() -> None:
-        process_memory._libc = process_memory._kept
+        process_memory._load_libc = process_memory._kept
         del process_memory._kept
 
     cluster_client.run(without)
@@ -239,23 +256,23 @@ def test_a_system_that_has_no_way_to_read(cluster_client: Client, taken: Counter
     finally:
         cluster_client.run(as_before)
     np.testing.assert_array_equal(y, plain_loop(ROWS))
-    assert set(taken) == {FromSlot}
+    assert set(taken) == {SharedMemoryRows}
 
 
 def test_some_workers_read_and_some_do_not(
     cluster_client: Client, taken: Counter[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each worker gets its rows in its own way, in one call."""
-    asked = preflight.ask
+    asked = preflight.check_workers
 
-    def one_reads(*words: Any) -> dict[str, preflight.Answer]:
+    def one_reads(*words: Any) -> dict[str, preflight.WorkerInfo]:
         answers = sorted(asked(*words).items())
         return {address: replace(answer, reads_memory=i == 0) for i, (address, answer) in enumerate(answers)}
 
-    monkeypatch.setattr(preflight, "ask", one_reads)
+    monkeypatch.setattr(preflight, "check_workers", one_reads)
     y = di.predict(Net(), ROWS, client=cluster_client, batch_size=16, device_weights=[1, 1])
     np.testing.assert_array_equal(y, plain_loop(ROWS))
-    assert set(taken) == {FromClient, FromSlot}
+    assert set(taken) == {ProcessMemoryRows, SharedMemoryRows}
 
 
 @pytest.mark.parametrize(
@@ -270,13 +287,13 @@ def test_several_inputs(how: dict[str, Any], cluster_client: Client, taken: Coun
     for first, second in ((ROWS, -np.asfortranarray(ROWS)), (da.from_array(ROWS, chunks=(130, 6)), -ROWS.astype(">i4"))):
         y = di.predict(network, {"a": first, "b": second}, client=cluster_client, batch_size=16, **how)
         np.testing.assert_array_equal(y, np.concatenate([ROWS, -ROWS], 1))
-    assert set(taken) == {FromClient, FromSlot}
+    assert set(taken) == {ProcessMemoryRows, SharedMemoryRows}
 
 
 def test_memory_that_is_gone_names_the_rows(cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a worker cannot read rows after all, the error has the rows and the process."""
-    lent = Borrowed.of
-    monkeypatch.setattr(Borrowed, "of", lambda array: replace(lent(array), address=1))
+    lent = ProcessMemoryArray.from_array
+    monkeypatch.setattr(ProcessMemoryArray, "from_array", lambda array: replace(lent(array), address=1))
     with pytest.raises(
         di.DaskInferError,
         match=r"rows \d+:\d+ on cpu failed: \w*Error: .*the memory of process \d+ cannot be read: Bad address",

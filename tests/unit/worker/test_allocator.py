@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from daskinfer.worker.allocator import keep_freed_memory
+from daskinfer.worker.allocator import retain_freed_memory
 
 # Page faults of a block of 64 MiB that another one like it was freed before, in a process as Dask's nanny starts it.
 FAULTS = """
@@ -54,7 +54,7 @@ def test_other_systems(error: type[Exception], monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(ctypes, "CDLL", without_mallopt)
     with caplog.at_level(logging.DEBUG, "daskinfer.worker.allocator"):
-        assert not keep_freed_memory()
+        assert not retain_freed_memory()
     assert [record.message for record in caplog.records] == [
         "this system's allocator has no mallopt; freed memory may be costly to get again"
     ]

@@ -18,7 +18,7 @@ from daskinfer.errors import ChunkError, OptionError, TooManyFailures
 from daskinfer.options import Options
 from daskinfer.worker import bad_rows
 from daskinfer.worker.loaded import LoadedModel
-from daskinfer.worker.model_runner import Job, run_chunk
+from daskinfer.worker.model_runner import ModelRunConfig, run_model
 from tests.support import faulty
 from tests.support.faulty import Array
 
@@ -65,7 +65,7 @@ def test_halving_finds_all_and_no_other(n_rows: int, bad: set[int], n_tries: int
     """Whatever rows are at fault, they are found, and all others are computed together, once."""
     bad = {row for row in bad if row < n_rows} or {n_rows - 1}
     calls, probed = list[set[int]](), list[set[int]]()
-    found = bad_rows.skip(tries(bad, calls), tries(bad, probed), 0, n_rows, ValueError("all"), n_tries, never)
+    found = bad_rows.isolate_bad_rows(tries(bad, calls), tries(bad, probed), 0, n_rows, ValueError("all"), n_tries, never)
     assert sorted(found) == sorted(bad)
     assert all(why == f"ValueError: {row}" for row, why in found.items()) or (n_rows, n_tries) == (1, 0)
     well = [rows for rows in calls if not bad & rows]
@@ -79,7 +79,9 @@ def test_rows_that_cannot_be_probed(n_rows: int, bad: set[int], n_tries: int) ->
     """Where every probe fails, as with a network that takes one batch size only, the same rows are found."""
     bad = {row for row in bad if row < n_rows} or {n_rows - 1}
     calls: list[set[int]] = []
-    found = bad_rows.skip(tries(bad, calls), tries(set(range(n_rows)), []), 0, n_rows, ValueError("all"), n_tries, never)
+    found = bad_rows.isolate_bad_rows(
+        tries(bad, calls), tries(set(range(n_rows)), []), 0, n_rows, ValueError("all"), n_tries, never
+    )
     assert sorted(found) == sorted(bad)
     well = [rows for rows in calls if not bad & rows]
     assert set().union(*well) == set(range(n_rows)) - bad
@@ -94,7 +96,7 @@ def test_rows_that_fail_together_have_answers() -> None:
             raise ValueError("too many")
         computed.update(set(range(begin, end)).difference(without))
 
-    assert bad_rows.skip(attempt, attempt, 0, 20, ValueError("too many"), 1, never) == {}
+    assert bad_rows.isolate_bad_rows(attempt, attempt, 0, 20, ValueError("too many"), 1, never) == {}
     assert computed == set(range(20))
 
 
@@ -106,16 +108,16 @@ def test_a_row_that_fails_once_has_an_answer() -> None:
         if begin <= 2 < end and left and left.pop():
             raise ValueError("once")
 
-    assert bad_rows.skip(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {2: "ValueError: once"}
-    assert bad_rows.skip(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {}
-    assert bad_rows.skip(attempt, attempt, 0, 8, ValueError("before"), 1, never) == {}
+    assert bad_rows.isolate_bad_rows(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {2: "ValueError: once"}
+    assert bad_rows.isolate_bad_rows(attempt, attempt, 2, 3, ValueError("before"), 1, never) == {}
+    assert bad_rows.isolate_bad_rows(attempt, attempt, 0, 8, ValueError("before"), 1, never) == {}
 
 
 @given(n_rows=st.integers(1, 70), bad=st.sets(st.integers(0, 69), min_size=1))
 def test_the_first_at_fault(n_rows: int, bad: set[int]) -> None:
     """The first row that fails alone is found."""
     bad = {row for row in bad if row < n_rows} or {0}
-    assert bad_rows.first_at_fault(tries(bad, []), 0, n_rows, never) == (min(bad), min(bad) + 1)
+    assert bad_rows.find_first_failing_range(tries(bad, []), 0, n_rows, never) == (min(bad), min(bad) + 1)
 
 
 def test_rows_that_fail_only_together() -> None:
@@ -125,15 +127,15 @@ def test_rows_that_fail_only_together() -> None:
         if end - begin > 3:
             raise ValueError("too many")
 
-    assert bad_rows.first_at_fault(attempt, 0, 6, never) == (0, 6)
+    assert bad_rows.find_first_failing_range(attempt, 0, 6, never) == (0, 6)
 
 
-def skipped(attempt: Callable[..., None], begin: int, end: int, fatal: bad_rows.Fatal) -> dict[int, str]:
+def skipped(attempt: Callable[..., None], begin: int, end: int, fatal: bad_rows.IsFatal) -> dict[int, str]:
     """The rows at fault."""
-    return bad_rows.skip(attempt, attempt, begin, end, ValueError(), 2, fatal)
+    return bad_rows.isolate_bad_rows(attempt, attempt, begin, end, ValueError(), 2, fatal)
 
 
-@pytest.mark.parametrize("find", [bad_rows.first_at_fault, skipped])
+@pytest.mark.parametrize("find", [bad_rows.find_first_failing_range, skipped])
 def test_what_is_nobodys_fault_is_raised_on(find: Callable[..., object]) -> None:
     """An exception that says nothing of the rows ends the search."""
     with pytest.raises(ValueError, match=r"^5$"):
@@ -144,8 +146,8 @@ def test_rows_with_nan() -> None:
     """A row with a NaN in any output counts, whatever its shape; integers have none."""
     a, b = np.zeros((5, 2, 3)), np.zeros(5, complex)
     a[1, 1, 2], b[3] = np.nan, complex(0, np.nan)
-    assert bad_rows.with_nan([a, np.zeros(5, int), b]) == [1, 3]
-    assert bad_rows.with_nan([np.zeros(5, int)]) == bad_rows.with_nan([np.zeros((5, 0))]) == []
+    assert bad_rows.find_nan_rows([a, np.zeros(5, int), b]) == [1, 3]
+    assert bad_rows.find_nan_rows([np.zeros(5, int)]) == bad_rows.find_nan_rows([np.zeros((5, 0))]) == []
 
 
 # Through predict, stream and run
@@ -240,17 +242,17 @@ def test_compiled_networks_see_no_other_shape() -> None:
     """A network that makes itself anew for each shape runs full micro-batches only."""
     nets = [torch.jit.script(torch.nn.Linear(1, 1)), torch.compile(torch.nn.Linear(1, 1)), torch.nn.Linear(1, 1)]
     cpu = torch.device("cpu")
-    assert [LoadedModel.of(torch.nn.Sequential(net), cpu).compiled for net in nets] == [True, True, False]
+    assert [LoadedModel.from_model(torch.nn.Sequential(net), cpu).compiled for net in nets] == [True, True, False]
     seen: list[int] = []
 
     def net(batch: Array) -> Array:
         seen.append(len(batch))
         return picky(batch)
 
-    job = Job(Ports.of(X), 32, Options(on_error="skip"))
-    answer = run_chunk(LoadedModel(net, cpu, takes_tensors=False, compiled=True), [X], 0, job)
+    job = ModelRunConfig(Ports.from_input(X), 32, Options(on_error="skip"))
+    answer = run_model(LoadedModel(net, cpu, takes_tensors=False, compiled=True), [X], 0, job)
     right_but_for_the_bad(answer.arrays[0])
-    assert sorted(answer.failed) == list(np.flatnonzero(at_fault(X)))
+    assert sorted(answer.failed_rows) == list(np.flatnonzero(at_fault(X)))
     assert set(seen) == {32}
 
 

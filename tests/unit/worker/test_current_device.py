@@ -8,12 +8,12 @@ import pytest
 import torch
 from distributed import Client
 
-from daskinfer.cluster.placement import workers_of
+from daskinfer.cluster.placement import fetch_workers
 from daskinfer.core import env
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.discovery import cpu_label
+from daskinfer.hardware.discovery import read_cpu_label
 from daskinfer.worker import current_device as room
-from daskinfer.worker.current_device import Seat, describe, seat, seat_of
+from daskinfer.worker.current_device import WorkerDevice, current_device, describe_worker_device, get_worker_device
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 
@@ -23,7 +23,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that is no worker's yet, and has not looked at its device."""
     for name in (env.DEVICE, env.UUID, env.THREADS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(room, "_torch_device", room._torch_device.__wrapped__)
+    monkeypatch.setattr(room, "_resolve_torch_device", room._resolve_torch_device.__wrapped__)
     return monkeypatch
 
 
@@ -46,10 +46,10 @@ def dask_worker(name: Any = "tcp://127.0.0.1:1234", nthreads: int = 2) -> Any:
 
 def test_outside_tasks_this_process_is_the_seat(fresh: pytest.MonkeyPatch) -> None:
     """Inline work is done on the CPU with torch's own threads."""
-    here = seat()
-    assert here == Seat("inline", cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
+    here = current_device()
+    assert here == WorkerDevice("inline", read_cpu_label(), torch.device("cpu"), None, f"process {os.getpid()}")
     before = torch.get_num_threads()
-    with here.threads():
+    with here.limit_threads():
         assert torch.get_num_threads() == before
 
 
@@ -58,7 +58,7 @@ def test_threads_are_set_inside_and_put_back_also_after_an_error() -> None:
     before = torch.get_num_threads()
 
     def failing() -> None:
-        with Seat("cpu:0", "", torch.device("cpu"), before + 2, "").threads():
+        with WorkerDevice("cpu:0", "", torch.device("cpu"), before + 2, "").limit_threads():
             raise LookupError(str(torch.get_num_threads()))
 
     with pytest.raises(LookupError, match=str(before + 2)):
@@ -70,32 +70,32 @@ def test_a_worker_of_ours_is_what_its_variables_say(fresh: pytest.MonkeyPatch) -
     """Name and threads come from the environment, before what Dask says."""
     fresh.setenv(env.DEVICE, "cpu:3")
     fresh.setenv(env.THREADS, "7")
-    here = seat_of(dask_worker())
+    here = get_worker_device(dask_worker())
     assert (here.device, here.n_threads, here.torch_device.type, here.worker) == ("cpu:3", 7, "cpu", "tcp://a:1")
 
 
 def test_a_worker_of_others_without_gpu_is_a_cpu_with_its_threads(fresh: pytest.MonkeyPatch) -> None:
     """Its name is Dask's, and its memory what Dask limits it to."""
     fresh.setattr(torch.cuda, "is_available", lambda: False)
-    here = seat_of(dask_worker(name=3))
+    here = get_worker_device(dask_worker(name=3))
     assert (here.device, here.n_threads, here.torch_device.type) == ("3", 2, "cpu")
-    described = describe(dask_worker(name=3))
+    described = describe_worker_device(dask_worker(name=3))
     assert (described.name, described.kind, described.memory_nbytes) == ("3", "cpu", 1 << 30)
 
 
 def test_a_worker_of_others_with_gpus_is_the_first_one_it_sees(gpu: pytest.MonkeyPatch) -> None:
     """dask-cuda rotates the visible GPUs so that a worker's own is the first; what counts is that GPU's memory."""
-    described = describe(dask_worker())
+    described = describe_worker_device(dask_worker())
     assert (described.kind, described.uuid, described.label) == ("cuda", UUID, "Stand-in GPU")
     assert (described.memory_nbytes, described.free_nbytes) == (16 << 30, 6 << 30)
-    assert str(seat_of(dask_worker()).torch_device) == "cuda:0"
+    assert str(get_worker_device(dask_worker()).torch_device) == "cuda:0"
 
 
 def test_a_pinned_worker_takes_its_gpu(gpu: pytest.MonkeyPatch) -> None:
     """The UUID that it was pinned to is the first GPU's."""
     gpu.setenv(env.DEVICE, "cuda:1")
     gpu.setenv(env.UUID, UUID)
-    assert seat_of(dask_worker()).device_name == "Stand-in GPU"
+    assert get_worker_device(dask_worker()).device_name == "Stand-in GPU"
 
 
 def test_a_pinned_worker_refuses_another_gpu(gpu: pytest.MonkeyPatch) -> None:
@@ -103,14 +103,14 @@ def test_a_pinned_worker_refuses_another_gpu(gpu: pytest.MonkeyPatch) -> None:
     gpu.setenv(env.DEVICE, "cuda:0")
     gpu.setenv(env.UUID, UUID[:-1] + "0")
     with pytest.raises(DeviceError, match=r"the worker of cuda:0 sees GPU-.*1 as its first device; it was pinned to .*0\."):
-        seat_of(dask_worker())
+        get_worker_device(dask_worker())
 
 
 def test_a_mig_instance_is_not_compared_with_the_gpus_uuid(gpu: pytest.MonkeyPatch) -> None:
     """Torch gives the whole GPU's UUID for an instance of it; the instance stays what it was pinned by."""
     gpu.setenv(env.DEVICE, "MIG-1")
     gpu.setenv(env.UUID, "MIG-1")
-    assert describe(dask_worker()).uuid == "MIG-1"
+    assert describe_worker_device(dask_worker()).uuid == "MIG-1"
 
 
 def test_a_pinned_worker_without_cuda_is_refused(fresh: pytest.MonkeyPatch) -> None:
@@ -118,11 +118,11 @@ def test_a_pinned_worker_without_cuda_is_refused(fresh: pytest.MonkeyPatch) -> N
     fresh.setenv(env.DEVICE, "cuda:0")
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="the worker of cuda:0 finds no CUDA device"):
-        seat_of(dask_worker())
+        get_worker_device(dask_worker())
 
 
 def test_inside_a_task_the_seat_is_the_workers(cluster_client: Client) -> None:
     """A block finds its device by itself, wherever it runs."""
-    found = cluster_client.submit(seat, pure=False, resources={"daskinfer-cpu:1": 1}).result()
+    found = cluster_client.submit(current_device, pure=False, resources={"daskinfer-cpu:1": 1}).result()
     assert (found.device, found.n_threads) == ("cpu:1", 1)
-    assert found.worker in workers_of(cluster_client)
+    assert found.worker in fetch_workers(cluster_client)

@@ -122,24 +122,24 @@ def test_a_device_that_computed_has_not_waited(busy: Busy) -> None:
 
 def test_each_worker_has_its_own() -> None:
     """Workers in one process have one thread each, and keep it."""
-    first, second = device_thread.of_worker("tcp://a"), device_thread.of_worker("tcp://b")
+    first, second = device_thread.get_device_thread("tcp://a"), device_thread.get_device_thread("tcp://b")
     try:
         assert first is not second
-        assert device_thread.of_worker("tcp://a") is first
+        assert device_thread.get_device_thread("tcp://a") is first
     finally:
-        device_thread.close("tcp://a")
-        device_thread.close("tcp://b")
+        device_thread.close_device_thread("tcp://a")
+        device_thread.close_device_thread("tcp://b")
 
 
 def test_close_lets_the_worker_have_a_new_one() -> None:
     """After its end a worker that asks again has a thread again; closing a worker without one does nothing."""
-    first = device_thread.of_worker("tcp://a")
+    first = device_thread.get_device_thread("tcp://a")
     name = first.run(threading.current_thread, NEVER)[0]
-    device_thread.close("tcp://a")
-    device_thread.close("tcp://a")
+    device_thread.close_device_thread("tcp://a")
+    device_thread.close_device_thread("tcp://a")
     wait_until(lambda: not name.is_alive())
-    assert device_thread.of_worker("tcp://a").run(int, NEVER)[0] == 0
-    device_thread.close("tcp://a")
+    assert device_thread.get_device_thread("tcp://a").run(int, NEVER)[0] == 0
+    device_thread.close_device_thread("tcp://a")
 
 
 def test_close_lets_what_waits_be_done(busy: Busy) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from daskinfer.errors import ChunkError, ModelError, OptionError
-from daskinfer.worker.error_kinds import AtFaultError, is_out_of_memory, is_sticky, said_of_rows
+from daskinfer.worker.error_kinds import BadRowsError, annotate_errors, is_out_of_memory, is_sticky
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = [
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = [
 def test_memory_is_short(error: Exception) -> None:
     """Whoever lacks memory, it is known here, and again by the message that comes from a worker."""
     assert is_out_of_memory(error)
-    with pytest.raises(ChunkError, match="rows 3:9 on cpu failed") as caught, said_of_rows(CPU, 3, 9):
+    with pytest.raises(ChunkError, match="rows 3:9 on cpu failed") as caught, annotate_errors(CPU, 3, 9):
         raise error
     assert is_out_of_memory(caught.value)
 
@@ -64,7 +64,7 @@ def test_what_goes_wrong_is_said_of_the_rows(error: str, advice: str) -> None:
     """Any exception becomes one with the rows, the device, its kind and what to do."""
     with (
         pytest.raises(ChunkError, match=rf"rows 3:9 on cpu failed: RuntimeError: {error}\. .*{advice}"),
-        said_of_rows(CPU, 3, 9),
+        annotate_errors(CPU, 3, 9),
     ):
         raise RuntimeError(error)
 
@@ -72,7 +72,7 @@ def test_what_goes_wrong_is_said_of_the_rows(error: str, advice: str) -> None:
 @pytest.mark.parametrize("kind", [ModelError, OptionError])
 def test_what_is_nobodys_fault_keeps_its_kind(kind: type[Exception]) -> None:
     """An answer that is none, or an option that does not fit, is not taken for the rows' fault."""
-    with pytest.raises(kind, match=r"^rows 3:9 on cpu: no answer$"), said_of_rows(CPU, 3, 9):
+    with pytest.raises(kind, match=r"^rows 3:9 on cpu: no answer$"), annotate_errors(CPU, 3, 9):
         raise kind("no answer")
 
 
@@ -88,6 +88,6 @@ def test_what_is_nobodys_fault_keeps_its_kind(kind: type[Exception]) -> None:
 )
 def test_rows_at_fault_are_named(cause: Exception, advice: str) -> None:
     """Rows that fail by themselves are named by their place in the whole input, with the call that shows it."""
-    with pytest.raises(ChunkError, match=rf"rows 105:106 on cpu failed: {advice}") as caught, said_of_rows(CPU, 100, 200):
-        raise AtFaultError(5, 6) from cause
+    with pytest.raises(ChunkError, match=rf"rows 105:106 on cpu failed: {advice}") as caught, annotate_errors(CPU, 100, 200):
+        raise BadRowsError(5, 6) from cause
     assert caught.value.__cause__ is cause

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from daskinfer.core.arrays import numpy_of
+from daskinfer.core.arrays import tensor_to_numpy
 from daskinfer.core.pytree import Ports
 from daskinfer.errors import ChunkError, ModelError, PlanError
 from daskinfer.options import Options
 from daskinfer.worker.loaded import LoadedModel
-from daskinfer.worker.model_runner import Answer, Job, run_chunk
+from daskinfer.worker.model_runner import ModelOutput, ModelRunConfig, run_model
 
 CPU = torch.device("cpu")
 X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
@@ -25,14 +25,14 @@ X = np.random.default_rng(0).normal(size=(10, 3)).astype("float32")
 
 def load(network: Any) -> LoadedModel:
     """The network itself as a loaded model, so that a test sees what it was given."""
-    return LoadedModel.of(network, CPU)
+    return LoadedModel.from_model(network, CPU)
 
 
-def run(network: Any, x: Any, *, batch_size: int = 4, start: int = 0, outputs: Any = None, **fields: Any) -> Answer:
+def run(network: Any, x: Any, *, batch_size: int = 4, start: int = 0, outputs: Any = None, **fields: Any) -> ModelOutput:
     """One chunk through a network."""
     model = network if isinstance(network, LoadedModel) else load(network)
-    ports = Ports.of(x)
-    return run_chunk(model, ports.split(x), start, Job(ports, batch_size, Options(**fields), outputs))
+    ports = Ports.from_input(x)
+    return run_model(model, ports.split(x), start, ModelRunConfig(ports, batch_size, Options(**fields), outputs))
 
 
 def result(network: Any, x: Any, **keywords: Any) -> Any:
@@ -253,8 +253,8 @@ def test_bfloat16() -> None:
 def test_numpy_of_conjugate() -> None:
     """Tensors that only say that they are conjugated or negated are so afterwards."""
     tensor = torch.tensor([1 + 2j])
-    assert numpy_of(tensor.conj()) == 1 - 2j
-    assert numpy_of(tensor.conj().imag) == -2
+    assert tensor_to_numpy(tensor.conj()) == 1 - 2j
+    assert tensor_to_numpy(tensor.conj().imag) == -2
 
 
 def test_unsupported_dtype() -> None:

@@ -17,9 +17,9 @@ from daskinfer.core.pytree import Ports
 from daskinfer.errors import ChunkError, ModelError
 from daskinfer.options import Options
 from daskinfer.transport import process_memory
-from daskinfer.transport.process_memory import Borrowed
+from daskinfer.transport.process_memory import ProcessMemoryArray
 from daskinfer.worker import model_runner
-from daskinfer.worker.model_runner import Job, run_chunk
+from daskinfer.worker.model_runner import ModelRunConfig, run_model
 from tests.unit.worker.test_model_runner import Do, load, result, run
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
@@ -33,7 +33,7 @@ def test_what_stays_the_same_is_done_once(monkeypatch: pytest.MonkeyPatch) -> No
         entered.append(args)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(model_runner, "precision", precision)
+    monkeypatch.setattr(model_runner, "make_autocast_context", precision)
     np.testing.assert_array_equal(result(nn.Identity(), X, batch_size=2, start=1), X)
     assert len(entered) == 3
 
@@ -41,13 +41,13 @@ def test_what_stays_the_same_is_done_once(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("model", [nn.Identity(), np.abs], ids=["network", "function"])
 def test_the_plain_way_is_taken_by_what_is_no_whole_micro_batch(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     """The first, which shows what answers look like, and the end: whatever the model is, the others go through the loop."""
-    plain, attempt = [], model_runner._Pass._attempt
+    plain, attempt = [], model_runner._ChunkRun._compute_rows
 
     def counting(self: Any, begin: int, end: int, *args: Any) -> None:
         plain.append((begin, end))
         attempt(self, begin, end, *args)
 
-    monkeypatch.setattr(model_runner._Pass, "_attempt", counting)
+    monkeypatch.setattr(model_runner._ChunkRun, "_compute_rows", counting)
     x = np.abs(X)
     np.testing.assert_array_equal(result(model, x, batch_size=4, start=2), x)
     assert plain == [(0, 2), (38, 40)]
@@ -55,22 +55,22 @@ def test_the_plain_way_is_taken_by_what_is_no_whole_micro_batch(monkeypatch: pyt
 
 def test_rows_elsewhere_cost_a_call_of_the_system_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch of rows in another process's memory is one copy, straight into where the network gets it from."""
-    copied, reader = [], process_memory._reader()
+    copied, reader = [], process_memory._get_process_vm_readv()
 
     def counting(*args: Any) -> int:
         copied.append(args)
         return reader(*args)
 
-    monkeypatch.setattr(process_memory, "_reader", lambda: counting)
-    ports = Ports.of(X)
-    answer = run_chunk(load(nn.Identity()), [Borrowed.of(X)], 0, Job(ports, 4, Options()))
+    monkeypatch.setattr(process_memory, "_get_process_vm_readv", lambda: counting)
+    ports = Ports.from_input(X)
+    answer = run_model(load(nn.Identity()), [ProcessMemoryArray.from_array(X)], 0, ModelRunConfig(ports, 4, Options()))
     np.testing.assert_array_equal(answer.arrays[0], X)
     assert len(copied) == 10
 
 
 def test_copies_that_end_early_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may copy less than it was asked for: the rest is asked for again."""
-    reader = process_memory._reader()
+    reader = process_memory._get_process_vm_readv()
 
     def at_most_5(pid: int, here: Any, n_here: int, there: Any, n_there: int, flags: int) -> int:
         places = there._obj
@@ -80,8 +80,10 @@ def test_copies_that_end_early_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         places[1], places[3] = given
         return copied
 
-    monkeypatch.setattr(process_memory, "_reader", lambda: at_most_5)
-    answer = run_chunk(load(nn.Identity()), [Borrowed.of(X)], 0, Job(Ports.of(X), 4, Options()))
+    monkeypatch.setattr(process_memory, "_get_process_vm_readv", lambda: at_most_5)
+    answer = run_model(
+        load(nn.Identity()), [ProcessMemoryArray.from_array(X)], 0, ModelRunConfig(Ports.from_input(X), 4, Options())
+    )
     np.testing.assert_array_equal(answer.arrays[0], X)
 
 
@@ -144,7 +146,7 @@ def test_rows_that_fail_among_whole_micro_batches(n: int, start: int, batch_size
 
     answer = run(Do(forward), rows, start=start, batch_size=batch_size, pad=pad, on_error="skip")
     failed = sorted(row for row in bad if row < n)
-    assert sorted(answer.failed) == failed
+    assert sorted(answer.failed_rows) == failed
     good = np.setdiff1d(np.arange(n), failed)
     if good.size:
         np.testing.assert_array_equal(answer.arrays[0][good], -rows[good])
