@@ -1,29 +1,29 @@
-"""Everything that daskinfer raises on purpose.
+"""The exception tree: every error that daskinfer raises on purpose.
 
 ::
 
     DaskInferError
-    ├── InputError        (ValueError)          an input array, port or dtype
-    ├── SourceMissing     (FileNotFoundError)   an input path that is not there
-    ├── OutputExists      (FileExistsError)     an output path that is taken
-    ├── OutputLocked      (BlockingIOError)     an output that another run holds
-    ├── OptionError       (ValueError)          an option, weight or batch size
-    │   └── UnknownKeyword (TypeError)          a keyword that there is none of
-    ├── DeviceError       (ValueError)          a device that is unknown, doubled, absent or not drivable
-    ├── ModelError        (ValueError)          a network that cannot be found, loaded, hashed or understood
-    ├── PlanError         (ValueError)          a plan that cannot fit, or several of the above at once
-    ├── ClusterError      (RuntimeError)        workers that did not start, or an operation a cluster refuses
-    │   └── SchedulerLost                       the scheduler went away while a call ran
-    ├── ChunkError        (RuntimeError)        rows that failed while the network ran
-    │   ├── WorkerLost                          rows that ended the process of every worker that computed them alone
-    │   ├── ChunkTimeout  (TimeoutError)        rows that took longer than chunk_timeout, alone too
+    ├── InputError        (ValueError)          an invalid input array, port or dtype
+    ├── SourceMissing     (FileNotFoundError)   an input path that does not exist
+    ├── OutputExists      (FileExistsError)     an output path that already holds something else
+    ├── OutputLocked      (BlockingIOError)     an output that another run is writing
+    ├── OptionError       (ValueError)          an invalid option, weight or batch size
+    │   └── UnknownKeyword (TypeError)          a keyword that does not exist
+    ├── DeviceError       (ValueError)          a device that is unknown, duplicate, absent or unsupported
+    ├── ModelError        (ValueError)          a model that cannot be found, loaded, hashed or called
+    ├── PlanError         (ValueError)          a plan that does not fit, or several of the above at once
+    ├── ClusterError      (RuntimeError)        workers that did not start, or an unsupported operation
+    │   └── SchedulerLost                       the connection to the scheduler was lost during a call
+    ├── ChunkError        (RuntimeError)        rows that failed while the model ran
+    │   ├── WorkerLost                          rows that killed every worker that computed them in isolation
+    │   ├── ChunkTimeout  (TimeoutError)        rows that exceeded chunk_timeout, in isolation too
     │   ├── StorageError  (OSError)             rows that cannot be read or written
     │   └── TooManyFailures                     more rows failed than max_failed_rows allows
-    ├── Interrupted       (KeyboardInterrupt)   Ctrl-C or SIGTERM, once what was in flight had ended
+    ├── Interrupted       (KeyboardInterrupt)   Ctrl-C or SIGTERM, after the chunks in flight finished
     └── MissingExtra      (ImportError)         an optional package that is not installed
 
-An error that ends ``predict`` while it runs, Ctrl-C included, has ``partial``: what was done until then (:class:`Partial`).
-What is done about which failure stands in a table in ``faults``.
+An error that ends ``predict`` while it runs, Ctrl-C included, carries the rows computed until then in ``partial``
+(:class:`PartialOutput`). The table in ``scheduling.retry`` says how each kind of failure is handled.
 
 A message has four parts: which thing, what was got, what is allowed, what to change. Every class keeps its state in
 ``args``, so that it survives pickling on its way from a worker, and subclasses the builtin that a caller would catch.
@@ -31,23 +31,26 @@ A message has four parts: which thing, what was got, what is allowed, what to ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Partial(NamedTuple):
-    """What was done when a call ended early: ``answer`` has all rows, where ``done``, (n,) bool, is True.
+class PartialOutput(NamedTuple):
+    """The result of a call that ended early: ``output`` holds the computed rows wherever ``done``, (n,) bool, is True.
 
-    Elsewhere it holds the fill value of ``on_error="skip"``, else NaN, or 0 where its dtype has no NaN.
+    The other rows hold the fill value of ``on_error="skip"``, else NaN, or 0 if the dtype has no NaN.
     """
 
-    answer: Any
+    output: Any
     done: Any
 
 
 class DaskInferError(Exception):
-    """The root of every error that daskinfer raises on purpose; ``partial`` is None unless a ``predict`` was under way.
+    """Root of every error that daskinfer raises on purpose; ``partial`` is None unless the error ended a ``predict``.
 
     Examples
     --------
@@ -59,11 +62,11 @@ class DaskInferError(Exception):
     DeviceError
     """
 
-    partial: Partial | None = None
+    partial: PartialOutput | None = None
 
 
 class InputError(DaskInferError, ValueError):
-    """An input array, port or dtype that the network or the plan cannot take."""
+    """An input array, port or dtype that the model or the plan cannot take."""
 
 
 class SourceMissing(DaskInferError, FileNotFoundError):
@@ -71,7 +74,7 @@ class SourceMissing(DaskInferError, FileNotFoundError):
 
 
 class OutputExists(DaskInferError, FileExistsError):
-    """An output path that is taken already."""
+    """An output path that already holds something that this run may not overwrite or continue."""
 
 
 class OutputLocked(DaskInferError, BlockingIOError):
@@ -79,65 +82,65 @@ class OutputLocked(DaskInferError, BlockingIOError):
 
 
 class OptionError(DaskInferError, ValueError):
-    """An option, a device weight or a batch size outside what is allowed."""
+    """An option, a device weight or a batch size outside its allowed values."""
 
 
 class UnknownKeyword(OptionError, TypeError):
-    """A keyword that a function does not take, as Python's own functions say it."""
+    """A keyword that a function does not take; a TypeError, as from Python's own functions."""
 
 
 class DeviceError(DaskInferError, ValueError):
-    """A device that is unknown, asked for twice, absent, or that this torch cannot drive."""
+    """A device that is unknown, named twice, absent, or that the installed torch cannot use."""
 
 
 class ModelError(DaskInferError, ValueError):
-    """A network that cannot be found, loaded, hashed, or whose answer cannot be understood."""
+    """A model that cannot be found, loaded or hashed, or whose output is not made of arrays."""
 
 
 class PlanError(DaskInferError, ValueError):
-    """Why a plan cannot work; ``reasons`` holds each as a sentence, and a single one may be given as it is."""
+    """A plan that cannot work; ``reasons`` holds each problem as a sentence, and a single one may be passed as a string."""
 
     def __init__(self, reasons: str | Sequence[str]) -> None:
         super().__init__((reasons,) if isinstance(reasons, str) else tuple(reasons))
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One sentence for each thing that has to change."""
+        """One sentence for each problem."""
         return tuple(self.args[0])
 
     def __str__(self) -> str:
         if len(self.reasons) == 1:
             return self.reasons[0]
         lines = "\n".join(f"  {i}. {reason}" for i, reason in enumerate(self.reasons, 1))
-        return f"this cannot run, for {len(self.reasons)} reasons:\n{lines}"
+        return f"invalid plan, {len(self.reasons)} problems:\n{lines}"
 
 
 class ClusterError(DaskInferError, RuntimeError):
-    """Workers that did not start, or an operation that this cluster refuses."""
+    """Workers that did not start, or an operation that this cluster does not support."""
 
 
 class SchedulerLost(ClusterError):
-    """The scheduler of a call went away while it ran."""
+    """The connection to the scheduler was lost while a call ran."""
 
 
 class ChunkError(DaskInferError, RuntimeError):
-    """Rows that failed while the network ran on them."""
+    """Rows that failed while the model ran on them."""
 
 
 class WorkerLost(ChunkError):
-    """Rows that ended the process of every worker that computed them alone."""
+    """Rows that killed every worker process that computed them in isolation."""
 
 
 class ChunkTimeout(ChunkError, TimeoutError):
-    """Rows that took longer than ``chunk_timeout``, alone too."""
+    """Rows that took longer than ``chunk_timeout``, in isolation too."""
 
     __new__ = OSError.__new__  # type: ignore[assignment]  # as for StorageError
 
 
 class StorageError(ChunkError, OSError):
-    """Rows that cannot be read or written; ``number`` is the system's (``errno``), 0 where it said nothing."""
+    """Rows that cannot be read or written; ``number`` is the system's ``errno``, 0 if it gave none."""
 
-    # How Dask unpickles what a task raised asks for it by name, and would find RuntimeError's, which makes no OSError.
+    # Dask looks __new__ up by name to unpickle what a task raised; RuntimeError's, the first base's, makes no OSError.
     __new__ = OSError.__new__  # type: ignore[assignment]  # typeshed has object's
 
     def __init__(self, message: str, number: int = 0) -> None:
@@ -145,7 +148,7 @@ class StorageError(ChunkError, OSError):
 
     @property
     def number(self) -> int:
-        """The system's number of the error."""
+        """The system's error number (``errno``)."""
         return int(self.args[1])
 
     def __str__(self) -> str:
@@ -157,7 +160,7 @@ class TooManyFailures(ChunkError):
 
 
 class Interrupted(DaskInferError, KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a call; ``signal_number`` says which."""
+    """Ctrl-C or SIGTERM ended a call; ``signal_number`` tells which."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)
@@ -176,23 +179,35 @@ class MissingExtra(DaskInferError, ImportError):
 
 
 class ErrorCollector:
-    """Collects errors raised on purpose, so that a user hears of all of them in one go."""
+    """Collects the errors that daskinfer raises on purpose, so that a user sees all of them at once."""
 
     def __init__(self) -> None:
         self._errors: list[DaskInferError] = []
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep an error of ours for later; others pass."""
+        """Collect a :class:`DaskInferError` that the block raises; let any other exception pass."""
         try:
             yield
         except DaskInferError as error:
             self._errors.append(error)
 
+    def attempt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call a function; None if it raised an error on purpose, which is kept for later."""
+        with self.collect():
+            return function(*args, **kwargs)
+        return None
+
+    def succeeds(self, function: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Call a function that only checks; whether it raised nothing on purpose."""
+        before = len(self._errors)
+        self.attempt(function, *args, **kwargs)
+        return len(self._errors) == before
+
     def raise_if_any(self) -> None:
-        """Raise the one error, or one that lists them all."""
+        """Raise the collected error, or a :class:`PlanError` that lists several; nothing happens without one."""
         if len(self._errors) == 1:
             raise self._errors[0]
         if self._errors:
-            said = (e.reasons if isinstance(e, PlanError) else [str(e)] for e in self._errors)
-            raise PlanError([reason for reasons in said for reason in reasons])
+            problems = (e.reasons if isinstance(e, PlanError) else [str(e)] for e in self._errors)
+            raise PlanError([problem for group in problems for problem in group])

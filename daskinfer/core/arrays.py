@@ -1,4 +1,4 @@
-"""Arrays as NumPy holds them, whatever they were before."""
+"""What counts as an array: NumPy's, arrays in another process's memory, and arrays in files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -15,11 +14,11 @@ NUMERIC_KINDS = "biufc"  # NumPy's kinds: bool, int, uint, float, complex
 
 
 class UnreadableError(OSError):
-    """Bytes that lie elsewhere cannot be had."""
+    """The bytes of a remote array cannot be read."""
 
 
 class RemoteArray(ABC):
-    """An array whose bytes lie elsewhere and are copied out when asked for; slices of it along axis 0 cost nothing."""
+    """An array whose bytes are outside this process, and are copied only when it is read; slicing along axis 0 is free."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -32,10 +31,10 @@ class RemoteArray(ABC):
 
     @abstractmethod
     def read_into(self, out: Array) -> None:
-        """Copy all of it into a C-contiguous array of the same shape and dtype."""
+        """Copy the whole array into a C-contiguous array of the same shape and dtype."""
 
     def make_copier(self, out: Array) -> Callable[[int], None]:
-        """What copies ``len(out)`` rows from a row on into ``out``, of the same dtype; called many times."""
+        """Return a function that copies ``len(out)`` rows, from a given row on, into ``out`` of the same dtype."""
         return lambda begin: self[begin : begin + len(out)].read_into(out)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -45,9 +44,9 @@ class RemoteArray(ABC):
 
 
 class ArraySource(Protocol):
-    """Rows in a file; ``unit_rows`` of them are decoded in one go, None where any can be read alone.
+    """Rows in a file. ``unit_rows`` of them are decoded together; None if each can be read on its own.
 
-    ``chunk_shape`` is what a part of the file declares to hold, empty where there are no parts.
+    ``chunk_shape`` is the shape of one chunk in the file's own layout; empty if the file has no chunks.
     """
 
     unit_rows: int | None
@@ -62,7 +61,7 @@ class ArraySource(Protocol):
 
 
 def copy_rows(rows: Array | RemoteArray, out: Array) -> None:
-    """Copy rows into a C-contiguous array of their shape; other dtypes are cast."""
+    """Copy rows into a C-contiguous array of their shape; a different dtype is cast."""
     if isinstance(rows, RemoteArray) and rows.dtype == out.dtype:
         rows.read_into(out)
     else:
@@ -70,29 +69,10 @@ def copy_rows(rows: Array | RemoteArray, out: Array) -> None:
 
 
 def make_row_copier(rows: Array | RemoteArray, out: Array) -> Callable[[int], None]:
-    """What copies ``len(out)`` rows from a row on into ``out``, as :func:`copy_rows` does; called many times."""
+    """Return a function that copies ``len(out)`` rows, from a given row on, into ``out``, like :func:`copy_rows`.
+
+    What can be prepared is prepared once, since the function is called for every micro-batch.
+    """
     if isinstance(rows, RemoteArray) and rows.dtype == out.dtype:
         return rows.make_copier(out)
     return lambda begin: copy_rows(rows[begin : begin + len(out)], out)
-
-
-def tensor_to_numpy(tensor: torch.Tensor) -> Array:
-    """A tensor on any device as an ndarray; bfloat16, which NumPy lacks, as float32."""
-    try:
-        plain: Array = tensor.numpy()
-        return plain  # most are, and the steps below would be half of what they cost
-    except (RuntimeError, TypeError):
-        tensor = tensor.detach()  # on a GPU, part of a graph, conjugated, of a dtype that NumPy lacks
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    array: Array = tensor.cpu().resolve_conj().resolve_neg().numpy()
-    return array
-
-
-def to_numpy(array: Any) -> Array:
-    """Anything that a network may take or give as an ndarray; without a copy where that can be."""
-    if isinstance(array, torch.Tensor):
-        return tensor_to_numpy(array)
-    if hasattr(array, "__cuda_array_interface__"):  # CuPy
-        array = array.get()  # pragma: no cover - needs a GPU
-    return np.asarray(array)

@@ -1,22 +1,26 @@
-"""Frozen records that cross processes: what is to be done, and what was done."""
+"""The records of a chunk, from the plan to its result: frozen, small, and the same in every process."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from daskinfer.core.arrays import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows ``start:stop`` of the input, meant for the device at position ``device_index`` of the plan."""
+    """Rows ``start:stop`` of the input, and the number of the chunk within its plan or run."""
 
     index: int
     start: int
     stop: int
-    device_index: int
 
     @property
     def n_rows(self) -> int:
-        """How many rows the chunk holds."""
+        """Rows of the chunk."""
         return self.stop - self.start
 
 
@@ -24,12 +28,12 @@ class Chunk:
 class ChunkStats:
     """What a worker says of a chunk that it finished.
 
-    ``batch_size`` is the smallest micro-batch that was used (rows); it is below the plan's where memory ran out.
-    ``channels_last`` says whether images lay in that memory format.
-    ``seconds`` is the time spent in the network, transfers included, reading and writing not; ``waited_seconds`` is how
-    long the device then stood still until this chunk was read. ``read_began``, ``began`` and ``ended`` are when reading and
-    the network began, and when all was written, in seconds since 1970 by the worker's clock. ``peak_nbytes`` is the most
-    that was held so far: of the device's memory by the network on a GPU, else of the host's by the process.
+    ``batch_size`` is the smallest batch that was used (rows), below the plan's if memory ran out. ``channels_last`` says
+    whether images were laid out in that memory format. ``seconds`` is the time spent in the model, transfers included, but
+    not reading and writing; ``waited_seconds`` is how long the device was idle until this chunk was read. ``read_began``,
+    ``began`` and ``ended`` are when reading and computing began, and when all was written, in seconds since 1970 by the
+    worker's clock. ``peak_nbytes`` is the most that was held so far: of a GPU's memory by the model, of the host's by the
+    process.
     """
 
     start: int
@@ -50,13 +54,13 @@ class ChunkStats:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether no attempt came to an answer: nothing is known of when and how it was computed."""
+        """Whether no attempt gave an output: nothing is known of when and how it was computed."""
         return not self.began
 
     def with_timing(
         self, *, read_began: float, ended: float, read_seconds: float, write_seconds: float, waited_seconds: float
     ) -> ChunkStats:
-        """The same with what was found out around the network."""
+        """Return the stats with what was measured around the model."""
         return replace(
             self,
             read_began=read_began,
@@ -78,9 +82,58 @@ class StoredPart:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """Rows ``start:stop`` without an answer, the device that tried last, and what it said."""
+    """Rows ``start:stop`` without an output, the device that tried last, and its error."""
 
     start: int
     stop: int
     device: str
     exception: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """How rows are put into batches: the batch size in rows, and what was measured to pay on each kind of device.
+
+    ``by_kind`` holds the batch size of kinds of device ("cuda", "cpu") that take another, each a divisor of ``batch_size``.
+    ``channels_last`` holds the kinds on which images are laid out in that memory format.
+
+    Examples
+    --------
+    >>> config = BatchConfig(64, {"cpu": 16})
+    >>> config.get_batch_size("cpu"), config.get_batch_size("cuda")
+    (16, 64)
+    """
+
+    batch_size: int
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
+
+    def get_batch_size(self, kind: str) -> int:
+        """Return the rows of a batch on a kind of device."""
+        return self.by_kind.get(kind, self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a header on disk has them."""
+        return {"batch_size": self.batch_size, "by_kind": dict(self.by_kind), "channels_last": self.channels_last}
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What became of a chunk: its outputs, each (n, *shape), how it was computed, and which rows failed.
+
+    ``arrays`` is empty if the outputs went into files or shared memory. On the client they may be views of shared memory
+    that another task uses afterwards: they are valid only while ``sink.write`` uses them. ``parts`` holds what was written
+    to each target, ``failures`` the rows without an output, in order, ``attempts`` how often the chunk was tried.
+    """
+
+    chunk: Chunk
+    arrays: Sequence[Array]
+    stats: ChunkStats
+    parts: tuple[tuple[StoredPart, ...], ...] = ()
+    failures: tuple[RowFailure, ...] = ()
+    attempts: int = 1
+
+    @property
+    def n_failed(self) -> int:
+        """Rows without an output."""
+        return sum(failure.stop - failure.start for failure in self.failures)

@@ -1,16 +1,19 @@
-"""Small tables for people: aligned text for terminals and logs, HTML for notebooks.
+"""Format tables, sizes and durations for people: aligned text for terminals and logs, HTML for notebooks.
 
-Plain strings in, one string out; every cell is escaped in HTML. Terminal colours and live displays are not made here.
+Plain strings in, one string out; every HTML cell is escaped. Terminal colours and live displays are made elsewhere.
 """
 
 from __future__ import annotations
 
-import html
+import functools
 from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def format_text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns under their headers; a column whose cells are all numbers stands to the right.
+    """Format aligned columns under their headers; a column that holds only numbers is right-aligned.
 
     Examples
     --------
@@ -21,29 +24,48 @@ def format_text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [_is_numeric(column[1:]) for column in columns]
+    right_aligned = [_is_numeric(column[1:]) for column in columns]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if numeric else cell.ljust(width)
-            for cell, width, numeric in zip(line, widths, right, strict=True)
+            for cell, width, numeric in zip(line, widths, right_aligned, strict=True)
         ).rstrip()
         for line in (headers, *rows)
     )
 
 
 def format_html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same table as one HTML element."""
-    right = [_is_numeric([row[i] for row in rows]) for i in range(len(headers))]
-    head = "".join(_format_html_cell(h, numeric, "th") for h, numeric in zip(headers, right, strict=True))
-    body = "".join(
-        "<tr>" + "".join(_format_html_cell(c, numeric) for c, numeric in zip(row, right, strict=True)) + "</tr>"
-        for row in rows
+    """Format the same table as one HTML element."""
+    columns = zip(headers, *rows, strict=True)
+    return render_template(
+        "core/table.html.j2", headers=headers, rows=rows, numeric=[_is_numeric(column[1:]) for column in columns]
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Fill in an HTML template of this package, named by its path within it; values are escaped.
+
+    In a template, ``rows | table(headers) | safe`` is the table of :func:`format_html_table`, whose cells are escaped.
+    """
+    return _load_templates().get_template(name).render(values)
+
+
+@functools.cache
+def _load_templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("daskinfer", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters["table"] = lambda rows, headers: format_html_table(headers, rows)
+    templates.filters["zip"] = zip
+    return templates
 
 
 def format_nbytes(nbytes: int) -> str:
-    """A number of bytes for people, in binary units.
+    """Format a number of bytes in binary units.
 
     Examples
     --------
@@ -55,7 +77,7 @@ def format_nbytes(nbytes: int) -> str:
 
 
 def find_byte_unit(nbytes: int) -> tuple[str, int]:
-    """The largest binary unit of which there is at least one, up to TiB, and its bytes.
+    """Find the largest binary unit, up to TiB, that fits at least once; return it and its size in bytes.
 
     Examples
     --------
@@ -70,7 +92,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_seconds(seconds: float) -> str:
-    """A time for people, to the second.
+    """Format a duration to the second.
 
     Examples
     --------
@@ -80,11 +102,6 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _format_html_cell(cell: str, numeric: bool, tag: str = "td") -> str:
-    style = ' style="text-align:right"' if numeric else ' style="white-space:pre-wrap"' if "\n" in cell else ""
-    return f"<{tag}{style}>{html.escape(cell)}</{tag}>"
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:

@@ -1,8 +1,7 @@
-"""The nested forms that networks take and give: input ports in, mirrored outputs back.
+"""Input ports and nested outputs of models: flatten them into lists of arrays, and rebuild them.
 
-A network may take one array, several by position (a tuple) or several by name (a dict); it may give a tensor, or tuples,
-lists, dicts, named tuples and dataclasses of them, nested. Work is done on flat lists of arrays; this room takes the
-forms apart and puts them together again.
+A model takes one array, several by position (a tuple) or several by name (a dict). It returns a tensor, or tuples, lists,
+dicts, named tuples and dataclasses of tensors, nested. Everything between works on flat lists of arrays.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """How the inputs reach the network: ``names`` of its ports, ``kind`` one of "single", "positional" and "named"."""
+    """How a model takes its inputs: ``kind`` is "single", "positional" or "named", ``names`` has one entry per port."""
 
     kind: str
     names: tuple[str, ...]
 
     @classmethod
     def from_input(cls, value: Any) -> Ports:
-        """Read the form off an input: a dict is named, a tuple positional, anything else one array called "x".
+        """Infer the ports from an input: a dict is named, a tuple positional, anything else one array called "x".
 
         Examples
         --------
         >>> Ports.from_input({"image": 0, "meta": 1})
-        Ports(form='named', names=('image', 'meta'))
+        Ports(kind='named', names=('image', 'meta'))
         """
         if isinstance(value, Mapping):
             return cls("named", tuple(map(str, value)))
@@ -36,20 +35,20 @@ class Ports:
         return cls("single", ("x",))
 
     def split(self, value: Any) -> list[Any]:
-        """The arrays of ``value`` in the order of ``names``."""
+        """Return the arrays of ``value`` in the order of ``names``."""
         if self.kind == "named":
             return list(value.values())
         return list(value) if self.kind == "positional" else [value]
 
     def join(self, arrays: Sequence[Any]) -> Any:
-        """The inverse of :meth:`split`."""
+        """Return the arrays in the form that a model takes: the inverse of :meth:`split`."""
         if self.kind == "named":
             return dict(zip(self.names, arrays, strict=True))
         return tuple(arrays) if self.kind == "positional" else arrays[0]
 
 
 def call_with(function: Callable[..., Any], value: Any) -> Any:
-    """Call ``function`` on what a network would be called on: a dict as keywords, a tuple as positions."""
+    """Call ``function`` as a model is called: a dict becomes keywords, a tuple positional arguments."""
     if isinstance(value, Mapping):
         return function(**value)
     if isinstance(value, tuple):
@@ -59,16 +58,16 @@ def call_with(function: Callable[..., Any], value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PyTreeSpec:
-    """What a flat list of arrays was before: ``container_type`` puts the children, labelled by ``keys``, together again."""
+    """Structure of a nested output: ``container_type`` is rebuilt from its ``children``, which are labelled by ``keys``."""
 
-    kind: str  # "array", "none" or a key of _MAKERS
+    kind: str  # "array", "none" or a key of _CONTAINER_BUILDERS
     container_type: type[Any] | None = None
     keys: tuple[Any, ...] = ()
     children: tuple[PyTreeSpec, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """One name per array: the path of keys that leads to it, "y" where there is only one; no two are alike.
+        """One unique name per array: the keys that lead to it, joined by dots, or "y" for a single array.
 
         Examples
         --------
@@ -85,7 +84,7 @@ class PyTreeSpec:
         return tuple(names)
 
     def rebuild(self, arrays: Sequence[Any]) -> Any:
-        """Put ``arrays`` (in the order that :func:`flatten` gave) back into the form that was taken apart."""
+        """Rebuild the nested value from ``arrays``, in the order in which :func:`flatten` returned them."""
         return self._rebuild(iter(arrays))
 
     def _rebuild(self, arrays: Iterator[Any]) -> Any:
@@ -109,14 +108,14 @@ _NONE_SPEC, LEAF_SPEC = PyTreeSpec("none"), PyTreeSpec("array")
 
 
 def flatten(value: Any) -> tuple[list[Any], PyTreeSpec]:
-    """Take a network's answer apart into its arrays and the structure that holds them.
+    """Flatten a model's output into its arrays and the structure that holds them.
 
-    Anything with a ``shape`` and a ``dtype`` is an array. ``None`` is kept as it is.
+    Anything with a ``shape`` and a ``dtype`` is an array. ``None`` stays in the structure.
 
     Raises
     ------
     TypeError
-        Where there is something else; the message names its path and type.
+        If the output holds anything else; the message names its type and path.
 
     Examples
     --------
@@ -141,9 +140,9 @@ def _flatten(value: Any, arrays: list[Any], path: str) -> PyTreeSpec:
 
 
 def _list_children(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
-    """Name the kind of container and list its labelled children; the first match wins.
+    """Return the kind of container and its labelled children; the first match wins.
 
-    A dataclass comes before a dict, since some libraries' outputs are both and are made by keywords.
+    A dataclass comes before a dict: some libraries return outputs that are both and are constructed by keywords.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "record", [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
@@ -158,18 +157,18 @@ def _list_children(value: Any, path: str) -> tuple[str, list[tuple[Any, Any]]]:
 
 
 def _build_mapping(container_type: type[Any], items: dict[Any, Any]) -> Any:
-    """A mapping of its own kind where that can be filled (a defaultdict, a UserDict), else a plain dict."""
+    """Build a mapping of the original type if that can be filled (a defaultdict, a UserDict), else a plain dict."""
     try:
-        made = container_type()
+        mapping = container_type()
         for key, value in items.items():
-            made[key] = value
+            mapping[key] = value
     except TypeError:
         return items
-    return made
+    return mapping
 
 
 _CONTAINER_BUILDERS: dict[str, Callable[[Any, tuple[Any, ...], list[Any]], Any]] = {
-    "record": lambda make, keys, children: make(**dict(zip(keys, children, strict=True))),
-    "mapping": lambda make, keys, children: _build_mapping(make, dict(zip(keys, children, strict=True))),
-    "sequence": lambda make, keys, children: make(children),
+    "record": lambda cls, keys, children: cls(**dict(zip(keys, children, strict=True))),
+    "mapping": lambda cls, keys, children: _build_mapping(cls, dict(zip(keys, children, strict=True))),
+    "sequence": lambda cls, keys, children: cls(children),
 }

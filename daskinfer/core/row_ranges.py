@@ -1,15 +1,15 @@
-"""Ranges of rows (start, stop): pure numbers."""
+"""Arithmetic on ranges of rows (start, stop)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 Range = tuple[int, int]
-Ranges = Sequence[Range]  # in order, none in two of them
+Ranges = Sequence[Range]  # sorted and disjoint
 
 
 def subtract_ranges(rows: Range, done: Ranges) -> Iterator[Range]:
-    """What is left of rows (start, stop) without those that are done, in order.
+    """Yield the parts of rows (start, stop) that no range of ``done`` covers, in order.
 
     Examples
     --------
@@ -26,24 +26,24 @@ def subtract_ranges(rows: Range, done: Ranges) -> Iterator[Range]:
 
 
 def merge_ranges(ranges: Iterable[Range]) -> list[Range]:
-    """Ranges in order, with those that touch made one.
+    """Return the ranges sorted and disjoint; ranges that overlap or touch become one.
 
     Examples
     --------
     >>> merge_ranges([(8, 9), (0, 4), (4, 6), (5, 6)])
     [(0, 6), (8, 9)]
     """
-    found: list[Range] = []
+    merged: list[Range] = []
     for start, stop in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         elif start < stop:
-            found.append((start, stop))
-    return found
+            merged.append((start, stop))
+    return merged
 
 
 def intersect_ranges(range_lists: Sequence[Ranges], n_rows: int) -> list[Range]:
-    """Ranges that are in each of several.
+    """Return the ranges that every one of the lists covers; rows go from 0 to ``n_rows``.
 
     Examples
     --------

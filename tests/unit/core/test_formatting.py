@@ -1,12 +1,16 @@
+import tomllib
+from pathlib import Path
 from xml.etree import ElementTree
 
+import jinja2
 import pytest
 
-from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
+import daskinfer
+from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table, render_template
 
 
 def test_numbers_stand_to_the_right():
-    """A column of numbers is aligned to the right, any other to the left, and no line ends in blanks."""
+    """A column of numbers is right-aligned, any other left-aligned, and no line ends in blanks."""
     assert format_text_table(("a", "n"), [["x", "1,000"], ["longer", "9.5%"]]) == (
         "a           n\nx       1,000\nlonger   9.5%"
     )
@@ -27,7 +31,7 @@ def test_a_row_of_another_length_is_refused():
 
 
 def test_html_says_what_was_put_in():
-    """Headers and cells that look like HTML are escaped; what comes out parses and has the same text."""
+    """Headers and cells that look like HTML are escaped; the result parses and has the same text."""
     page = format_html_table(("<h>", "n"), [["<b>&\"'", "1"]])
     assert "<b>" not in page
     assert list(ElementTree.fromstring(page).itertext()) == ["<h>", "n", "<b>&\"'", "1"]
@@ -41,6 +45,25 @@ def test_html_aligns_numbers_only():
 def test_html_keeps_lines():
     """A cell of several lines is shown as such."""
     assert '<td style="white-space:pre-wrap">x\ny</td>' in format_html_table(("a",), [["x\ny"]])
+
+
+def test_templates_escape_values_and_need_all_of_them():
+    """A value that looks like HTML is escaped, in a table within a template too; a missing one is an error."""
+    values = {"headers": ["<h>"], "rows": [["<b>"]], "svg": "", "lines": ["<i>"]}
+    page = render_template("diagnostics/report.html.j2", **values)
+    assert page.endswith("<tr><td>&lt;b&gt;</td></tr></tbody></table><p>&lt;i&gt;</p>")
+    with pytest.raises(jinja2.UndefinedError, match="'lines' is undefined"):
+        render_template("diagnostics/report.html.j2", **{name: values[name] for name in values if name != "lines"})
+
+
+def test_templates_are_packaged():
+    """Every template of the package is covered by the patterns of its package data."""
+    package = Path(daskinfer.__file__).parent
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    packaged = {path for glob in settings["tool"]["setuptools"]["package-data"]["daskinfer"] for path in package.glob(glob)}
+    templates = set(package.rglob("*.j2"))
+    assert len(templates) >= 8
+    assert templates <= packaged
 
 
 @pytest.mark.parametrize(
@@ -57,5 +80,5 @@ def test_html_keeps_lines():
     ],
 )
 def test_bytes_are_said_in_binary_units(nbytes, expected):
-    """Bytes get the largest unit that leaves at least one of it, up to TiB."""
+    """Bytes get the largest unit, up to TiB, that fits at least once."""
     assert format_nbytes(nbytes) == expected

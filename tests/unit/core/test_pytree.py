@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from daskinfer.core.pytree import Ports, PyTreeSpec, call_with, flatten
 
-Pair = namedtuple("Pair", ["left", "right"])  # the untyped kind, which many networks return
+Pair = namedtuple("Pair", ["left", "right"])  # the untyped kind, which many models return
 
 
 class Scores(NamedTuple):
@@ -63,7 +63,7 @@ nested = st.recursive(arrays | st.none(), containers, max_leaves=8)
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Equal to the letter: the same kinds of containers and the very arrays."""
+    """Whether two values have the same containers and the same array objects."""
     if isinstance(a, np.ndarray):
         return a is b
     if type(a) is not type(b) or a is None:
@@ -76,14 +76,14 @@ def alike(a: Any, b: Any) -> bool:
 
 @given(nested)
 def test_rebuild_undoes_flatten(value: Any) -> None:
-    """Whatever nests comes back as it was, kinds and order of keys included."""
+    """Any nested value is rebuilt as it was, including types and order of keys."""
     flat, structure = flatten(value)
     assert alike(structure.rebuild(flat), value)
 
 
 @given(nested)
 def test_one_name_per_array(value: Any) -> None:
-    """Every array has a name of its own."""
+    """Every array has a unique name."""
     flat, structure = flatten(value)
     assert len(set(structure.names)) == len(structure.names) == len(flat)
 
@@ -121,20 +121,20 @@ def test_names(value: Any, names: tuple[str, ...]) -> None:
 
 
 def test_torch_return_types() -> None:
-    """What torch.max gives comes back as torch.max's own kind."""
+    """The output of torch.max is rebuilt as torch.max's own type."""
     value = torch.ones(2, 2).max(1)
     flat, structure = flatten(value)
     assert type(pickle.loads(pickle.dumps(structure)).rebuild(flat)) is type(value)
 
 
 def test_a_counter_is_filled_not_counted() -> None:
-    """A mapping whose constructor does something else with pairs is filled key by key."""
+    """A mapping whose constructor treats pairs differently is filled key by key."""
     rebuilt = flatten(Counter(a=X))[1].rebuild(["first"])
     assert rebuilt == Counter(a="first")
 
 
 def test_a_mapping_that_cannot_be_filled_becomes_a_dict() -> None:
-    """A read-only mapping is given back as a plain dict."""
+    """A read-only mapping is rebuilt as a plain dict."""
     rebuilt = flatten(MappingProxyType({"a": X}))[1].rebuild(["first"])
     assert rebuilt == {"a": "first"}
 
@@ -150,8 +150,8 @@ def test_a_mapping_that_cannot_be_filled_becomes_a_dict() -> None:
         ((x for x in [X]), "^generator$"),
     ],
 )
-def test_what_is_no_array_is_named(value: Any, message: str) -> None:
-    """An answer that holds something else names its path and type."""
+def test_other_values_are_named(value: Any, message: str) -> None:
+    """An output that holds anything but arrays is refused with its type and path."""
     with pytest.raises(TypeError, match=message):
         flatten(value)
 
@@ -172,7 +172,7 @@ def test_numpy_scalars_are_arrays() -> None:
     ],
 )
 def test_ports(value: Any, ports: Ports) -> None:
-    """The form of an input is read off its type, and split is undone by join."""
+    """The ports are inferred from the input's type, and join undoes split."""
     assert Ports.from_input(value) == ports
     assert ports.join(ports.split(value)) == value
 
@@ -182,5 +182,5 @@ def test_ports(value: Any, ports: Ports) -> None:
     [(lambda x: x, "a"), (lambda x, y: x + y, ("a", "")), (lambda *, x, y: x + y, {"y": "", "x": "a"})],
 )
 def test_call(function: Callable[..., Any], value: Any) -> None:
-    """A tuple is given by position, a dict by name, anything else as it is."""
+    """A tuple is passed by position, a dict by name, anything else as one argument."""
     assert call_with(function, value) == "a"
