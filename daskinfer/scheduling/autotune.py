@@ -1,21 +1,21 @@
-"""Which micro-batch pays on a device, and in which memory format: measured on real rows.
+"""Tuning: the fastest batch size on a device and the faster memory format, measured on real rows.
 
-The ladder, first match wins, at each step; the exit is one DEBUG line:
+At each step the first rule that matches ends the tuning, with one DEBUG line:
 
-1. Everything that there is to do, and that was done before, takes less than ``MIN_TUNING_SECONDS`` at the speed of the first
-   step: the first size. So of many short runs one measures, for all that come. From ``MIN_FORMAT_CHECK_SECONDS`` seconds on, two
-   micro-batches more tell about the other memory format.
-2. Smaller sizes are faster, each by ``MIN_SPEEDUP`` than the one before: the last of them.
-3. Memory would not hold the next larger size: the last size.
-4. The next size is not faster by ``MIN_SPEEDUP``: the last size.
-5. There is no larger one to try: the last size.
+1. All rows of this and of earlier runs take less than ``MIN_TUNING_SECONDS`` at the speed of the initial size: keep the
+   initial size. So among many short runs one tunes, for all later ones. From ``MIN_FORMAT_CHECK_SECONDS`` on, two more
+   micro-batches compare the memory formats.
+2. Smaller sizes are faster, each by ``MIN_SPEEDUP`` than the one before: use the last of them.
+3. The next larger size does not fit in memory: use the last size.
+4. The next larger size is not faster by ``MIN_SPEEDUP``: use the last size.
+5. There is no larger candidate: use the last size.
 
-After the first step the other memory format is tried at the same size, where there is one; it is gone on in where it is
-faster by ``MIN_SPEEDUP``. Smaller sizes come before larger ones: on CPUs, tensors that stay in the caches gain more (a CNN on both
-of two cores: 0.84 s with 32 images, 1.0 s with 64 to 256); where they gain nothing, one step says so.
+After the initial size the other memory format, if there is one, is measured at the same size; tuning continues with it if
+it is faster by ``MIN_SPEEDUP``. Smaller sizes are measured before larger ones: on CPUs, tensors that stay in the caches gain
+more (a CNN on both of two cores: 0.84 s with 32 images, 1.0 s with 64 to 256); if they gain nothing, one step shows it.
 
-The rows are computed again in the run, so that all of its rows have one size: a few micro-batches, once per network and
-kind of device (``pace`` remembers).
+The run computes these rows again, so that all of its rows use one batch size. That costs a few micro-batches, once per model
+and kind of device (``throughput_history`` keeps the result).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-MIN_TUNING_SECONDS = 2.0  # less gains less than measuring costs; arbitrary
-MIN_FORMAT_CHECK_SECONDS = 0.3  # seconds, of which a look at the other memory format takes some hundredths; arbitrary
-MIN_SPEEDUP = 1.05  # times as many rows/s; arbitrary, below it is noise
-MIN_QUICK_SPEEDUP = 1.25  # times as many rows/s, by one micro-batch each; arbitrary, well above its noise
-SUSTAINED_SECONDS = 0.5  # of micro-batches that tell what to expect; arbitrary, some turns of a busy scheduler
-MIN_MEASURE_SECONDS = 0.02  # that a size is measured for at least; arbitrary, well above the clock and a context switch
-MIN_ELAPSED_SECONDS = 1e-6  # the least that a micro-batch can have taken; arbitrary, keeps speeds finite
+MIN_TUNING_SECONDS = 2.0  # a shorter run gains less than measuring costs; arbitrary
+MIN_FORMAT_CHECK_SECONDS = 0.3  # comparing the memory formats takes some hundredths of it; arbitrary
+MIN_SPEEDUP = 1.05  # ratio of rows/s; arbitrary, less is noise
+MIN_QUICK_SPEEDUP = 1.25  # ratio of rows/s, by one micro-batch each; arbitrary, well above its noise
+SUSTAINED_SECONDS = 0.5  # of micro-batches for a sustained speed; arbitrary, several turns of a busy OS scheduler
+MIN_MEASURE_SECONDS = 0.02  # per size; arbitrary, well above the clock's resolution and a context switch
+MIN_ELAPSED_SECONDS = 1e-6  # lower bound on the time of a micro-batch; arbitrary, keeps speeds finite
 
-# Runs one micro-batch of so many rows; which size it was in the end, and in how many seconds.
+# Runs one micro-batch of so many rows; returns the size that fitted in memory, and the seconds that it took.
 BatchRunner = Callable[[int], tuple[int, float]]
 
 
 class BatchSizeChoice(NamedTuple):
-    """What pays: rows of a micro-batch, rows/s with it, and whether images lie in channels_last.
+    """Result of tuning: the batch size, rows/s with it, and whether images are in channels_last.
 
-    ``channels_last`` is None where that was not tried; ``is_short_run``: there is too little to do for more than the first step.
+    ``channels_last`` is None if it was not tried. ``is_short_run``: too few rows to measure more than the initial size.
     """
 
     batch_size: int
@@ -59,31 +59,36 @@ def tune_batch_size(
     *,
     initial: int | None = None,
 ) -> BatchSizeChoice:
-    """Climb the ladder.
+    """Measure batch sizes and memory formats until one of the module's rules decides.
 
     Parameters
     ----------
-    run
-        Runs one micro-batch of so many rows; where memory does not hold it, a smaller one.
-    tried
-        Micro-batches in rows, ascending.
+    run_batch
+        Runs one micro-batch of so many rows; a smaller one if memory does not hold it.
+    candidates
+        Batch sizes in rows, ascending.
     n_rows
-        Rows that the device is going to get, and those that it had of the same network before.
-    channels_last
-        As ``run``, in this memory format; no rows where it does not do. None: it is not to be tried.
-    first
-        The one of ``tried`` that is used where nothing else pays. None: the smallest.
+        Rows that the device is going to get, plus those of the same model that it computed before.
+    run_channels_last
+        As ``run_batch``, in that memory format; runs no rows if the model cannot use it. None: it is not tried.
+    initial
+        The candidate that is used if no other is faster. None: the smallest.
+
+    Returns
+    -------
+    BatchSizeChoice
+        The batch size, its rows/s, the memory format, and whether the run is too short for more.
 
     Examples
     --------
     >>> tune_batch_size(lambda size: (size, max(size, 300)), [100, 200, 400, 800], 1_000_000)
-    Best(size=400, speed=1.0, channels_last=False, is_short_run=False)
+    BatchSizeChoice(batch_size=400, speed=1.0, channels_last=False, is_short_run=False)
     """
     initial = candidates[0] if initial is None else initial
     last = BatchSizeChoice(initial, _measure_speed(run_batch, initial) or 1.0)
     seconds = n_rows / last.speed
     if seconds < MIN_TUNING_SECONDS:
-        logger.debug("rule 1: %d rows at %.0f rows/s are not worth more", n_rows, last.speed)
+        logger.debug("rule 1: %d rows at %.0f rows/s are too few to tune", n_rows, last.speed)
         return last._replace(
             is_short_run=True, channels_last=_check_channels_last(run_batch, run_channels_last, last.batch_size, seconds)
         )
@@ -94,7 +99,7 @@ def tune_batch_size(
 
 
 def _try_smaller_sizes(run_batch: BatchRunner, sizes: Sequence[int], first: BatchSizeChoice) -> BatchSizeChoice | None:
-    """The last of these sizes that pays, if any does."""
+    """Return the last of these sizes that is faster than the one before it; None if the first of them is not."""
     last = first
     for size in sizes:
         faster = _measure_speed(run_batch, size)
@@ -103,21 +108,22 @@ def _try_smaller_sizes(run_batch: BatchRunner, sizes: Sequence[int], first: Batc
         last = last._replace(batch_size=size, speed=faster)
     if last is first:
         return None
-    logger.debug("rule 2: smaller ones pay, it is %d rows", last.batch_size)
+    logger.debug("rule 2: smaller batches are faster, batch_size=%d", last.batch_size)
     return last
 
 
 def _try_larger_sizes(run_batch: BatchRunner, sizes: Sequence[int], last: BatchSizeChoice) -> BatchSizeChoice:
+    """Return the last size before one that does not fit in memory or is not faster."""
     for size in sizes:
         faster = _measure_speed(run_batch, size)
         if faster is None:
-            logger.debug("rule 3: memory does not hold %d rows, it is %d", size, last.batch_size)
+            logger.debug("rule 3: %d rows do not fit in memory, batch_size=%d", size, last.batch_size)
             return last
         if faster < MIN_SPEEDUP * last.speed:
-            logger.debug("rule 4: %d rows do not pay, it is %d", size, last.batch_size)
+            logger.debug("rule 4: %d rows are not faster, batch_size=%d", size, last.batch_size)
             return last
         last = last._replace(batch_size=size, speed=faster)
-    logger.debug("rule 5: it is %d rows, the largest to try", last.batch_size)
+    logger.debug("rule 5: no larger candidate, batch_size=%d", last.batch_size)
     return last
 
 
@@ -132,7 +138,7 @@ def _check_channels_last(
 def _choose_memory_format(
     run_batch: BatchRunner, run_channels_last: BatchRunner, last: BatchSizeChoice
 ) -> tuple[BatchRunner, BatchSizeChoice]:
-    """The memory format to go on in, and how fast it is."""
+    """Return the runner of the faster memory format, and its result at this batch size."""
     speed = _measure_speed(run_channels_last, last.batch_size)
     logger.debug("channels_last: %s rows/s, contiguous: %.0f", f"{speed:.0f}" if speed else "no", last.speed)
     if speed is None or speed < MIN_SPEEDUP * last.speed:
@@ -141,7 +147,7 @@ def _choose_memory_format(
 
 
 def is_channels_last_faster(run_batch: BatchRunner, run_channels_last: BatchRunner, batch_size: int) -> bool:
-    """Whether that memory format is faster by a micro-batch or two, for rows that are not worth the ladder.
+    """Return whether channels_last is faster, by a micro-batch or two: for a run too short to tune.
 
     Examples
     --------
@@ -149,39 +155,43 @@ def is_channels_last_faster(run_batch: BatchRunner, run_channels_last: BatchRunn
     True
     """
     (_, seconds), (held, _) = run_batch(batch_size), run_channels_last(batch_size)
-    if held == batch_size:  # its first run, which finds its kernels, does not count
-        held, others = run_channels_last(batch_size)
-        logger.debug("channels_last: %.2g s for %d rows, contiguous: %.2g s", others, batch_size, seconds)
-    return held == batch_size and MIN_QUICK_SPEEDUP * others <= seconds
+    if held == batch_size:  # its first run, which selects its kernels, does not count
+        held, channels_last_seconds = run_channels_last(batch_size)
+        logger.debug("channels_last: %.2g s for %d rows, contiguous: %.2g s", channels_last_seconds, batch_size, seconds)
+    return held == batch_size and MIN_QUICK_SPEEDUP * channels_last_seconds <= seconds
 
 
 def sustained_throughput(run_batch: BatchRunner, batch_size: int) -> float:
-    """Rows/s over ``SUSTAINED_SECONDS`` of micro-batches: what to expect, where :func:`tune_batch_size` compares.
+    """Measure rows/s over ``SUSTAINED_SECONDS`` of micro-batches: the speed to expect of a run.
 
-    All of the time counts but the first micro-batch's: what a busy machine takes away, it takes from the run as well.
+    All of the time counts except the first micro-batch: what a busy machine takes away, it takes from the run as well.
+    :func:`tune_batch_size` compares best cases instead.
 
     Examples
     --------
-    >>> def run(size: int) -> tuple[int, float]:
+    >>> def run_batch(size: int) -> tuple[int, float]:
     ...     time.sleep(0.1)
     ...     return size, 0.1
-    >>> 30 < sustained_throughput(run, 10) <= 100
+    >>> 30 < sustained_throughput(run_batch, 10) <= 100
     True
     """
     run_batch(batch_size)
-    n_done, began, seconds = 0, time.perf_counter(), 0.0
+    n_done, started_at, seconds = 0, time.perf_counter(), 0.0
     while seconds < SUSTAINED_SECONDS:
         n_done += run_batch(batch_size)[0]
-        seconds = max(MIN_ELAPSED_SECONDS, time.perf_counter() - began)
+        seconds = max(MIN_ELAPSED_SECONDS, time.perf_counter() - started_at)
     return n_done / seconds
 
 
 def _measure_speed(run_batch: BatchRunner, batch_size: int) -> float | None:
-    """Rows/s of the fastest of some micro-batches; the first, which finds its memory and its kernels, does not count."""
+    """Measure rows/s of the fastest of some micro-batches; None if they do not fit in memory.
+
+    The first one does not count: it allocates memory and selects kernels.
+    """
     held, _ = run_batch(batch_size)
     if held < batch_size:
         return None
-    seconds, began = [run_batch(batch_size)[1]], time.perf_counter()
-    while time.perf_counter() - began < MIN_MEASURE_SECONDS:
+    seconds, started_at = [run_batch(batch_size)[1]], time.perf_counter()
+    while time.perf_counter() - started_at < MIN_MEASURE_SECONDS:
         seconds.append(run_batch(batch_size)[1])
     return batch_size / max(MIN_ELAPSED_SECONDS, min(seconds))

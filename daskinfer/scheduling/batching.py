@@ -1,7 +1,7 @@
-"""The grid: rows of a micro-batch, and of the cells that chunks are made of; pure numbers.
+"""The grid: how many rows a micro-batch holds, and how many a cell, of which chunks are made.
 
-A micro-batch is chosen from the size of a row until one is measured (``ladder``). A cell is one micro-batch, or as many
-as make whole units of what is read or written in one go.
+The batch size follows from the bytes of a row until a better one is measured (``autotune``). A cell is one micro-batch, or
+as many as make up whole units of what is read or written in one go. Pure numbers.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from math import lcm
 
 from daskinfer.errors import OptionError
 
-AUTO_BATCH_NBYTES = 1 << 20  # input of an automatic micro-batch; arbitrary prior, to be replaced by measurement
-AUTO_BATCH_MIN = 8  # rows, where one row is large; arbitrary prior, to be replaced by measurement
-AUTO_BATCH_MAX = 1024  # rows, where one row is small; arbitrary prior, to be replaced by measurement
-BATCH_DOUBLINGS = 6  # of an automatic micro-batch, where a larger one pays; arbitrary
-BATCH_HALVINGS = 2  # of it, where a smaller one pays, whose tensors stay in the processor's caches; arbitrary
-MIN_CELLS = 64  # of the grid that a store is read by, so that there is something to balance; arbitrary
+AUTO_BATCH_NBYTES = 1 << 20  # input bytes of an automatic micro-batch; arbitrary prior, replaced by measurement
+AUTO_BATCH_MIN = 8  # rows, if a row is large; arbitrary prior, replaced by measurement
+AUTO_BATCH_MAX = 1024  # rows, if a row is small; arbitrary prior, replaced by measurement
+BATCH_DOUBLINGS = 6  # how often tuning may double the automatic batch size; arbitrary
+BATCH_HALVINGS = 2  # how often tuning may halve it, so that tensors stay in the processor's caches; arbitrary
+MIN_CELLS = 64  # cells in the grid that a store is read by, so that there is something to balance; arbitrary
 MIN_BATCHES = 8  # micro-batches in the smallest share, so that whole cells meet it to within 1/8; arbitrary
-NEGLIGIBLE_WEIGHT = 1e-3  # of the largest; lighter devices would cut everybody's micro-batch to a row; arbitrary
+NEGLIGIBLE_WEIGHT = 1e-3  # of the largest; lighter devices would cut the batch size of all devices to a row; arbitrary
 
 
 def choose_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) -> int:
-    """Choose the rows of a micro-batch from the size of a row and the smallest share.
+    """Choose the rows of a micro-batch from the bytes of a row and the smallest share.
 
-    The largest power of two whose rows fit in ``AUTO_BATCH_NBYTES``, between ``AUTO_BATCH_MIN`` and
-    ``AUTO_BATCH_MAX``; then at most 1 / ``MIN_BATCHES`` of the rows of the smallest share, so that small inputs are
-    split to the row. Devices lighter than ``NEGLIGIBLE_WEIGHT`` of the heaviest do not count as the smallest share:
-    each gets its one cell by ``apportion``'s rule. Where there are as many rows as devices of positive weight, there
-    are as many cells.
+    The result is the largest power of two whose rows fit in ``AUTO_BATCH_NBYTES``, between ``AUTO_BATCH_MIN`` and
+    ``AUTO_BATCH_MAX``, but at most 1 / ``MIN_BATCHES`` of the rows of the smallest share, so that small inputs are
+    split to the row. A device lighter than ``NEGLIGIBLE_WEIGHT`` of the heaviest does not count as the smallest share:
+    ``apportion`` gives it one cell anyway. If there are at least as many rows as devices of positive weight, there are
+    at least as many cells.
 
     Examples
     --------
@@ -45,12 +45,16 @@ def choose_batch_size(n_rows: int, row_nbytes: int, weights: Sequence[float]) ->
     least = max(positive) * NEGLIGIBLE_WEIGHT
     smallest = min(weight for weight in positive if weight >= least)
     by_share = int(n_rows * smallest / sum(positive) / MIN_BATCHES)
-    by_devices = (n_rows - 1) // max(1, len(positive) - 1)  # the largest with which ceil(n_rows / it) cells reach all
+    by_devices = (n_rows - 1) // max(
+        1, len(positive) - 1
+    )  # the largest for which ceil(n_rows / it) cells reach every device
     return max(1, min(by_size, by_share, by_devices))
 
 
 def align_batch_size(unit_rows: int, batch_size: int) -> int:
-    """The largest micro-batch up to ``batch_size`` that divides the rows that are read in one go, unless it is too small.
+    """Reduce a batch size so that it divides ``unit_rows``, the rows read in one go; not below half of it.
+
+    If no divisor of ``unit_rows`` is at least half of ``batch_size``, return ``batch_size`` unchanged.
 
     Examples
     --------
@@ -62,9 +66,10 @@ def align_batch_size(unit_rows: int, batch_size: int) -> int:
 
 
 def read_cell_rows(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: int, chunk_nbytes: int) -> int:
-    """Rows of a cell that neither cuts a micro-batch nor what is read in one go; a micro-batch where that is too coarse.
+    """Choose the rows of a cell that cuts neither a micro-batch nor a unit of ``unit_rows`` rows read in one go.
 
-    ``unit_rows`` are the rows that are read in one go: a cut inside them reads them twice.
+    A cut inside a unit reads that unit twice. If such a cell is larger than a chunk, or there are fewer than ``MIN_CELLS``
+    of them, a cell is one micro-batch.
 
     Examples
     --------
@@ -77,14 +82,17 @@ def read_cell_rows(batch_size: int, unit_rows: int, n_rows: int, *, row_nbytes: 
 
 
 def make_batch_size_candidates(initial: int, max_rows: int, write_unit_rows: int | None = None) -> tuple[int, ...]:
-    """Micro-batches to try: doubled from the first up to ``max_rows``; those that divide a write-unit, where there is one.
+    """List the batch sizes that tuning may try, in ascending order.
 
-    And the first halved, where there are rows enough for twice as many.
+    They are ``initial``, its doubles up to ``max_rows`` (of a store only those that divide its write unit), and its halves
+    if there are at least ``2 * initial`` rows.
 
     Examples
     --------
-    >>> make_batch_size_candidates(64, 1000), make_batch_size_candidates(64, 10_000, divides=384), make_batch_size_candidates(64, 100)
-    ((16, 32, 64, 128, 256, 512), (16, 32, 64, 128), (64,))
+    >>> make_batch_size_candidates(64, 1000), make_batch_size_candidates(64, 100)
+    ((16, 32, 64, 128, 256, 512), (64,))
+    >>> make_batch_size_candidates(64, 10_000, write_unit_rows=384)
+    (16, 32, 64, 128)
     """
     doubled = (initial << step for step in range(1, BATCH_DOUBLINGS + 1))
     halved = (initial >> step for step in range(BATCH_HALVINGS, 0, -1) if initial % (1 << step) == 0)
@@ -93,7 +101,7 @@ def make_batch_size_candidates(initial: int, max_rows: int, write_unit_rows: int
 
 
 def check_batch_size(batch_size: object) -> int | None:
-    """Return a batch size as an int, or None for ``"auto"``; raise OptionError for all else.
+    """Return a batch size as an int, or None for ``"auto"``; raise OptionError for anything else.
 
     Examples
     --------
@@ -103,12 +111,9 @@ def check_batch_size(batch_size: object) -> int | None:
     if isinstance(batch_size, str) and batch_size == "auto":
         return None
     try:
-        rows = 0 if isinstance(batch_size, bool) else operator.index(batch_size)  # type: ignore[arg-type]  # it asks that
+        rows = 0 if isinstance(batch_size, bool) else operator.index(batch_size)  # type: ignore[arg-type]  # checked by it
     except TypeError:
         rows = 0
     if rows < 1:
-        raise OptionError(
-            f"batch_size is {batch_size!r}; allowed are 'auto' and whole numbers from 1. "
-            "Use batch_size='auto' (--batch-size)."
-        )
+        raise OptionError(f"batch_size must be 'auto' or an integer >= 1, got {batch_size!r}")
     return rows
