@@ -1,6 +1,7 @@
-"""The device language: from ``"cuda,cpu*2"`` to devices, and whether this torch can drive them.
+"""Parse device specs such as ``"cuda,cpu*2"``, and check that torch can use the devices.
 
-Words in, records out: nothing here looks at the machine, so a plan can be made and tested for one that is elsewhere.
+The functions map text and a :class:`Machine` record to devices. Only :func:`find_local_devices` inspects this machine, so a
+plan can be made and tested for another one.
 """
 
 from __future__ import annotations
@@ -17,21 +18,10 @@ from daskinfer.core.formatting import format_html_table, format_nbytes, format_t
 from daskinfer.errors import DeviceError
 from daskinfer.hardware.discovery import Device, Machine, inspect_machine
 
-__all__ = [
-    "MAX_CPU_WORKERS",
-    "Device",
-    "DeviceTable",
-    "Machine",
-    "check_drivable",
-    "find_local_devices",
-    "inspect_machine",
-    "parse_devices",
-]
+MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000"; no machine gains from more processes than this
 
-MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000", and no machine gains from more processes than this
-
-_MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version, from its release notes
-_CPU_HINT = 'devices="cpu" (--devices)'
+_MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version; from its release notes
+_CPU_HINT = 'devices="cpu" (--devices cpu)'
 _ALLOWED_SPECS = (
     '"auto", "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", '
     f'"cpu*4" (1 to {MAX_CPU_WORKERS}), several of these, or "inline" alone'
@@ -39,7 +29,7 @@ _ALLOWED_SPECS = (
 
 
 class DeviceTable(tuple[Device, ...]):
-    """Devices that show themselves as a table.
+    """A tuple of devices that displays as a table.
 
     Examples
     --------
@@ -51,7 +41,7 @@ class DeviceTable(tuple[Device, ...]):
     __slots__ = ()
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Every field of every device, ready for JSON."""
+        """Return the fields of each device as a dict that JSON can encode."""
         return [asdict(device) for device in self]
 
     def _format_rows(self) -> list[list[str]]:
@@ -63,7 +53,7 @@ class DeviceTable(tuple[Device, ...]):
     def __str__(self) -> str:
         return format_text_table(_TABLE_HEADERS, self._format_rows())
 
-    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+    __repr__ = __str__  # shown at the interpreter's prompt and in notebooks without HTML
 
     def _repr_html_(self) -> str:
         return format_html_table(_TABLE_HEADERS, self._format_rows())
@@ -77,40 +67,40 @@ def _format_known_nbytes(nbytes: int) -> str:
 
 
 def find_local_devices() -> DeviceTable:
-    """What this machine has: its GPUs as NVML sees them, and one CPU worker, named with the cores there are.
+    """List this machine's devices: its GPUs as NVML sees them, and one CPU worker labelled with the number of cores.
 
     Examples
     --------
     >>> find_local_devices()[-1].name
     'cpu:0'
     """
-    found = inspect_machine()
-    (cpu,) = parse_devices("cpu", found)
-    cores = "1 core" if found.n_cores == 1 else f"{found.n_cores} cores"
-    return DeviceTable((*found.gpus, replace(cpu, label=f"{cpu.label}, {cores}")))
+    machine = inspect_machine()
+    (cpu,) = parse_devices("cpu", machine)
+    cores = "1 core" if machine.n_cores == 1 else f"{machine.n_cores} cores"
+    return DeviceTable((*machine.gpus, replace(cpu, label=f"{cpu.label}, {cores}")))
 
 
 def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
-    """Read the device language: which devices are asked for, in the order asked.
+    """Parse a device spec into devices, in the order requested.
 
     Parameters
     ----------
     spec
-        ``"auto"`` (every GPU; where there is none, a CPU worker per core), ``"cuda"`` (every GPU), ``"cuda:1"``,
+        ``"auto"`` (every GPU; without GPUs, a CPU worker per core), ``"cuda"`` (every GPU), ``"cuda:1"``,
         ``"GPU-<uuid>"``, ``"MIG-<uuid>"``, ``"cpu"``, ``"cpu*4"``, several of these joined by commas or in a list, or
         ``"inline"`` alone. ``"gpu"`` means ``"cuda"``; letter case and spaces do not matter.
     machine
-        What there is to choose from.
+        The machine whose devices can be chosen.
 
     Returns
     -------
     tuple of Device
-        At least one; CPU workers are numbered through, from ``cpu:0``.
+        At least one device; CPU workers are numbered consecutively from ``cpu:0``.
 
     Raises
     ------
     DeviceError
-        A device that is unknown, absent or asked for twice, or a spec that is empty or not text.
+        If a device is unknown, missing or requested twice, or if the spec is empty or not text.
 
     Examples
     --------
@@ -120,28 +110,28 @@ def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, 
     entries = _split_spec(spec)
     if "inline" in map(str.lower, entries):
         return _parse_inline(entries)
-    asked = [(entry, device) for entry in entries for device in _parse_entry(entry, machine)]
-    _check_duplicate_gpus(asked)
-    number = itertools.count()
-    return tuple(_number_cpu_device(d, next(number)) if d.kind == "cpu" else d for _, d in asked)
+    requested = [(entry, device) for entry in entries for device in _parse_entry(entry, machine)]
+    _check_duplicate_gpus(requested)
+    index = itertools.count()
+    return tuple(_number_cpu_device(d, next(index)) if d.kind == "cpu" else d for _, d in requested)
 
 
 def check_drivable(devices: Sequence[Device], torch_cuda: str | None, machine: Machine) -> None:
-    """Refuse GPUs that this torch cannot drive, rather than run on CPUs in silence.
+    """Raise if this torch cannot use the requested GPUs; daskinfer never falls back to CPUs silently.
 
     Parameters
     ----------
     devices
-        What was asked for; without a GPU among them there is nothing to check.
+        The requested devices; without a GPU among them there is nothing to check.
     torch_cuda
-        ``torch.version.cuda``; None where torch was built for CPUs only.
+        ``torch.version.cuda``; None for a CPU-only build of torch.
     machine
-        Whose driver it is; one that does not tell its CUDA version passes.
+        The machine with the driver; a driver of unknown CUDA version passes.
 
     Raises
     ------
     DeviceError
-        torch was built without CUDA, or for a newer one than the driver speaks.
+        If torch was built without CUDA, or for a newer CUDA than the driver supports.
 
     Examples
     --------
@@ -160,41 +150,39 @@ def check_drivable(devices: Sequence[Device], torch_cuda: str | None, machine: M
 def _format_cpu_build_error(gpus: str, machine: Machine) -> str:
     major = 12 if machine.driver_cuda and machine.driver_cuda[0] == 12 else 13
     return (
-        f"{gpus}: this torch is built for CPUs only and cannot drive a GPU. Install torch's CUDA {major} build "
-        f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", '
-        f"or pass {_CPU_HINT} to use the CPUs on purpose."
+        f"cannot use {gpus}: this torch is a CPU-only build. Install its CUDA {major} build "
+        f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", or use {_CPU_HINT}.'
     )
 
 
 def _format_old_driver_error(gpus: str, torch_cuda: str, driver: str, driver_cuda: tuple[int, int]) -> str:
     major = int(torch_cuda.split(".")[0])
-    speaks = ".".join(map(str, driver_cuda))
+    supported = ".".join(map(str, driver_cuda))
     needs = f"driver {_MIN_DRIVER[major]} or newer" if major in _MIN_DRIVER else "a newer driver"
     return (
-        f"{gpus}: driver {driver} speaks CUDA {speaks}; this torch is built for CUDA {torch_cuda}, which needs "
-        f"{needs}. Update the driver, or install a torch built for CUDA {driver_cuda[0]}, "
-        f"or pass {_CPU_HINT} to use the CPUs on purpose."
+        f"cannot use {gpus}: driver {driver} supports CUDA {supported}, but this torch is built for CUDA {torch_cuda} "
+        f"and needs {needs}. Update the driver, install a torch built for CUDA {driver_cuda[0]}, or use {_CPU_HINT}."
     )
 
 
 def _split_spec(spec: object) -> list[str]:
     if not isinstance(spec, Sequence) or isinstance(spec, bytes | bytearray):
         raise DeviceError(
-            f"devices={short_repr(spec)} is of type {type(spec).__name__}; allowed is a string or a list of strings: "
-            f'{_ALLOWED_SPECS}. Write the devices as text, such as devices="cuda,cpu*2".'
+            'devices must be a string or a list of strings, such as "cpu*2" or ["cuda:0", "cpu"], '
+            f"got {short_repr(spec)} ({type(spec).__name__})"
         )
     items = [spec] if isinstance(spec, str) else list(spec)
-    for place, item in enumerate(items):
+    for position, item in enumerate(items):
         if not isinstance(item, str):
             raise DeviceError(
-                f"devices[{place}] is {short_repr(item)}, of type {type(item).__name__}; allowed is text: {_ALLOWED_SPECS}. "
-                'Write "cuda:1" for the GPU of number 1, "cpu*2" for 2 CPU workers.'
+                f'devices[{position}] must be a string such as "cuda:1" or "cpu*2", '
+                f"got {short_repr(item)} ({type(item).__name__})"
             )
     entries = [entry.strip() for item in items for entry in item.split(",")]
     if not entries or not all(entries):
         raise DeviceError(
-            f"devices={short_repr(spec)} has an empty place; allowed are {_ALLOWED_SPECS}. "
-            'Name a device there, or use devices="auto" (--devices).'
+            f'devices={short_repr(spec)} has an empty entry; name a device there, or use devices="auto" (--devices auto). '
+            f"Allowed are {_ALLOWED_SPECS}."
         )
     return entries
 
@@ -202,18 +190,18 @@ def _split_spec(spec: object) -> list[str]:
 def _parse_inline(entries: Sequence[str]) -> tuple[Device, ...]:
     if len(entries) > 1:
         raise DeviceError(
-            f'"inline" stands among {len(entries)} devices; it runs everything in this process and is allowed only '
-            'alone. Use devices="inline" (--devices), or leave it out.'
+            f'"inline" computes in this process and must be the only device, got {len(entries)} devices. '
+            'Use devices="inline" (--devices inline), or remove it.'
         )
     return (Device("inline", "inline", 0),)
 
 
 def _parse_entry(entry: str, machine: Machine) -> Sequence[Device]:
-    for pattern, devices_of in _ENTRY_PARSERS:
+    for pattern, select_devices in _ENTRY_PARSERS:
         if match := re.fullmatch(pattern, entry, re.IGNORECASE):
-            return devices_of(match, machine)
+            return select_devices(match, machine)
     raise DeviceError(
-        f"device {short_repr(entry)} is unknown; allowed are {_ALLOWED_SPECS}. {_describe_machine(machine)}. Use one of them."
+        f"unknown device {short_repr(entry)}; allowed are {_ALLOWED_SPECS}. This process sees {_list_hardware(machine)}."
     )
 
 
@@ -230,16 +218,16 @@ def _select_gpu_by_index(match: re.Match[str], machine: Machine) -> Sequence[Dev
 
 
 def _select_gpu_by_uuid(match: re.Match[str], machine: Machine) -> Sequence[Device]:
-    asked = match[0].lower()
-    return [g for g in machine.gpus if g.uuid.lower() == asked] or _raise_missing_device(match[0], machine)
+    uuid = match[0].lower()
+    return [g for g in machine.gpus if g.uuid.lower() == uuid] or _raise_missing_device(match[0], machine)
 
 
 def _make_cpu_workers(match: re.Match[str], machine: Machine) -> Sequence[Device]:
     n_workers = int(match["n"] or 1)
     if not 1 <= n_workers <= MAX_CPU_WORKERS:
         raise DeviceError(
-            f"device {match[0]!r} asks for {n_workers:,} CPU workers; 1 to {MAX_CPU_WORKERS:,} are allowed. "
-            f'This machine has {machine.n_cores} cores: "cpu*{machine.n_cores}" is one worker per core.'
+            f"{match[0]!r} requests {n_workers:,} CPU workers; allowed are 1 to {MAX_CPU_WORKERS:,}. "
+            f'Use "cpu*{machine.n_cores}" for one worker per core.'
         )
     return [_make_cpu_device(machine)] * n_workers
 
@@ -262,34 +250,37 @@ def _number_cpu_device(device: Device, index: int) -> Device:
 
 
 def _check_duplicate_gpus(requested: Sequence[tuple[str, Device]]) -> None:
-    times = Counter(device for _, device in requested if device.kind == "cuda")
-    for gpu in (gpu for gpu, n in times.items() if n > 1):
-        spelled = " and as ".join(repr(entry) for entry, device in requested if device == gpu)
+    counts = Counter(device for _, device in requested if device.kind == "cuda")
+    for gpu in (gpu for gpu, n in counts.items() if n > 1):
+        entries = " and ".join(repr(entry) for entry, device in requested if device == gpu)
         raise DeviceError(
-            f"{gpu.name} ({gpu.label}) is asked for {times[gpu]} times, as {spelled}; a GPU is allowed once, since one "
-            "worker drives it. Leave all but one of them out."
+            f"{gpu.name} ({gpu.label}) is requested {counts[gpu]} times, as {entries}; each GPU has one worker. "
+            "Keep one of these entries."
         )
 
 
 def _raise_missing_device(entry: str, machine: Machine) -> Sequence[Device]:
-    means = ' (which means "cuda")' if re.match("gpu(?!-)", entry, re.IGNORECASE) else ""
-    raise DeviceError(f"device {entry!r}{means} is not there. {_describe_machine(machine)}. {_suggest_fix(machine)}")
+    is_alias = re.match("gpu(?!-)", entry, re.IGNORECASE)
+    alias = f" (same as {'cuda' + entry[3:]!r})" if is_alias else ""
+    raise DeviceError(
+        f"device {entry!r}{alias} not found; this process sees {_list_hardware(machine)}. {_suggest_fix(machine)}"
+    )
 
 
-def _describe_machine(machine: Machine) -> str:
+def _list_hardware(machine: Machine) -> str:
     gpus = ", ".join(f"cuda:{g.index} = {g.uuid} ({g.label})" for g in machine.gpus) or "no GPU"
-    return f"This process sees {gpus} and {machine.n_cores} CPU cores"
+    return f"{gpus} and {machine.n_cores} CPU cores"
 
 
 def _suggest_fix(machine: Machine) -> str:
-    """First match wins: the likeliest reason why a GPU is missing, and what to do."""
+    """Name the likeliest reason why a GPU is missing and what to do about it; the first match wins."""
     if machine.n_hidden_gpus:
-        return f"CUDA_VISIBLE_DEVICES hides {machine.n_hidden_gpus} more: unset it or name them there, or use {_CPU_HINT}."
+        return f"CUDA_VISIBLE_DEVICES hides {machine.n_hidden_gpus} more: unset it, add them to it, or use {_CPU_HINT}."
     if machine.gpus:
-        return "Ask for one of these."
+        return f"Request one of those, or use {_CPU_HINT}."
     if not machine.driver:
         return (
-            "NVML finds no NVIDIA driver: install it, or give the container its GPUs (docker run --gpus all), "
+            "NVML finds no NVIDIA driver: install it, start the container with its GPUs (docker run --gpus all), "
             f"or use {_CPU_HINT}."
         )
-    return f"The driver ({machine.driver}) finds no GPU: see what nvidia-smi says, or use {_CPU_HINT}."
+    return f"Driver {machine.driver} finds no GPU: check nvidia-smi, or use {_CPU_HINT}."

@@ -1,14 +1,14 @@
-"""What one machine has: its GPUs by NVML, its cores and memory by the system.
+"""Find the GPUs of this machine with NVML and describe the machine in plain records.
 
-GPUs are found through NVML, never through CUDA: a process that has touched CUDA can no longer be pinned to a GPU, and
-its forked children cannot use one. The answers are plain records; nothing here imports torch or Dask.
+GPUs are found through NVML, never through CUDA: a process that has initialised CUDA can no longer be pinned to a GPU, and
+its forked children cannot use one. Nothing here imports torch or Dask.
 
-GPUs are numbered from 0 in NVML's order (the PCI bus's) within the caller's ``CUDA_VISIBLE_DEVICES``, whatever the
-order in that variable: with ``CUDA_VISIBLE_DEVICES=3,1`` the GPU that NVML calls 1 is ``cuda:0``. A plain number in
-that variable is read as NVML's too, as dask-cuda does; CUDA itself may count the fastest GPU first unless
-``CUDA_DEVICE_ORDER=PCI_BUS_ID``. UUIDs leave no doubt, which is why pinning goes by them. The instances of a GPU in MIG
-mode are devices of their own, named by their UUID, and count like GPUs; the number or UUID of a GPU in MIG mode in that
-variable stands for all of its instances.
+GPUs are numbered from 0 in NVML's order (that of the PCI bus) within the caller's ``CUDA_VISIBLE_DEVICES``, regardless of
+the order in that variable: with ``CUDA_VISIBLE_DEVICES=3,1``, NVML's GPU 1 is ``cuda:0``. A plain number in that variable
+is also read as NVML's, as dask-cuda does; CUDA itself may count the fastest GPU first unless
+``CUDA_DEVICE_ORDER=PCI_BUS_ID``. UUIDs are unambiguous, so workers are pinned by UUID. Each instance of a GPU in MIG mode
+is a device of its own, named by its UUID and counted like a GPU; the number or UUID of the GPU in that variable stands for
+all of its instances.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from __future__ import annotations
 import html
 import logging
 import os
-import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-log = logging.getLogger(__name__)
+from daskinfer.hardware.host import count_cores, read_cpu_label, read_memory_nbytes
 
-_ROOT = Path("/")  # where proc and sys are found
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One thing that runs a network: a GPU, a part of one, a CPU worker, or this very process.
+    """A device that runs a model: a GPU, a MIG instance, a CPU worker, or the current process.
 
     Parameters
     ----------
@@ -39,15 +37,15 @@ class Device:
     kind
         ``"cuda"``, ``"cpu"`` or ``"inline"``.
     index
-        A GPU's number in NVML's order within ``CUDA_VISIBLE_DEVICES``; a CPU worker's number; both from 0.
+        A GPU's number in NVML's order within ``CUDA_VISIBLE_DEVICES``, or a CPU worker's number; both from 0.
     uuid
-        What a GPU's worker is pinned by; empty for the others.
+        UUID by which a GPU's worker is pinned; empty for other kinds.
     label
-        The hardware's name; empty where it is unknown.
+        Name of the hardware; empty if unknown.
     memory_nbytes
-        All of its memory in bytes; CPU workers share the host's. 0 where it is unknown.
+        Total memory in bytes; CPU workers share that of the host. 0 if unknown.
     free_nbytes
-        Bytes that were free on a GPU when it was found; 0 where that is unknown.
+        Bytes free on a GPU at the time of discovery; 0 if unknown.
 
     Examples
     --------
@@ -72,33 +70,33 @@ class Device:
     def _describe(self) -> str:
         memory = [f"{self.memory_nbytes / 2**30:,.1f} GiB"] if self.memory_nbytes else []
         free = [f"{self.free_nbytes / 2**30:,.1f} GiB free"] if self.free_nbytes else []
-        return ", ".join(said for said in (self.label or self.kind, *memory, *free, self.uuid) if said)
+        return ", ".join(part for part in (self.label or self.kind, *memory, *free, self.uuid) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one machine has, as the process sees it that asked.
+    """The hardware of a machine, as visible to the process that inspected it.
 
     Parameters
     ----------
     gpus
         GPUs and MIG instances within ``CUDA_VISIBLE_DEVICES``, in NVML's order.
-    hidden_gpus
-        How many more NVML sees.
+    n_hidden_gpus
+        Number of further GPUs and MIG instances that NVML sees but ``CUDA_VISIBLE_DEVICES`` hides.
     n_cores
-        Cores that this process may use: its affinity, or its control group's quota where that is less.
+        Cores that this process may use: its affinity, or the quota of its control group if that is smaller.
     cpu_label
-        The processor's name.
+        Name of the processor.
     memory_nbytes
-        The host's memory, or the control group's limit where that is less; 0 where it is unknown.
+        Host memory in bytes, or the limit of the control group if that is smaller; 0 if unknown.
     driver
-        Version of NVIDIA's driver; empty where there is none.
+        Version of the NVIDIA driver; empty without one.
     driver_cuda
-        The newest CUDA that this driver speaks, as (major, minor); None where it is unknown.
+        Newest CUDA version that the driver supports, as (major, minor); None if unknown.
 
     Examples
     --------
-    >>> Machine(n_cores=8, read_cpu_label="EPYC").gpus
+    >>> Machine(n_cores=8, cpu_label="EPYC").gpus
     ()
     """
 
@@ -112,33 +110,33 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    """Look at this machine; touches neither CUDA nor torch, and keeps nothing open.
+    """Inspect this machine without touching CUDA or torch, and without keeping a handle open.
 
     Returns
     -------
     Machine
-        Without GPUs where NVML, the driver or a device is missing; the reason is logged at DEBUG level.
+        Has no GPUs if NVML, the driver or the devices are missing; the reason is logged at DEBUG level.
 
     Examples
     --------
     >>> inspect_machine().n_cores >= 1
     True
     """
-    found = _query_nvml()
-    gpus = _filter_visible(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    nvml = _query_nvml()
+    gpus = _filter_visible(nvml.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(
         gpus=gpus,
-        n_hidden_gpus=sum(len(gpu.devices) for gpu in found.gpus) - len(gpus),
-        n_cores=_count_cores(),
+        n_hidden_gpus=sum(len(gpu.devices) for gpu in nvml.gpus) - len(gpus),
+        n_cores=count_cores(),
         cpu_label=read_cpu_label(),
-        memory_nbytes=_read_host_nbytes(),
-        driver=found.driver,
-        driver_cuda=found.driver_cuda,
+        memory_nbytes=read_memory_nbytes(),
+        driver=nvml.driver,
+        driver_cuda=nvml.driver_cuda,
     )
 
 
 class _NvmlGpu(NamedTuple):
-    """One GPU in NVML's order: itself as a device, or its MIG instances; none where it does not answer."""
+    """One GPU in NVML's order with its devices: itself, or its MIG instances; none if NVML cannot query it."""
 
     uuid: str
     devices: tuple[Device, ...]
@@ -156,7 +154,7 @@ def _query_nvml() -> _NvmlInfo:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        log.debug("no GPUs here, NVML says: %s", error)
+        log.debug("found no GPUs: NVML reports %s", error)
         return _NvmlInfo()
     try:
         cuda = _call_nvml(0, pynvml.nvmlSystemGetCudaDriverVersion_v2)
@@ -170,7 +168,7 @@ def _query_nvml() -> _NvmlInfo:
 
 
 def _call_nvml(default: Any, function: Callable[..., Any], *args: object) -> Any:
-    """What NVML answers; ``otherwise`` where this driver lacks the question or the hardware an answer."""
+    """Call an NVML function; return ``default`` if the driver or the hardware does not support it."""
     from pynvml import NVMLError
 
     try:
@@ -189,20 +187,20 @@ def _query_gpu(index: int) -> _NvmlGpu:
         handles = _query_mig_instances(handle) if in_mig_mode else [handle]
         return _NvmlGpu(pynvml.nvmlDeviceGetUUID(handle), tuple(_query_device(h) for h in handles))
     except pynvml.NVMLError as error:
-        log.warning("GPU %d of this machine is left out, NVML says: %s; see nvidia-smi", index, error)
+        log.warning("ignoring GPU %d: NVML reports %s; run nvidia-smi for details", index, error)
         return _NvmlGpu("", ())
 
 
 def _query_mig_instances(handle: Any) -> list[Any]:
     import pynvml
 
-    n_places = _call_nvml(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)
-    places = (_call_nvml(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place) for place in range(n_places))
-    return [instance for instance in places if instance is not None]
+    n_slots = _call_nvml(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)
+    slots = (_call_nvml(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot) for slot in range(n_slots))
+    return [instance for instance in slots if instance is not None]
 
 
 def _query_device(handle: Any) -> Device:
-    """The device without its number, which depends on what is visible."""
+    """Describe a device, without its number: that depends on which devices are visible."""
     import pynvml
 
     memory = _call_nvml(None, pynvml.nvmlDeviceGetMemoryInfo, handle)
@@ -218,22 +216,22 @@ def _query_device(handle: Any) -> Device:
 
 
 def _filter_visible(gpus: Sequence[_NvmlGpu], variable: str | None) -> tuple[Device, ...]:
-    everything = [device for gpu in gpus for device in gpu.devices]
-    chosen = everything if variable is None else _parse_visible_devices(gpus, variable)
-    return tuple(_number_gpu(d, index) for index, d in enumerate(d for d in everything if d in chosen))
+    devices = [device for gpu in gpus for device in gpu.devices]
+    visible = devices if variable is None else _parse_visible_devices(gpus, variable)
+    return tuple(_number_gpu(d, index) for index, d in enumerate(d for d in devices if d in visible))
 
 
 def _parse_visible_devices(gpus: Sequence[_NvmlGpu], variable: str) -> list[Device]:
-    """Read ``CUDA_VISIBLE_DEVICES`` as CUDA does: what is invalid ends the list, what is repeated empties it."""
-    chosen: list[Device] = []
+    """Parse ``CUDA_VISIBLE_DEVICES`` as CUDA does: an invalid entry ends the list, a repeated one empties it."""
+    visible: list[Device] = []
     for entry in variable.split(","):
         devices = _find_by_index(gpus, entry.strip()) or _find_by_uuid(gpus, entry.strip())
         if not devices:
             break
-        if any(device in chosen for device in devices):
+        if any(device in visible for device in devices):
             return []
-        chosen += devices
-    return chosen
+        visible += devices
+    return visible
 
 
 def _find_by_index(gpus: Sequence[_NvmlGpu], entry: str) -> Sequence[Device]:
@@ -242,59 +240,17 @@ def _find_by_index(gpus: Sequence[_NvmlGpu], entry: str) -> Sequence[Device]:
 
 
 def _find_by_uuid(gpus: Sequence[_NvmlGpu], entry: str) -> Sequence[Device]:
-    """The one GPU or MIG instance whose UUID begins so; nothing where several do."""
+    """Find the GPU or MIG instance whose UUID starts with ``entry``; nothing if several do."""
     if not entry.startswith(("GPU-", "MIG-")):
         return ()
-    whole = [gpu.devices for gpu in gpus if gpu.uuid.startswith(entry)]
-    parts = [
+    whole_gpus = [gpu.devices for gpu in gpus if gpu.uuid.startswith(entry)]
+    instances = [
         (device,) for gpu in gpus for device in gpu.devices if device.uuid.startswith(entry) and device.uuid != gpu.uuid
     ]
-    return (whole + parts)[0] if len(whole + parts) == 1 else ()
+    matches = whole_gpus + instances
+    return matches[0] if len(matches) == 1 else ()
 
 
 def _number_gpu(device: Device, index: int) -> Device:
     is_mig = device.uuid.startswith("MIG-")
     return replace(device, name=device.uuid if is_mig else f"cuda:{index}", index=index)
-
-
-def _count_cores() -> int:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [text.split() for text in _iter_cgroup_limits("cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])]
-    quotas = [int(limit[0]) // int(limit[1]) for limit in limits if len(limit) == 2 and limit[0].isdigit()]
-    return max(1, min([allowed, *quotas]))
-
-
-def _read_host_nbytes() -> int:
-    try:
-        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows has no sysconf, and some systems not these names
-        return 0
-    limits = [
-        int(text) for text in _iter_cgroup_limits("memory", ["memory.max"], ["memory.limit_in_bytes"]) if text.isdigit()
-    ]
-    return min([physical, *limits])
-
-
-def _iter_cgroup_limits(controller: str, v2_files: Sequence[str], v1_files: Sequence[str]) -> Iterator[str]:
-    """A limit's text in this process's control group and in every group above it, for both versions of those."""
-    for line in _read_text("proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        folders = {"": ("sys/fs/cgroup", v2_files), controller: (f"sys/fs/cgroup/{controller}", v1_files)}
-        for name in folders.keys() & controllers.split(","):
-            top, files = folders[name]
-            group = PurePosixPath(path.lstrip("/"))
-            for folder in (group, *group.parents):
-                yield " ".join(_read_text(f"{top}/{folder}/{file}") for file in files)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return (_ROOT / path).read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""
-
-
-def read_cpu_label() -> str:
-    """The processor's name; empty where it is unknown."""
-    named = re.search(r"^model name\s*:\s*(.+)$", _read_text("proc/cpuinfo"), re.MULTILINE)
-    return named[1] if named else platform.processor()

@@ -9,60 +9,61 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, Device, DeviceTable, Machine, check_drivable, parse_devices
+from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, DeviceTable, check_drivable, parse_devices
+from daskinfer.hardware.discovery import Device, Machine
 
 MIG_UUID = "MIG-aaaa"
 
 
-def made_up(n_gpus: int = 2, **fields: object) -> Machine:
-    """A machine that is nowhere, with GPUs named GPU-0000 and up, and 4 cores."""
+def make_machine(n_gpus: int = 2, **fields: object) -> Machine:
+    """Make an imaginary machine with GPUs named GPU-0000 and up, and 4 cores."""
     gpus = tuple(
         Device(f"cuda:{i}", "cuda", i, uuid=f"GPU-{i:04d}", label="Fast One", memory_nbytes=16 << 30) for i in range(n_gpus)
     )
-    known = {"n_cores": 4, "cpu_label": "Slow One", "memory_nbytes": 8 << 30, "driver": "580.65.06"}
-    return Machine(gpus=gpus, **{**known, "driver_cuda": (13, 0), **fields})
+    defaults = {"n_cores": 4, "cpu_label": "Slow One", "memory_nbytes": 8 << 30, "driver": "580.65.06"}
+    return Machine(gpus=gpus, **{**defaults, "driver_cuda": (13, 0), **fields})
 
 
-def names(spec: object, machine: Machine) -> list[str]:
-    """The names of what is asked for."""
+def parse_names(spec: object, machine: Machine) -> list[str]:
+    """Return the names of the requested devices."""
     return [device.name for device in parse_devices(spec, machine)]
 
 
-def spellings(ask: tuple[str, int]) -> list[str]:
-    """All the ways to write one thing that is asked for."""
-    what, n = ask
+def list_spellings(request: tuple[str, int]) -> list[str]:
+    """List all the ways to write one request."""
+    kind, n = request
     return {
         "auto": ["auto"],
         "every": ["cuda", "gpu"],
         "one": [f"cuda:{n}", f"gpu: {n}", f"GPU-{n:04d}", f"cuda : {n}"],
         "cpu": [f"cpu*{n}", f"cpu * {n}", *(["cpu"] if n == 1 else [])],
-    }[what]
+    }[kind]
 
 
-def oracle(asks: list[tuple[str, int]], n_gpus: int, n_cores: int) -> list[str] | None:
-    """The names that must come out, None for a refusal; written apart from the code under test."""
+def expect_names(requests: list[tuple[str, int]], n_gpus: int, n_cores: int) -> list[str] | None:
+    """Return the expected names, None for an error; independent of the code under test."""
     every = [f"cuda:{i}" for i in range(n_gpus)]
-    given_by = {
+    select = {
         "auto": lambda n: every or ["cpu"] * n_cores,
         "every": lambda n: every or ["absent"],
         "one": lambda n: every[n : n + 1] or ["absent"],
         "cpu": lambda n: ["cpu"] * n,
     }
-    flat = [name for what, n in asks for name in given_by[what](n)]
-    gpus = [name for name in flat if name != "cpu"]
+    names = [name for kind, n in requests for name in select[kind](n)]
+    gpus = [name for name in names if name != "cpu"]
     if "absent" in gpus or len(gpus) != len(set(gpus)):
         return None
-    return [f"cpu:{flat[:i].count('cpu')}" if name == "cpu" else name for i, name in enumerate(flat)]
+    return [f"cpu:{names[:i].count('cpu')}" if name == "cpu" else name for i, name in enumerate(names)]
 
 
 @st.composite
-def written(draw: st.DrawFn, asks: list[tuple[str, int]]) -> str | list[str]:
-    """The same, spelled at random, as one text or as a list of texts."""
+def spell(draw: st.DrawFn, requests: list[tuple[str, int]]) -> str | list[str]:
+    """Spell the requests at random, as one string or as a list of strings."""
     entries = []
-    for ask in asks:
-        letters = draw(st.sampled_from(spellings(ask)))
+    for request in requests:
+        text = draw(st.sampled_from(list_spellings(request)))
         upper = draw(st.booleans())
-        entries.append(draw(st.sampled_from(["", " ", "\t"])) + (letters.upper() if upper else letters) + " ")
+        entries.append(draw(st.sampled_from(["", " ", "\t"])) + (text.upper() if upper else text) + " ")
     cut = draw(st.integers(0, len(entries)))
     parts = [",".join(part) for part in (entries[:cut], entries[cut:]) if part]
     return ",".join(parts) if draw(st.booleans()) else parts
@@ -71,41 +72,41 @@ def written(draw: st.DrawFn, asks: list[tuple[str, int]]) -> str | list[str]:
 @settings(deadline=None)
 @given(data=st.data(), n_gpus=st.integers(0, 3), n_cores=st.integers(1, 5))
 def test_parse_agrees_with_an_oracle(data: st.DataObject, n_gpus: int, n_cores: int) -> None:
-    """Any mixture, however spelled, gives what was asked for in the order asked, or is refused."""
-    one_ask = st.tuples(st.sampled_from(["auto", "every", "one", "one", "cpu", "cpu"]), st.integers(1, 3))
-    asks = data.draw(st.lists(one_ask, min_size=1, max_size=5))
-    spec, expected = data.draw(written(asks)), oracle(asks, n_gpus, n_cores)
-    machine = made_up(n_gpus, n_cores=n_cores)
+    """Any mixture, however spelled, gives the requested devices in the order requested, or an error."""
+    one_request = st.tuples(st.sampled_from(["auto", "every", "one", "one", "cpu", "cpu"]), st.integers(1, 3))
+    requests = data.draw(st.lists(one_request, min_size=1, max_size=5))
+    spec, expected = data.draw(spell(requests)), expect_names(requests, n_gpus, n_cores)
+    machine = make_machine(n_gpus, n_cores=n_cores)
     if expected is None:
-        with pytest.raises(DeviceError, match=r"is not there|is asked for"):
+        with pytest.raises(DeviceError, match=r"not found|is requested"):
             parse_devices(spec, machine)
     else:
-        assert names(spec, machine) == expected
+        assert parse_names(spec, machine) == expected
 
 
 @settings(deadline=None)
 @given(spec=st.one_of(st.text("acdgipu:*-, 0123\n", max_size=12), st.lists(st.text(max_size=8), max_size=3)))
 def test_any_text_gives_devices_or_a_device_error(spec: str | list[str]) -> None:
-    """Whatever the text, the answer is at least one device or a DeviceError."""
+    """Any text gives at least one device or a DeviceError."""
     with contextlib.suppress(DeviceError):
-        assert len(parse_devices(spec, made_up())) >= 1
+        assert len(parse_devices(spec, make_machine())) >= 1
 
 
 def test_auto_takes_every_gpu_else_one_cpu_worker_per_core() -> None:
-    """ "auto" means the GPUs, and CPU workers only where there is none."""
-    assert names("auto", made_up(2)) == ["cuda:0", "cuda:1"]
-    assert names("auto", made_up(0)) == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
+    """ "auto" means the GPUs, and CPU workers only without a GPU."""
+    assert parse_names("auto", make_machine(2)) == ["cuda:0", "cuda:1"]
+    assert parse_names("auto", make_machine(0)) == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
 
 
 def test_cpu_workers_carry_the_machines_label_and_memory() -> None:
     """A CPU worker knows the processor's name and the host's memory, and its own number."""
     expected = Device("cpu:1", "cpu", 1, label="Slow One", memory_nbytes=8 << 30)
-    assert parse_devices(["cpu", "cpu"], made_up())[1] == expected
+    assert parse_devices(["cpu", "cpu"], make_machine())[1] == expected
 
 
 def test_inline_is_one_device_of_its_own() -> None:
     """ "inline" gives one device that stands for this process."""
-    assert parse_devices([" Inline "], made_up()) == (Device("inline", "inline", 0),)
+    assert parse_devices([" Inline "], make_machine()) == (Device("inline", "inline", 0),)
 
 
 def test_a_mig_instance_is_found_by_its_uuid_and_its_number() -> None:
@@ -115,77 +116,80 @@ def test_a_mig_instance_is_found_by_its_uuid_and_its_number() -> None:
 
 
 REFUSED = {
-    "tpu": r"device 'tpu' is unknown; allowed are \"auto\".*sees cuda:0 = GPU-0000 \(Fast One\).*Use one of them",
-    "cpu*x": r"device 'cpu\*x' is unknown",
-    "cuda:-1": r"device 'cuda:-1' is unknown",
-    "cpu*0": r"'cpu\*0' asks for 0 CPU workers; 1 to 1,024 are allowed\. This machine has 4 cores: \"cpu\*4\"",
-    f"cpu*{MAX_CPU_WORKERS + 1}": r"asks for 1,025 CPU workers",
-    "": r"devices='' has an empty place.*devices=\"auto\"",
-    "cpu,,cuda": r"has an empty place",
-    "inline,cpu": r"\"inline\" stands among 2 devices.*only alone",
-    "cuda,cuda:0": r"cuda:0 \(Fast One\) is asked for 2 times, as 'cuda' and as 'cuda:0'.*Leave all but one",
-    "gpu:1,GPU-0001": r"cuda:1 .* is asked for 2 times, as 'gpu:1' and as 'GPU-0001'",
-    "cuda:7": r"device 'cuda:7' is not there\. This process sees cuda:0.*cuda:1.*Ask for one of these",
-    "gpu:7": r"device 'gpu:7' \(which means \"cuda\"\) is not there\. This process sees cuda:0",
-    "GPU-9999": r"device 'GPU-9999' is not there",
+    "tpu": r"unknown device 'tpu'; allowed are \"auto\".*This process sees cuda:0 = GPU-0000 \(Fast One\).*4 CPU cores\.",
+    "cpu*x": r"unknown device 'cpu\*x'",
+    "cuda:-1": r"unknown device 'cuda:-1'",
+    "cpu*0": r"'cpu\*0' requests 0 CPU workers; allowed are 1 to 1,024\. Use \"cpu\*4\" for one worker per core",
+    f"cpu*{MAX_CPU_WORKERS + 1}": r"requests 1,025 CPU workers",
+    "": r"devices='' has an empty entry.*devices=\"auto\" \(--devices auto\)\. Allowed are \"auto\"",
+    "cpu,,cuda": r"has an empty entry",
+    "inline,cpu": r"\"inline\" computes in this process and must be the only device, got 2 devices\. Use",
+    "cuda,cuda:0": r"cuda:0 \(Fast One\) is requested 2 times, as 'cuda' and 'cuda:0'; each GPU has one worker\. Keep one",
+    "gpu:1,GPU-0001": r"cuda:1 .* is requested 2 times, as 'gpu:1' and 'GPU-0001'",
+    "cuda:7": r"device 'cuda:7' not found; this process sees cuda:0.*cuda:1.*4 CPU cores\. Request one of those",
+    "gpu:7": r"device 'gpu:7' \(same as 'cuda:7'\) not found; this process sees cuda:0",
+    "GPU-9999": r"device 'GPU-9999' not found",
 }
 
 
 @pytest.mark.parametrize("spec", REFUSED)
-def test_refusals_say_what_was_got_what_is_allowed_and_what_to_change(spec: str) -> None:
-    """Each refusal names the device, what is allowed or there, and the change to make."""
+def test_errors_say_what_was_got_what_is_allowed_and_what_to_change(spec: str) -> None:
+    """Each error names the device, what is allowed or available, and the change to make."""
     with pytest.raises(DeviceError, match=REFUSED[spec]):
-        parse_devices(spec, made_up())
+        parse_devices(spec, make_machine())
 
 
 WRONG_TYPES = [
-    (3, r"devices=3 is of type int; allowed is a string or a list"),
-    (None, r"devices=None is of type NoneType"),
-    (b"cpu", r"devices=b'cpu' is of type bytes"),
-    ({"cpu"}, r"devices=\{'cpu'\} is of type set"),
-    ([], r"devices=\[\] has an empty place"),
-    (["cpu", 1], r"devices\[1\] is 1, of type int; allowed is text.*\"cuda:1\""),
+    (3, r"devices must be a string or a list of strings, such as \"cpu\*2\".*got 3 \(int\)"),
+    (None, r"devices must be .*got None \(NoneType\)"),
+    (b"cpu", r"devices must be .*got b'cpu' \(bytes\)"),
+    ({"cpu"}, r"devices must be .*got \{'cpu'\} \(set\)"),
+    ([], r"devices=\[\] has an empty entry"),
+    (["cpu", 1], r"devices\[1\] must be a string such as \"cuda:1\".*got 1 \(int\)"),
 ]
 
 
 @pytest.mark.parametrize(("spec", "message"), WRONG_TYPES)
-def test_what_is_not_text_is_refused(spec: object, message: str) -> None:
-    """A number, None, bytes or a set is refused by its type, a number in a list by its place."""
+def test_a_spec_that_is_not_text_is_an_error(spec: object, message: str) -> None:
+    """The error names the type of a number, None, bytes or a set, and the position of a number in a list."""
     with pytest.raises(DeviceError, match=message):
-        parse_devices(spec, made_up())
+        parse_devices(spec, make_machine())
 
 
 MISSING = [
-    ({"n_hidden_gpus": 2}, r"sees no GPU and 4 CPU cores\. CUDA_VISIBLE_DEVICES hides 2 more: unset it"),
-    ({"driver": ""}, r"NVML finds no NVIDIA driver: install it, or give the container its GPUs.*devices=\"cpu\""),
-    ({}, r"The driver \(580\.65\.06\) finds no GPU: see what nvidia-smi says"),
+    (
+        {"n_hidden_gpus": 2},
+        r"sees no GPU and 4 CPU cores\. CUDA_VISIBLE_DEVICES hides 2 more: unset it, add them to it, or use",
+    ),
+    ({"driver": ""}, r"NVML finds no NVIDIA driver: install it, start the container with its GPUs.*devices=\"cpu\""),
+    ({}, r"Driver 580\.65\.06 finds no GPU: check nvidia-smi"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), MISSING)
 def test_a_missing_gpu_is_explained_by_its_likeliest_reason(fields: dict[str, object], message: str) -> None:
-    """Hidden by the environment, no driver, or a driver without GPUs: each has its own cure."""
+    """Hidden by the environment, no driver, or a driver without GPUs: the error suggests a fix for each."""
     with pytest.raises(DeviceError, match=message):
-        parse_devices("cuda", made_up(0, **fields))
+        parse_devices("cuda", make_machine(0, **fields))
 
 
 def test_cpus_need_no_cuda_in_torch() -> None:
-    """Without a GPU among the devices, any build of torch will do."""
-    check_drivable(parse_devices("cpu*2", made_up(0)), None, made_up(0))
+    """Without a GPU among the devices, any build of torch passes."""
+    check_drivable(parse_devices("cpu*2", make_machine(0)), None, make_machine(0))
 
 
 @pytest.mark.parametrize("driver_cuda", [(13, 0), (13, 2), (14, 0), None])
 def test_a_driver_of_the_same_major_version_or_newer_or_unknown_passes(driver_cuda: tuple[int, int] | None) -> None:
-    """CUDA's minor versions are compatible, and what is unknown is not refused."""
-    machine = made_up(driver_cuda=driver_cuda)
+    """CUDA's minor versions are compatible, and an unknown version is no error."""
+    machine = make_machine(driver_cuda=driver_cuda)
     check_drivable(machine.gpus, "13.1", machine)
 
 
 @pytest.mark.parametrize(("driver_cuda", "major"), [((13, 0), 13), ((12, 8), 12), (None, 13)])
 def test_a_cpu_build_of_torch_is_refused_with_the_build_to_install(driver_cuda: tuple[int, int] | None, major: int) -> None:
-    """GPUs are never left idle in silence: the message names them and the build that suits the driver."""
-    machine = made_up(driver_cuda=driver_cuda)
-    message = rf"cuda:0 \(Fast One\), cuda:1 .*CPUs only.*CUDA {major} build.*\[cuda{major}\].*devices=\"cpu\""
+    """GPUs are never ignored silently: the message names them and the build that fits the driver."""
+    machine = make_machine(driver_cuda=driver_cuda)
+    message = rf"cannot use cuda:0 \(Fast One\), cuda:1 .*CPU-only.*CUDA {major} build.*\[cuda{major}\].*devices=\"cpu\""
     with pytest.raises(DeviceError, match=message):
         check_drivable(machine.gpus, None, machine)
 
@@ -194,15 +198,15 @@ def test_a_cpu_build_of_torch_is_refused_with_the_build_to_install(driver_cuda: 
     ("torch_cuda", "needs"), [("12.8", "525 or newer"), ("13.0", "580 or newer"), ("15.0", "a newer driver")]
 )
 def test_a_driver_older_than_torch_is_refused(torch_cuda: str, needs: str) -> None:
-    """The message holds the driver, the CUDA that it speaks, and the driver that this torch needs."""
-    machine = made_up(driver="470.1", driver_cuda=(11, 4))
-    with pytest.raises(DeviceError, match=rf"driver 470\.1 speaks CUDA 11\.4.*CUDA {torch_cuda}.*{needs}"):
+    """The message names the driver, the CUDA version that it supports, and the driver that this torch needs."""
+    machine = make_machine(driver="470.1", driver_cuda=(11, 4))
+    with pytest.raises(DeviceError, match=rf"driver 470\.1 supports CUDA 11\.4.*CUDA {torch_cuda}.*{needs}"):
         check_drivable(machine.gpus, torch_cuda, machine)
 
 
-def test_a_table_of_devices_shows_itself_as_text_and_html() -> None:
-    """People see aligned columns, notebooks a table; unknown sizes stay empty."""
-    table = DeviceTable((*made_up(1).gpus, *parse_devices("cpu", made_up())))
+def test_a_device_table_displays_as_text_and_html() -> None:
+    """Terminals show aligned columns, notebooks a table; unknown sizes stay empty."""
+    table = DeviceTable((*make_machine(1).gpus, *parse_devices("cpu", make_machine())))
     lines = str(table).splitlines()
     assert lines[0].split() == ["device", "name", "memory", "free", "uuid"]
     assert lines[1].split() == ["cuda:0", "Fast", "One", "16.0", "GiB", "GPU-0000"]
@@ -210,8 +214,8 @@ def test_a_table_of_devices_shows_itself_as_text_and_html() -> None:
     assert "<td>cuda:0</td>" in table._repr_html_()
 
 
-def test_a_device_shows_itself_in_a_line() -> None:
-    """What is known of one device, in text and in notebooks; at the prompt it is what makes it again."""
+def test_a_device_displays_in_one_line() -> None:
+    """Text and notebooks show the known fields of a device; its repr is the expression that makes it."""
     gpu = Device("cuda:0", "cuda", 0, uuid="GPU-1", label="Fast <One>", memory_nbytes=16 << 30, free_nbytes=3 << 29)
     assert str(gpu) == "cuda:0: Fast <One>, 16.0 GiB, 1.5 GiB free, GPU-1"
     assert gpu._repr_html_() == "<b>cuda:0</b>: Fast &lt;One&gt;, 16.0 GiB, 1.5 GiB free, GPU-1"
@@ -219,10 +223,10 @@ def test_a_device_shows_itself_in_a_line() -> None:
     assert eval(repr(gpu)) == gpu
 
 
-def test_a_table_of_devices_is_plain_data_for_json_and_pickle() -> None:
+def test_a_device_table_survives_json_and_pickle() -> None:
     """Every field survives JSON, and the table survives a trip between processes."""
-    table = DeviceTable(made_up(2).gpus)
+    table = DeviceTable(make_machine(2).gpus)
     assert [Device(**fields) for fields in json.loads(json.dumps(table.to_dicts()))] == list(table)
-    again = pickle.loads(pickle.dumps(table))
-    assert again == table
-    assert isinstance(again, DeviceTable)
+    copy = pickle.loads(pickle.dumps(table))
+    assert copy == table
+    assert isinstance(copy, DeviceTable)
