@@ -1,17 +1,17 @@
-"""What stands in the manifest of a stored output, and what of the output is done: text and numbers, no files.
+"""The content of a manifest, as records and text: the header, the log of receipts, and which rows they prove to be stored.
 
-Beside an output ``y.zarr`` lies a folder ``y.zarr.daskinfer``. Its ``header.json`` says what the output is made of; an
-append-only log has a line for each chunk that was committed. Every line ends with its own checksum, so that a line that was
-torn by a crash, or changed afterwards, is noticed.
+This module reads and writes no files. Beside an output ``y.zarr`` stands a folder ``y.zarr.daskinfer``. Its ``header.json``
+describes the output; an append-only log has one line per committed chunk. Every line ends with its own checksum, which
+detects a line that a crash tore or that somebody changed later.
 
-What changes the answer, and therefore has to be the same when a run is continued: the network, the input, the options in
-``RESULT_OPTIONS``, the output's shape and dtype, and the micro-batch where the caller names one. ``on_error`` may change:
-rows that failed under "skip" are computed again under "raise". Devices, weights and prefetch may change: with the same
-micro-batch on the same kind of device the bytes do not depend on them (decision 3).
+A run may continue an output only if everything that changes the result is the same: the model, the input, the options in
+``RESULT_OPTIONS``, the output's shape and dtype, and the batch size if the caller names one. ``on_error`` may change: rows
+that failed under "skip" are computed again under "raise". Devices, weights and prefetch may change: with the same
+micro-batch on the same kind of device the bytes do not depend on them (see the docstring of ``daskinfer.scheduling``).
 
-Log lines are of four kinds: ``{"run": n, "boot": id}`` where a run begins, an :class:`JournalEntry` for a chunk,
-``{"void": [start, stop]}`` for rows whose stored bytes turned out not to be what their receipt says, and ``{"end": true}``
-where a run has done all that it was to do.
+The log has four kinds of lines: ``{"run": n, "boot": id}`` when a run starts, a :class:`JournalEntry` for a chunk,
+``{"void": [start, stop]}`` for rows whose stored bytes do not match their receipt, and ``{"end": true}`` when a run has
+finished all of its rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHOWN_HASH_CHARS = 12  # characters of a hash that a message shows; arbitrary
 
 
 def format_line(record: Mapping[str, Any]) -> bytes:
-    """One line of a manifest: JSON, a tab, the checksum of the JSON.
+    """Format one line of a manifest: JSON, a tab, the checksum of the JSON.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def format_line(record: Mapping[str, Any]) -> bytes:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """What :func:`format_line` was given; None where the line is not as it was written.
+    """Parse a line that :func:`format_line` wrote; None if it is torn or changed.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     ({'run': 1}, None)
     """
     text, _, crc = line.removesuffix(b"\n").rpartition(b"\t")
-    # As text: the digits of a number may be changed from "a" to "A", and it is still the same number.
+    # Compared as text: as numbers, "a" and "A" would be the same digit, and that change would go unnoticed.
     if not line.endswith(b"\n") or crc != _compute_line_crc(text):
         return None
     record: dict[str, Any] = json.loads(text)
@@ -59,7 +59,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records up to the first line that is torn or changed, and how many bytes they take.
+    """Parse the lines up to the first that is torn or changed; return the records and their size in bytes.
 
     Examples
     --------
@@ -82,10 +82,10 @@ def _compute_line_crc(text: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What an output is made of.
+    """Everything that determines the content of an output; its fields are the keys of ``header.json``.
 
-    ``output`` is its name among the network's; ``batch_size``, ``by_kind`` and ``channels_last`` are the micro-batches that
-    were chosen, and ``unit_rows`` the rows that are written in one go; ``shards`` is 0 where one run computes all of it.
+    ``output`` is its name among the model's outputs. ``batch_size``, ``by_kind`` and ``channels_last`` are the chosen
+    micro-batches, ``unit_rows`` the rows of a write-unit. ``shards`` is 0 if one run computes the whole output.
     """
 
     output: str
@@ -103,39 +103,39 @@ class Header:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Header:
-        """From a record as it is read; what is not known is left out, and what is missing is as in format 1."""
+        """Build a header from a record as read; unknown keys are ignored, missing ones are as in format 1."""
         known = {name: record[name] for name in (f.name for f in fields(cls)) if name in record}
         options = {"memory_format": "auto", **record["options"]}
         kinds = tuple(record.get("channels_last", ()))
         return cls(**known | {"shape": tuple(record["shape"]), "options": options, "channels_last": kinds})
 
     def to_record(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the record as it is written."""
         return asdict(self)
 
     def find_differences(self, requested: Header, batch_size: int | None) -> list[str]:
-        """What keeps a run that wants ``wanted``, and ``batch_size`` where it is not None, from continuing this one."""
-        found = []
+        """List what keeps a run with the ``requested`` header, and ``batch_size`` unless None, from continuing this one."""
+        differences = []
         for name in ("format", "model", "input", "options", "output", "shape", "dtype", "shards"):
-            found += _find_differences(name, getattr(self, name), getattr(requested, name))
-        return found + (_find_differences("batch_size", self.batch_size, batch_size) if batch_size else [])
+            differences += _find_differences(name, getattr(self, name), getattr(requested, name))
+        return differences + (_find_differences("batch_size", self.batch_size, batch_size) if batch_size else [])
 
     @property
     def inherited_config(self) -> tuple[object, ...]:
-        """What a run that goes on takes over: micro-batches and write-units."""
+        """What a continuing run takes over from this header: micro-batches and write-units."""
         return self.batch_size, dict(self.by_kind), self.channels_last, self.unit_rows
 
     @property
     def n_rows(self) -> int:
-        """Rows of the output."""
+        """Number of rows of the output."""
         return self.shape[0]
 
 
-def _find_differences(name: str, was: Any, now: Any) -> list[str]:
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        keys = sorted(was.keys() | now.keys())
-        return [text for key in keys for text in _find_differences(f"{name} {key}", was.get(key), now.get(key))]
-    return [] if was == now else [f"{name} was {_format_value(was)} and is {_format_value(now)}"]
+def _find_differences(name: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(old.keys() | new.keys())
+        return [text for key in keys for text in _find_differences(f"{name} {key}", old.get(key), new.get(key))]
+    return [] if old == new else [f"{name} was {_format_value(old)} and is {_format_value(new)}"]
 
 
 def _format_value(value: Any) -> str:
@@ -145,7 +145,7 @@ def _format_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A chunk that was committed: rows ``start:stop``, who computed them, and what was stored, one part per write-unit."""
+    """The receipt of a committed chunk: rows ``start:stop``, who computed them, and one stored part per write-unit."""
 
     start: int
     stop: int
@@ -159,19 +159,19 @@ class JournalEntry:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> JournalEntry:
-        """From a record as it is read."""
+        """Build an entry from a record as read."""
         parts = tuple(StoredPart(*part) for part in record["parts"])
         return cls(**{**record, "parts": parts, "failures": tuple(RowFailure(*failure) for failure in record["failures"])})
 
     def to_record(self) -> dict[str, Any]:
-        """As it is written: parts and failures without their fields' names."""
-        parts, failures = ([list(asdict(one).values()) for one in many] for many in (self.parts, self.failures))
+        """Return the record as it is written: parts and failures are lists of values without field names."""
+        parts, failures = ([list(asdict(item).values()) for item in items] for items in (self.parts, self.failures))
         return vars(self) | {"parts": parts, "failures": failures}
 
 
 @dataclass(frozen=True)
 class StoredRange:
-    """One stored part, the rows that it holds, and whether it may have been written more than once."""
+    """One stored part (None: rows of zero bytes), its rows, and whether it may have been written more than once."""
 
     part: StoredPart | None
     start: int
@@ -180,21 +180,21 @@ class StoredRange:
 
 
 class CommitState:
-    """What the lines of one output's logs say: which write-units are stored, as what, and which rows have no answer.
+    """Which write-units of an output are stored, as which parts, and which rows failed: the sum of its log lines.
 
-    A later line on the same rows replaces what earlier ones said.
+    A later line about the same rows replaces earlier ones.
     """
 
     def __init__(self, n_rows: int, unit_rows: int) -> None:
         self._n_rows, self._unit_rows = n_rows, unit_rows
         self._stored_ranges: dict[int, StoredRange] = {}  # by the index of the write-unit
         self.failures: tuple[RowFailure, ...] = ()
-        self.is_finished = False  # nothing is missing that this log's run was to do
+        self.is_finished = False  # the run of this log has done all of its rows
         self.n_runs = 0
-        self.boot_id = ""  # of the last run's machine
+        self.boot_id = ""  # of the machine on which the last run started
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> CommitState:
-        """Take the lines of a log in."""
+        """Apply the lines of a log; return this state."""
         for record in records:
             self.is_finished = "end" in record
             if self.is_finished:
@@ -208,18 +208,18 @@ class CommitState:
         return self
 
     def add(self, entry: JournalEntry) -> None:
-        """A chunk was committed."""
+        """Add a committed chunk."""
         self.invalidate(entry.start, entry.stop)
         units = list(self._iter_write_units(entry.start, entry.stop))
-        again = entry.attempts > 1 or self.n_runs > 1
-        # Without parts: rows of no bytes.
+        needs_recheck = entry.attempts > 1 or self.n_runs > 1
+        # An entry without parts holds rows of zero bytes.
         parts: Sequence[StoredPart | None] = entry.parts or [None] * len(units)
-        for (index, start, stop), written in zip(units, parts, strict=True):
-            self._stored_ranges[index] = StoredRange(written, start, stop, again)
+        for (index, start, stop), part in zip(units, parts, strict=True):
+            self._stored_ranges[index] = StoredRange(part, start, stop, needs_recheck)
         self.failures += entry.failures
 
     def invalidate(self, start: int, stop: int) -> None:
-        """Rows are not stored as it was said."""
+        """Drop rows, and their failures: they do not count as stored any more."""
         for index, _, _ in self._iter_write_units(start, stop):
             self._stored_ranges.pop(index, None)
         self.failures = tuple(
@@ -230,13 +230,13 @@ class CommitState:
 
     @property
     def stored_ranges(self) -> list[StoredRange]:
-        """What is stored, in the rows' order."""
-        return [part for _, part in sorted(self._stored_ranges.items())]
+        """The stored write-units, in row order."""
+        return [stored for _, stored in sorted(self._stored_ranges.items())]
 
     @property
     def done(self) -> list[tuple[int, int]]:
-        """Row ranges that are stored, in order, none next to another."""
-        return merge_ranges((part.start, part.stop) for part in self.stored_ranges)
+        """The stored row ranges, sorted, adjacent ones merged."""
+        return merge_ranges((stored.start, stored.stop) for stored in self.stored_ranges)
 
     def _iter_write_units(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         for first in range(start - start % self._unit_rows, stop, self._unit_rows):
@@ -244,7 +244,7 @@ class CommitState:
 
 
 def compute_shard_rows(n_rows: int, unit_rows: int, shard: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows (start, stop) of a shard (i, n), counted from 1: whole write-units; all rows for None.
+    """Compute the rows (start, stop) of a shard (i, n), counted from 1: whole write-units; all rows for None.
 
     Examples
     --------

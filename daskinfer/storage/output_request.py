@@ -1,35 +1,32 @@
-"""What a run wants to store, looked at before anything starts."""
+"""What a run is asked to store, checked before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from daskinfer.errors import OptionError
-from daskinfer.models.fingerprint import compute_fingerprint
-from daskinfer.options import Options
-from daskinfer.storage.manifest import RESULT_OPTIONS, Header
-from daskinfer.storage.paths import Shard, check_parts_present, check_same_run, existing_header
+from daskinfer.storage.manifest import Header
+from daskinfer.storage.paths import Shard, check_parts_present, check_same_run, read_existing_header
 
 
 @dataclass(frozen=True)
 class ExistingOutput:
-    """What rows are laid out for: an output that was ``header`` already (None: a new one), and this run's part of it."""
+    """The output that chunks are cut for: the ``header`` of one to be continued (None: a new one), and this run's shard."""
 
     header: Header | None = None
     shard: Shard | None = None
 
     @classmethod
     def from_paths(cls, paths: Sequence[str], shard: Shard | None) -> ExistingOutput:
-        """As the outputs at these paths are found."""
-        found = [header for path in paths if (header := existing_header(path)) is not None]
-        return cls(found[0] if found else None, shard)
+        """Build it from the first of these paths that holds an output with data."""
+        headers = [header for path in paths if (header := read_existing_header(path)) is not None]
+        return cls(headers[0] if headers else None, shard)
 
 
 @dataclass(frozen=True)
 class OutputRequest:
-    """What a run wants to store: each output's path and header, the micro-batch that was named, its part of the rows."""
+    """What a run is asked to store: path and header of each output, the batch size if named (else None), and its shard."""
 
     paths: tuple[str, ...]
     headers: tuple[Header, ...]
@@ -38,53 +35,38 @@ class OutputRequest:
     retry_failed_rows: bool = False
 
     def check_existing_outputs(self) -> None:
-        """Refuse outputs that were begun with something else (looked at again once they are locked), or that lost parts.
+        """Refuse outputs that a different run started (checked again under the lock), or that lost parts.
 
         Raises
         ------
         OutputExists
-            With each difference, what it was and is, or what is gone.
+            The message lists each difference with its old and new value, or the missing parts.
         """
         for path, header in zip(self.paths, self.headers, strict=True):
-            if (found := existing_header(path)) is not None:
-                check_same_run(path, found, header, self.batch_size)
-                check_parts_present(path, found)
-
-
-def collect_result_options(options: Options) -> dict[str, Any]:
-    """The options that change the answer, as a manifest keeps them."""
-    return {name: _serialize_option(getattr(options, name)) for name in RESULT_OPTIONS}
+            if (existing := read_existing_header(path)) is not None:
+                check_same_run(path, existing, header, self.batch_size)
+                check_parts_present(path, existing)
 
 
 def check_shard(shard: object, *, overwrite: bool) -> Shard | None:
-    """A shard (i, n), counted from 1; None for all of the output.
+    """Check a shard (i, n), counted from 1, and return it; None stands for the whole output.
 
     Raises
     ------
     OptionError
-        Where it is something else, or ``overwrite`` is asked for beside it.
+        If it is anything else, or is combined with ``overwrite``.
     """
     if shard is None:
         return None
     numbers = tuple(shard) if isinstance(shard, tuple | list) else ()
     if len(numbers) != 2 or any(type(n) is not int for n in numbers) or not 1 <= numbers[0] <= numbers[1]:
         raise OptionError(
-            f"shard is {shard!r}; it may be (i, n), part i of n, counted from 1, or None. "
-            "Pass (1, 64) to (64, 64), on the command line --shard 1/64 to 64/64."
+            f"shard must be None or (i, n), part i of n, counted from 1, got {shard!r}. For 64 parts, pass (1, 64) to "
+            "(64, 64) (--shard 1/64 to 64/64)."
         )
     if overwrite:
         raise OptionError(
-            f"overwrite=True was given with shard={shard!r}; it would remove what the other shards have done. Remove the "
-            "output, and what lies beside it under its name (.partial, .daskinfer), before the first of them starts, or "
-            "choose another path."
+            f"overwrite=True cannot be combined with shard={shard!r}: it would delete other shards' rows. Remove the "
+            "output, .partial and .daskinfer before the first shard starts, or choose another path."
         )
     return numbers[0], numbers[1]
-
-
-def _serialize_option(value: Any) -> Any:
-    if callable(value):
-        return compute_fingerprint(value)
-    if isinstance(value, Mapping):
-        return {str(key): _serialize_option(item) for key, item in value.items()}
-    # NaN is not equal to itself.
-    return repr(value) if isinstance(value, float) else value

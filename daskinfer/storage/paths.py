@@ -1,4 +1,4 @@
-"""Where the parts of a stored output lie, and reading them as bytes."""
+"""The paths of an output and its manifest, and reading and checking their bytes."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ Shard = tuple[int, int]
 
 
 def get_manifest_path(path: str) -> Path:
-    """The folder of the manifest of an output."""
+    """Return the folder of an output's manifest."""
     return Path(f"{path}.daskinfer")
 
 
 def get_partial_path(path: str) -> Path:
-    """Where an output lies while it is written."""
+    """Return the path of an output while it is written."""
     return Path(f"{path}.partial")
 
 
 def format_receipts_name(shard: Shard | None) -> str:
-    """The name of a log."""
+    """Return the name of the log of receipts of a shard, or of a whole run."""
     return f"receipts{format_shard_suffix(shard)}.jsonl"
 
 
 def read_header(path: str) -> Header | None:
-    """What an output that was begun is made of; None where none was.
+    """Read the header of an output; None if no run has started it.
 
     Raises
     ------
     OutputExists
-        Where the header cannot be read.
+        If the header is torn or changed.
     """
     record = read_record(get_manifest_path(path) / HEADER)
     if record is None:
         return None
     if not record:
         raise OutputExists(
-            f"the manifest {str(get_manifest_path(path))!r} has a header that was changed or is not whole; a run continues only "
-            "what it can read. Pass overwrite=True (--overwrite) to start over, or choose another path."
+            f"the header of the manifest {str(get_manifest_path(path))!r} is corrupt. Pass overwrite=True (--overwrite) to "
+            "start over, or choose another path."
         )
     return Header.from_record(record)
 
 
-def existing_header(path: str) -> Header | None:
-    """The header of an output that was begun and holds anything: without data, what a manifest says is of no use.
+def read_existing_header(path: str) -> Header | None:
+    """Read the header of an output that holds data; None otherwise: without data the manifest is worthless.
 
-    An output of a run that was refused, or ended, before its first chunk was stored may become another's.
+    An output whose run was refused or ended before it stored its first chunk may be taken over by any other run.
     """
-    there = os.path.lexists(path) or get_partial_path(path).exists()
-    header = read_header(path) if there else None
+    has_data_path = os.path.lexists(path) or get_partial_path(path).exists()
+    header = read_header(path) if has_data_path else None
     return header if header is not None and (header.shards or _has_stored_data(get_manifest_path(path))) else None
 
 
 def _has_stored_data(folder: Path) -> bool:
-    """Whether a whole output was completed, or anything was stored of it; a line that cannot be read may have said so."""
+    """Whether the output is complete or any chunk of it is stored; a line that cannot be parsed counts as a chunk."""
     if (folder / COMPLETE).exists():
         return True
     try:
@@ -81,57 +81,58 @@ def _has_stored_data(folder: Path) -> bool:
 
 
 def check_same_run(path: str, found: Header, requested: Header, batch_size: int | None) -> None:
-    """Refuse an output that was begun with something else than a run wants; ``batch_size`` None: any will do.
+    """Refuse an output that a different run started; ``batch_size`` None: any is accepted.
 
     Raises
     ------
     OutputExists
-        With each difference, what it was and is.
+        If they differ; the message lists each difference with its old and new value.
     """
     if differences := found.find_differences(requested, batch_size):
         raise OutputExists(
-            f"the output {path!r} was begun with something else: {'; '.join(differences)}. A run continues only what is its "
-            f"own. Repeat the call as it was to go on, choose another path, or {how_to_restart(path, requested)} to start over."
+            f"the output {path!r} belongs to a different run: {'; '.join(differences)}. Repeat the original call to "
+            f"continue it, choose another path, or {describe_restart(path, requested)} to start over."
         )
 
 
-def how_to_restart(path: str, requested: Header) -> str:
-    """How to start over; what shards share is no shard's to remove."""
+def describe_restart(path: str, requested: Header) -> str:
+    """Describe how to start over; a shard is told to remove the files by hand, since other shards share them."""
     if not requested.shards:
         return "pass overwrite=True (--overwrite)"
-    return f"remove {path!r}, {str(get_partial_path(path))!r} and {str(get_manifest_path(path))!r} while no shard runs,"
+    partial_path, manifest_path = str(get_partial_path(path)), str(get_manifest_path(path))
+    return f"remove {path!r}, {partial_path!r} and {manifest_path!r} while no shard is running,"
 
 
 def check_parts_present(path: str, header: Header) -> None:
-    """Refuse a complete output that lost parts; whether bytes changed is what ``verify`` reads all of it for.
+    """Refuse a complete output that lost parts; only sizes are checked, ``verify`` reads the bytes.
 
-    Where a whole answer still waits under its partial name, what lies at the path is somebody else's.
+    If the complete output is still at its partial path, the file at the path itself is not this run's, and is not checked.
 
     Raises
     ------
     OutputExists
-        With the first of them.
+        If parts are missing; the message names the first of them.
     """
     completion = read_record(get_manifest_path(path) / COMPLETE)
     if not completion or not os.path.lexists(path) or get_partial_path(path).exists():
         return
-    progress = CommitState(header.n_rows, header.unit_rows)
+    commit_state = CommitState(header.n_rows, header.unit_rows)
     for receipts in sorted(get_manifest_path(path).glob("receipts*.jsonl")):
-        progress.replay(parse_lines(receipts.read_bytes())[0])
-    parts = [part.part for part in progress.stored_ranges if part.part is not None]
-    gone = [part.name for part in parts if not _has_size(Path(path), part)]
-    # Their owner may have written to these, a note to a store's metadata for example.
-    gone += [name for name, *_ in completion["metadata"] if ":" not in name and not Path(path, name).exists()]
-    if gone:
-        named = ", ".join(gone[:_MAX_SHOWN_PARTS]) + (", …" if len(gone) > _MAX_SHOWN_PARTS else "")
+        commit_state.replay(parse_lines(receipts.read_bytes())[0])
+    parts = [stored.part for stored in commit_state.stored_ranges if stored.part is not None]
+    missing = [part.name for part in parts if not _has_size(Path(path), part)]
+    # The user may have changed the content of metadata files, by adding an attribute to a store for example.
+    missing += [name for name, *_ in completion["metadata"] if ":" not in name and not Path(path, name).exists()]
+    if missing:
+        names = ", ".join(missing[:_MAX_SHOWN_PARTS]) + (", …" if len(missing) > _MAX_SHOWN_PARTS else "")
         raise OutputExists(
-            f"the output {path!r} was complete, and {len(gone):,} of its {len(parts):,} parts are gone or cut short since "
-            f"({named}); it is not written to again. Put them back, or {how_to_restart(path, header)} to compute all of it anew."
+            f"{len(missing):,} of the {len(parts):,} parts of the complete output {path!r} are missing or truncated "
+            f"({names}). Restore them, or {describe_restart(path, header)} to compute all of it again."
         )
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a file of one line; None where there is no file, empty where it is not as it was written."""
+    """Read the record of a one-line file; None if the file is missing, empty if it is torn or changed."""
     try:
         return parse_line(path.read_bytes()) or {}
     except FileNotFoundError:
@@ -139,7 +140,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def read_part(output: Path, name: str, nbytes: int) -> bytes:
-    """The stored bytes of a part: a file of a folder, or "start:stop" of a single file; at most one byte too many."""
+    """Read the bytes of a part, a file in a folder or "start:stop" of a file; one byte more if a file is too long."""
     if ":" not in name:
         with open(output / name, "rb") as file:
             return file.read(nbytes + 1)
@@ -149,12 +150,12 @@ def read_part(output: Path, name: str, nbytes: int) -> bytes:
 
 
 def make_stored_part(name: str, content: bytes) -> StoredPart:
-    """What is said of stored bytes."""
+    """Describe stored bytes by name, size and checksum."""
     return StoredPart(name, len(content), zlib.crc32(content))
 
 
 def is_part_intact(output: Path, part: StoredPart) -> bool:
-    """Whether a part lies on the disk as its receipt says."""
+    """Whether the bytes of a part on the disk match its receipt."""
     try:
         return make_stored_part(part.name, read_part(output, part.name, part.nbytes)) == part
     except OSError:
@@ -162,7 +163,7 @@ def is_part_intact(output: Path, part: StoredPart) -> bool:
 
 
 def _has_size(output: Path, part: StoredPart) -> bool:
-    """Whether a part is there with all its bytes, whatever they are; nothing is read."""
+    """Whether a part exists with its full size; its bytes are not read."""
     try:
         if ":" in part.name:
             return output.stat().st_size >= int(part.name.partition(":")[0]) + part.nbytes
@@ -171,14 +172,14 @@ def _has_size(output: Path, part: StoredPart) -> bool:
         return False
 
 
-def not_ours_error(path: str | Path) -> OutputExists:
-    """An output that no manifest speaks of."""
+def make_unmanaged_output_error(path: str | Path) -> OutputExists:
+    """Make the error for a path that holds something without a manifest."""
     return OutputExists(
-        f"the output {str(path)!r} exists already, and no manifest says what it holds; nothing is ever overwritten. Choose "
-        "another path, remove it, or, where it is an array, pass overwrite=True (--overwrite) to start over."
+        f"the output {str(path)!r} already exists, and no manifest describes it. Choose another path, remove it, or, if it "
+        "is an array, pass overwrite=True (--overwrite) to replace it."
     )
 
 
 def format_shard_suffix(shard: Shard | None) -> str:
-    """What the names of a shard's files have more than those of a whole run."""
+    """Return the suffix of a shard's file names; empty for a whole run."""
     return f"-{shard[0]}-of-{shard[1]}" if shard else ""

@@ -1,12 +1,14 @@
-"""Arrays in files: open and create them by suffix; one module per format.
+"""Array files, opened and created by suffix; one module per format.
 
-A source is small and picklable and opens its file where it is read: a worker reads its own rows. A target is created once,
-by the client, and written by rows from anywhere. A worker *writes* an attempt and says what it wrote; the client, once it
-has heard of it, *publishes* it under the names that it keeps. Where these two are one (a region of a file has no name),
-an attempt holds the fence of its run meanwhile (``staging``), and a chunk is not run again before its process has ended.
+A source is small and picklable, and opens its file in the process that reads: each worker reads its own rows. A target is
+created once, by the client, and any worker can write rows to it. A worker *writes* an attempt and returns its parts; the
+client then *publishes* them under their final names. Where writing already publishes (a region of a file has no name of its
+own), the worker holds the fence of its run while it writes (``staging``), and a chunk is retried only after the old process
+has ended.
 
-A format module has two classes: ``ArraySource(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
-``from_array`` asks for), and ``Target(store, path, shape, dtype, unit_rows)``, a small frozen record.
+A format module has a class ``Source(path)`` with ``shape``, ``dtype``, ``unit_rows`` and ``__getitem__`` (what dask's
+``from_array`` needs), a small frozen record ``Target(store, path, shape, dtype, unit_rows)``, and the function
+``compute_stat_fingerprint(path)``.
 """
 
 from __future__ import annotations
@@ -22,39 +24,39 @@ import numpy as np
 from daskinfer.core.chunks import StoredPart
 from daskinfer.errors import InputError, SourceMissing
 
-if TYPE_CHECKING:  # the command looks at paths before torch is imported, which takes seconds
+if TYPE_CHECKING:  # the command line checks paths before it imports torch, which takes seconds
     from daskinfer.core.arrays import ArraySource
 
 _FORMATS = {".npy": "daskinfer.storage.formats.npy", ".zarr": "daskinfer.storage.formats.zarr"}
 _ZARR_METADATA = ("zarr.json", ".zarray")
-_SUFFIX_ADVICE = {".npz": "It is a zip that would have to be unpacked whole: save its arrays one by one with numpy.save."}
+_SUFFIX_ADVICE = {".npz": "It is a zip archive of arrays: save its arrays one by one with numpy.save."}
 
 
 class Target(Protocol):
-    """An output of which any worker writes rows; ``writable_path`` is what it has to be able to write to."""
+    """An output that any worker can write rows to; ``writable_path`` is the file or folder that it writes to."""
 
     @property
     def writable_path(self) -> str: ...
 
     @property
     def metadata_parts(self) -> tuple[str, ...]:
-        """Names of the parts that hold no rows."""
+        """The names of the parts that hold no rows."""
         ...
 
     def create(self, path: str) -> None:
-        """Make the empty output at ``writable_path``."""
+        """Create the empty output at ``path``."""
         ...
 
     def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[StoredPart, ...]:
-        """Write ``rows`` (n, ...) at ``start``, a multiple of ``unit_rows``; what was written, one part per write-unit."""
+        """Write ``rows`` (n, ...) at row ``start``, a multiple of ``unit_rows``; return one part per write-unit."""
         ...
 
     def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
-        """Put what was written where it stays; it with the names that it has there."""
+        """Move written parts to their final place; return them with their final names."""
         ...
 
     def get_file_paths(self, parts: Sequence[StoredPart]) -> set[str]:
-        """Paths of the files that published parts lie in."""
+        """Return the paths of the files that contain these published parts."""
         ...
 
 
@@ -64,49 +66,49 @@ def open_source(path: str | os.PathLike[str]) -> ArraySource:
     Raises
     ------
     SourceMissing
-        Where there is nothing at ``writable_path``.
+        If ``path`` does not exist.
     InputError
-        Where its suffix is unknown, or what lies there is no array of numbers.
+        If the suffix is unknown, or the file does not hold an array of numbers.
     """
     path = os.path.abspath(path)
     module = _load_format_module(path, "the input")
     if not os.path.exists(path):
-        raise SourceMissing(f"the input {path!r} does not exist; a {_join_suffixes()} array is needed. Correct the path.")
+        raise SourceMissing(f"the input {path!r} does not exist. Pass the path of a {_join_suffixes()} array.")
     source: ArraySource = module.Source(path)
     return source
 
 
 def check_output_path(path: str | os.PathLike[str]) -> str:
-    """The absolute path of an output that could be created there; what lies there is not looked at.
+    """Check that an output could be created at ``path``, and return it as an absolute path; existing files do not matter.
 
     Raises
     ------
     SourceMissing
-        Where its folder does not exist.
+        If its folder does not exist.
     InputError
-        Where its suffix is unknown.
+        If the suffix is unknown.
     """
     path = os.path.abspath(path)
     _load_format_module(path, "the output")
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
-        state = "is a file" if os.path.exists(folder) else "does not exist"
-        raise SourceMissing(f"the output's folder {folder!r} {state}; a folder is needed. Create it, or correct the path.")
+        state = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise SourceMissing(f"the output's folder {folder!r} {state}. Create the folder, or choose another path.")
     return path
 
 
 def make_target(
     path: str, store: str, run_folder: str, shape: tuple[int, ...], dtype: np.dtype[Any], unit_rows: int
 ) -> Target:
-    """The output ``writable_path``, while it lies at ``store`` and a run has ``run_folder`` for what is not published yet."""
-    made: Target = _load_format_module(path, "the output").Target(
+    """Make the target of the output ``path``: it is written at ``store``, unpublished parts go to ``run_folder``."""
+    target: Target = _load_format_module(path, "the output").Target(
         store, run_folder, shape, dtype, max(1, min(unit_rows, shape[0]))
     )
-    return made
+    return target
 
 
 def is_array_path(path: str) -> bool:
-    """Whether what lies there is an array of the format that its suffix names."""
+    """Whether ``path`` holds an array of the format that its suffix names."""
     try:
         open_source(path)
     except InputError:
@@ -115,18 +117,18 @@ def is_array_path(path: str) -> bool:
 
 
 def compute_stat_fingerprint(path: str) -> dict[str, Any]:
-    """What changes when the array at ``writable_path`` does, cheaply: see ``compute_input_fingerprint``."""
-    found: dict[str, Any] = _load_format_module(path, "the input").compute_stat_fingerprint(path)
-    return found
+    """Fingerprint the array at ``path`` by file metadata, without reading it; used by ``compute_input_fingerprint``."""
+    fingerprint: dict[str, Any] = _load_format_module(path, "the input").compute_stat_fingerprint(path)
+    return fingerprint
 
 
 def _load_format_module(path: str, role: str) -> Any:
     suffix = Path(path).suffix.lower()
     if not suffix and any(os.path.exists(os.path.join(path, name)) for name in _ZARR_METADATA):
-        suffix = ".zarr"  # an array within a group, as xarray writes them
+        suffix = ".zarr"  # an array in a group, as xarray writes it
     if suffix not in _FORMATS:
         advice = _SUFFIX_ADVICE.get(suffix, "Rename or convert it.")
-        raise InputError(f"{role} {path!r} ends in {suffix!r}; it may end in {_join_suffixes()}. {advice}")
+        raise InputError(f"{role} {path!r} must end in {_join_suffixes()}, got {suffix!r}. {advice}")
     return importlib.import_module(_FORMATS[suffix])
 
 

@@ -1,7 +1,7 @@
-"""NumPy's ``.npy``: one header, then the rows; never unpickled.
+"""NumPy's ``.npy`` format: one header, then the rows; nothing is ever unpickled.
 
-Rows are read and written by position, not through a memory map: pages of a mapped file count towards a worker's memory
-(16 GB of input made 16 GB of it), and a reader ahead of the device has to have read them, not promised them.
+Rows are read and written by position, not through a memory map: the pages of a mapped file count as a worker's memory
+(measured: 16 GB for 16 GB of input), and a prefetched chunk must really have been read, not only mapped.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from daskinfer.core.chunks import StoredPart
-from daskinfer.core.files import with_filename
+from daskinfer.core.files import add_filename_to_errors
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.errors import InputError
 from daskinfer.storage import staging
 
-_MAX_IO_NBYTES = 1 << 30  # one call of the system reads or writes less than 2 GiB
+_MAX_IO_NBYTES = 1 << 30  # one system call reads or writes less than 2 GiB
 
 
 class Source:
-    """Rows of a ``.npy`` file; ``unit_rows`` None: they can be read from anywhere."""
+    """The rows of a ``.npy`` file; ``unit_rows`` is None, since reading can start at any row."""
 
     unit_rows: int | None = None
     chunk_shape: tuple[int, ...] = ()
@@ -40,24 +40,24 @@ class Source:
 
     def _open_memmap(self) -> np.memmap[Any, Any]:
         with _wrap_input_errors(self.path):
-            mapped: np.memmap[Any, Any] = np.lib.format.open_memmap(self.path, mode="r")
-        return mapped
+            memmap: np.memmap[Any, Any] = np.lib.format.open_memmap(self.path, mode="r")
+        return memmap
 
     def __getitem__(self, index: Any) -> np.ndarray[Any, Any]:
         rows = index[0] if isinstance(index, tuple) and len(index) == 1 else index
         if self._offset is None or not isinstance(rows, slice) or rows.step not in (None, 1):
             return np.array(self._open_memmap()[index])
         start, stop, _ = rows.indices(self.shape[0])
-        found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        row_nbytes = found[:1].nbytes if len(found) else 0
+        out = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        row_nbytes = out[:1].nbytes if len(out) else 0
         with _wrap_input_errors(self.path), open(self.path, "rb", buffering=0) as file:
-            _transfer(os.preadv, file.fileno(), found, self._offset + start * row_nbytes, self.path)
-        return found
+            _transfer(os.preadv, file.fileno(), out, self._offset + start * row_nbytes, self.path)
+        return out
 
 
 @dataclass(frozen=True)
 class Target:
-    """A ``.npy`` file at ``store`` that is being written; a part is the bytes of ``unit_rows`` rows."""
+    """A ``.npy`` file that is written at ``store``; a part is the bytes of ``unit_rows`` rows."""
 
     store: str
     run_folder: str
@@ -76,12 +76,12 @@ class Target:
     @property
     def _header_bytes(self) -> bytes:
         file = io.BytesIO()
-        described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(file, described)
+        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(file, fields)
         return file.getvalue()
 
     def create(self, path: str) -> None:
-        # A disk that is full is found out now, not in the middle.
+        # Reserving the space now makes a full disk fail here, not in the middle of the run.
         with open(path, "wb", buffering=0) as file:
             file.write(self._header_bytes)
             _reserve(file.fileno(), path, len(self._header_bytes) + prod(self.shape) * self.dtype.itemsize)
@@ -89,7 +89,11 @@ class Target:
     def write(self, start: int, rows: np.ndarray[Any, Any]) -> tuple[StoredPart, ...]:
         rows = np.ascontiguousarray(rows, self.dtype)
         first = len(self._header_bytes) + start * rows[:1].nbytes
-        with staging.write_fence(self.run_folder), with_filename(self.store), open(self.store, "r+b", buffering=0) as file:
+        with (
+            staging.hold_write_fence(self.run_folder),
+            add_filename_to_errors(self.store),
+            open(self.store, "r+b", buffering=0) as file,
+        ):
             _transfer(os.pwritev, file.fileno(), rows, first, self.store)
         memory, unit_nbytes = rows.reshape(-1).view(np.uint8).data, self.unit_rows * rows[:1].nbytes
         units = [memory[at : at + unit_nbytes] for at in range(0, memory.nbytes, max(1, unit_nbytes))]
@@ -100,7 +104,7 @@ class Target:
         )
 
     def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
-        return tuple(parts)  # it lies where it stays
+        return tuple(parts)  # written in place
 
     def get_file_paths(self, parts: Sequence[StoredPart]) -> set[str]:
         return {self.store}
@@ -110,52 +114,52 @@ _HEADER_PARSERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.f
 
 
 def _read_header(path: str) -> tuple[tuple[int, ...], np.dtype[Any], int | None]:
-    """Shape, dtype, and where the rows begin; None where they do not lie one after the other. Nothing else is read."""
+    """Read shape, dtype and the offset of the first row, None in Fortran order; nothing but the header is read."""
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
         if version not in _HEADER_PARSERS:
-            raise ValueError(f"its format is {version[0]}.{version[1]}, and only 1.0 and 2.0 hold plain numbers")
+            raise ValueError(f"its format version must be 1.0 or 2.0, got {version[0]}.{version[1]}")
         try:
-            shape, in_columns, dtype = _HEADER_PARSERS[version](file)
+            shape, fortran_order, dtype = _HEADER_PARSERS[version](file)
         except Exception as error:  # NumPy's parser of Python literals raises what Python's tokenizer does
-            raise ValueError(f"its header cannot be understood ({error})") from error
+            raise ValueError(f"its header is invalid ({error})") from error
         offset, nbytes = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.hasobject:
-        raise ValueError("it holds pickled Python objects, which are never loaded")
-    # In Python's numbers: a header may declare more than NumPy can count.
+        raise ValueError("it contains pickled Python objects, which are never loaded")
+    # In Python's integers: a header may declare more than NumPy's can hold.
     if min(shape, default=0) < 0 or offset + prod(shape) * dtype.itemsize > nbytes:
         raise ValueError(
-            f"its header declares {shape} {dtype}, {format_nbytes(prod(shape) * dtype.itemsize)}, and the file has "
+            f"its header declares {shape} {dtype} ({format_nbytes(prod(shape) * dtype.itemsize)}), but the file has only "
             f"{format_nbytes(nbytes)}"
         )
-    return shape, dtype, None if in_columns and len(shape) > 1 else offset
+    return shape, dtype, None if fortran_order and len(shape) > 1 else offset
 
 
 def compute_stat_fingerprint(path: str) -> dict[str, Any]:
-    """Bytes and time of change."""
-    found = os.stat(path)
-    return {"nbytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    """Fingerprint a file by its size and the time of its last change."""
+    stat = os.stat(path)
+    return {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 @contextlib.contextmanager
 def _wrap_input_errors(path: str) -> Iterator[None]:
-    """Say which input it is, whatever goes wrong with it meanwhile."""
+    """Raise an error that names the input, whatever goes wrong while reading it."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise InputError(
-            f"the input {path!r} cannot be read: {error}; a .npy file of numbers is needed. "
-            "Save it with numpy.save(…, allow_pickle=False)."
+            f"the input {path!r} cannot be read: {error}. Save an array of numbers there with "
+            "numpy.save(path, array, allow_pickle=False)."
         ) from error
 
 
 def _transfer(call: Any, descriptor: int, rows: np.ndarray[Any, Any], offset: int, path: str) -> None:
-    """Read or write all bytes of ``rows``, however many calls it takes."""
+    """Read or write all bytes of ``rows``, in as many system calls as it takes."""
     memory, done = rows.reshape(-1).view(np.uint8), 0
     while done < memory.size:
         n = call(descriptor, [memory[done : done + _MAX_IO_NBYTES]], offset + done)
         if not n:
-            raise OSError(f"the file {path!r} ends before its rows do; it was cut off while it was read")
+            raise OSError(f"the file {path!r} ends before its last row; it was truncated while it was in use")
         done += n
 
 
@@ -166,4 +170,4 @@ def _reserve(descriptor: int, path: str, nbytes: int) -> None:
         else:
             os.ftruncate(descriptor, nbytes)
     except OSError as error:
-        raise OSError(error.errno, f"{nbytes} bytes for the output cannot be reserved ({error.strerror})", path) from error
+        raise OSError(error.errno, f"cannot reserve {nbytes} bytes for the output ({error.strerror})", path) from error

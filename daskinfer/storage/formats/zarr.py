@@ -1,7 +1,8 @@
-"""Zarr stores (format 2 or 3 read, 3 written), one array each.
+"""Zarr stores with one array each: formats 2 and 3 are read, format 3 is written.
 
-Weighted chunks are irregular and Zarr's are not: a store keeps its own regular chunks of ``unit_rows`` rows, and the plan
-cuts at multiples of them, so that no two workers ever write into one chunk (decision 6).
+Chunks cut by device weights are irregular, Zarr's are not: a store has its own regular chunks of ``unit_rows`` rows, and
+the plan cuts at multiples of them, so that two workers never write to the same chunk (see the docstring of
+``daskinfer.storage``).
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ import zarr
 from zarr.storage import MemoryStore
 
 from daskinfer.core.chunks import StoredPart
-from daskinfer.core.files import with_filename
+from daskinfer.core.files import add_filename_to_errors
 from daskinfer.errors import InputError
 
 
 class Source:
-    """Rows of a Zarr array; the store is opened anew in each process."""
+    """The rows of a Zarr array; each process opens the store itself."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._array: Any = None
-        opened = self._open()
-        self.shape, self.dtype, self.ndim = opened.shape, opened.dtype, opened.ndim
-        # What is decoded in one go: reading part of it costs all of it.
-        self.chunk_shape = tuple(int(size) for size in opened.shards or opened.chunks)
-        self.unit_rows: int | None = self.chunk_shape[0] if opened.ndim else None
+        array = self._open()
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        # The unit of decoding: reading part of a chunk (or shard) costs as much as reading all of it.
+        self.chunk_shape = tuple(int(size) for size in array.shards or array.chunks)
+        self.unit_rows: int | None = self.chunk_shape[0] if array.ndim else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
@@ -46,8 +47,8 @@ class Source:
                 self._array = zarr.open_array(self.path, mode="r")
             except Exception as error:
                 raise InputError(
-                    f"the input {self.path!r} cannot be opened as one Zarr array: {type(error).__name__}: "
-                    f"{str(error).rstrip('.')}. Name the array itself, not the group that holds it."
+                    f"the input {self.path!r} cannot be opened as a single Zarr array: {type(error).__name__}: "
+                    f"{str(error).rstrip('.')}. Name the array itself, not the group that contains it."
                 ) from error
         return self._array
 
@@ -57,14 +58,14 @@ class Source:
             return np.asarray(array[index])
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # a codec's, whatever that raises
+        except Exception as error:  # codecs raise anything
             raise InputError(
-                f"the input {self.path!r} cannot be read{self._locate_broken_chunk(array, index)}: {type(error).__name__}: {error}; its "
-                "chunks have to be as they were written. Copy the store again from where it came from."
+                f"the input {self.path!r} cannot be read{self._locate_broken_chunk(array, index)}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Copy the store again from its origin."
             ) from error
 
     def _locate_broken_chunk(self, array: Any, index: Any) -> str:
-        """Which chunk of the store it is, found by reading one after the other, and its rows."""
+        """Find the broken chunk by reading one chunk after the other; return a phrase with its key and rows."""
         rows = index[0] if isinstance(index, tuple) else index
         start, stop, _ = (rows if isinstance(rows, slice) else slice(None)).indices(self.shape[0])
         ends = (stop, *self.shape[1:])
@@ -78,16 +79,16 @@ class Source:
             except Exception:
                 first = chunk[0] * self.chunk_shape[0]
                 last = min(first + self.chunk_shape[0], self.shape[0])
-                return f" in its chunk {array.metadata.encode_chunk_key(chunk)!r} (rows {first}:{last})"
+                return f" in chunk {array.metadata.encode_chunk_key(chunk)!r} (rows {first}:{last})"
         return ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A Zarr array at ``store`` that is being written; its chunks hold ``unit_rows`` whole rows, and each is a part.
+    """A Zarr array that is written at ``store``; each chunk holds ``unit_rows`` whole rows and is one part.
 
-    Every chunk is written, also one of fill values alone: a file that is missing is then missing. All chunks lie in one
-    folder (``c.7.0``), since a folder for each, as Zarr has it by default, doubles what is made, renamed and flushed.
+    Every chunk is written, even one of fill values only, so that a missing file always means missing data. All chunks are
+    files in one folder (``c.7.0``): Zarr's default of a folder per chunk doubles what is created, renamed and flushed.
     """
 
     store: str
@@ -111,7 +112,7 @@ class Target:
         if not rows.size:
             return ()
         attempt, encoded = uuid.uuid4().hex, _encode_rows(self, start, rows)
-        # Not with its parents: where these are gone, another run has taken over.
+        # Without its parents: if these are gone, another run has taken over.
         os.mkdir(os.path.join(self.writable_path, attempt))
         written = []
         for unit in range(start // self.unit_rows, -(-(start + len(rows)) // self.unit_rows)):
@@ -123,8 +124,8 @@ class Target:
 
     def publish(self, parts: Sequence[StoredPart]) -> tuple[StoredPart, ...]:
         published = [replace(part, name=part.name.partition("/")[2]) for part in parts]
-        for part, kept in zip(parts, published, strict=True):
-            os.replace(os.path.join(self.writable_path, part.name), os.path.join(self.store, kept.name))
+        for part, final in zip(parts, published, strict=True):
+            os.replace(os.path.join(self.writable_path, part.name), os.path.join(self.store, final.name))
         for attempt in {part.name.partition("/")[0] for part in parts}:
             os.rmdir(os.path.join(self.writable_path, attempt))
         return tuple(published)
@@ -134,7 +135,7 @@ class Target:
 
 
 def compute_stat_fingerprint(path: str) -> dict[str, Any]:
-    """The metadata's bytes, how many files there are, and when last one came, went or was replaced in its folder."""
+    """Fingerprint a store by its metadata, its number of files, and the last time that a folder of it changed."""
     digest, n_files, changed_ns = hashlib.sha256(), 0, 0
     for folder, _, names in os.walk(path):
         n_files += len(names)
@@ -146,7 +147,7 @@ def compute_stat_fingerprint(path: str) -> dict[str, Any]:
 
 
 def _encode_rows(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict[str, bytes]:
-    """The files of a store that holds these rows only, by name."""
+    """Encode the files of a store that holds only these rows; return their bytes by name."""
     store = MemoryStore()
     array = zarr.create_array(
         store,
@@ -161,5 +162,5 @@ def _encode_rows(target: Target, start: int, rows: np.ndarray[Any, Any]) -> dict
 
 
 def _write_file(path: str, content: bytes) -> None:
-    with with_filename(path), open(path, "xb") as file:
+    with add_filename_to_errors(path), open(path, "xb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""The lock of an output: one run has it, whatever others do meanwhile, and where nothing is stored none is left."""
+"""The lock of an output: one run holds it whatever other runs do, and it is removed if nothing was stored."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEADER = Header(output="y", model="m", input={}, options={}, shape=(4,), dtype="
 
 @given(leaves=st.lists(st.booleans(), max_size=12))
 @settings(max_examples=20, deadline=None)
-def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
-    """However runs take the lock and leave with nothing stored, one at a time has it, and the last leaves nothing."""
+def test_one_run_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
+    """However runs take the lock and leave with nothing stored, one at a time holds it, and the last leaves no files."""
     with tempfile.TemporaryDirectory() as folder:
         holder: OutputJournal | None = None
         for leave in [*leaves, True]:
@@ -30,7 +30,7 @@ def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
                 holder.lock()
             with (
                 OutputJournal(f"{folder}/y.npy", HEADER) as other,
-                pytest.raises(OutputLocked, match="is held by another run"),
+                pytest.raises(OutputLocked, match="is locked by another run"),
             ):
                 other.lock()
             assert os.listdir(folder) == ["y.npy.daskinfer"]
@@ -41,7 +41,7 @@ def test_one_holds_an_output_that_others_withdraw(leaves: list[bool]) -> None:
 
 
 def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that opens a lock just before its owner withdraws the output takes the next one, not one that is gone."""
+    """A run that opens a lock file just before its owner removes it locks the next file, not the removed one."""
     first, second, third = (OutputJournal(str(tmp_path / "y.npy"), HEADER) for _ in range(3))
     first.lock()
     flock, n_calls = fcntl.flock, []
@@ -55,14 +55,14 @@ def test_a_lock_that_is_removed_while_it_is_taken(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fcntl, "flock", late)
     second.lock()
     assert len(n_calls) == 2
-    with third, pytest.raises(OutputLocked, match="is held by another run"):
+    with third, pytest.raises(OutputLocked, match="is locked by another run"):
         third.lock()
     second.__exit__()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_that_is_held_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Locks that shards have left go too, and before the one that keeps others from taking them."""
+    """Lock files that shards left are removed too, before the lock that protects them."""
     gone: list[str] = []
     unlink = Path.unlink
 

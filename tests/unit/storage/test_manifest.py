@@ -1,4 +1,4 @@
-"""The manifest's text: lines that notice what happened to them, headers, and what receipts add up to."""
+"""The manifest's text: lines with checksums, headers, and the state that receipts add up to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daskinfer.core.chunks import RowFailure, StoredPart
-from daskinfer.core.row_ranges import intersect_ranges, merge_ranges, subtract_ranges
+from daskinfer.core.row_ranges import merge_ranges
 from daskinfer.storage.manifest import (
     CommitState,
     Header,
@@ -43,7 +43,7 @@ records = st.dictionaries(st.text(), plain, max_size=12)
 
 @given(records)
 def test_a_line_gives_back_its_record(record: dict[str, Any]) -> None:
-    """Whatever a record holds, its line is one line and reads back as it was."""
+    """Any record is formatted as one line and parsed back unchanged."""
     line = format_line(record)
     assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
     assert parse_line(line) == record
@@ -51,7 +51,7 @@ def test_a_line_gives_back_its_record(record: dict[str, Any]) -> None:
 
 @given(records, st.data())
 def test_a_line_notices_any_changed_byte(record: dict[str, Any], data: st.DataObject) -> None:
-    """A line of which one byte is another is no line any more."""
+    """A line with one changed byte is rejected."""
     line = bytearray(format_line(record))
     at, mask = data.draw(st.integers(0, len(line) - 1)), data.draw(st.integers(1, 255))
     line[at] ^= mask
@@ -60,7 +60,7 @@ def test_a_line_notices_any_changed_byte(record: dict[str, Any], data: st.DataOb
 
 @given(st.lists(records, max_size=5), st.data())
 def test_a_torn_log_keeps_what_came_before(written: list[dict[str, Any]], data: st.DataObject) -> None:
-    """Cut off anywhere, a log gives the records of its whole lines, and says where they end."""
+    """A log cut off anywhere gives the records of its whole lines and the position where they end."""
     lines = [format_line(record) for record in written]
     content = b"".join(lines)
     cut = data.draw(st.integers(0, len(content)))
@@ -93,14 +93,14 @@ def test_header_round_trip() -> None:
     ],
 )
 def test_every_difference_is_named(changed: dict[str, Any], said: str) -> None:
-    """Whatever changes the answer is named, with what it was and is; nothing else is."""
+    """Everything that changes the result is listed with old and new value, and nothing else."""
     first, *_ = found = HEADER.find_differences(replace(HEADER, **changed), None)
     assert first.startswith(said)
     assert len(found) <= 2  # a port that is gone and one that is new
 
 
 def test_what_may_differ() -> None:
-    """Write-units and micro-batches are the older run's, unless the caller names a micro-batch."""
+    """Write-units and micro-batches are taken from the older run, unless the caller names a batch size."""
     other = replace(HEADER, unit_rows=20, batch_size=20, by_kind={})
     assert HEADER.find_differences(other, None) == []
     assert HEADER.find_differences(other, 5) == []
@@ -120,7 +120,7 @@ failures = st.builds(RowFailure, st.integers(0), st.integers(0), st.text(), st.t
     )
 )
 def test_a_receipt_gives_back_its_chunk(entry: JournalEntry) -> None:
-    """A receipt is read as it was written."""
+    """A receipt is parsed back unchanged."""
     record = parse_line(format_line(entry.to_record()))
     assert record is not None
     assert JournalEntry.from_record(record) == entry
@@ -128,7 +128,7 @@ def test_a_receipt_gives_back_its_chunk(entry: JournalEntry) -> None:
 
 @st.composite
 def logs(draw: st.DrawFn) -> tuple[int, int, list[tuple[str, int, int]]]:
-    """Rows, write-unit, and what happened to ranges of whole write-units, in order."""
+    """Draw the number of rows, a write-unit, and a sequence of changes to ranges of whole write-units."""
     n_rows, unit_rows = draw(st.integers(1, 60)), draw(st.integers(1, 7))
     n_units = -(-n_rows // unit_rows)
     cut = st.tuples(st.integers(0, n_units - 1), st.integers(1, n_units)).filter(lambda pair: pair[0] < pair[1])
@@ -138,7 +138,7 @@ def logs(draw: st.DrawFn) -> tuple[int, int, list[tuple[str, int, int]]]:
 
 @given(logs())
 def test_progress_is_what_the_lines_add_up_to(log: tuple[int, int, list[tuple[str, int, int]]]) -> None:
-    """After any receipts and voids, in any order, what is done and failed is what one row at a time would say."""
+    """After any sequence of receipts and voids, the state equals that of a row-by-row record."""
     n_rows, unit_rows, happened = log
     progress, rows = CommitState(n_rows, unit_rows), dict.fromkeys(range(n_rows), "")
     for number, (what, start, stop) in enumerate(happened):
@@ -156,7 +156,7 @@ def test_progress_is_what_the_lines_add_up_to(log: tuple[int, int, list[tuple[st
 
 
 def test_what_may_have_been_written_twice() -> None:
-    """A part is marked where its chunk was tried again, or where an earlier run may have begun it."""
+    """A part is marked for a recheck if its chunk was retried, or if an earlier run may have started it."""
     progress = CommitState(40, 10)
     progress.replay([{"run": 1, "boot": "here"}])
     progress.add(JournalEntry(0, 10, "cpu", 1, "", 1, (StoredPart("a", 1, 0),)))
@@ -177,16 +177,3 @@ def test_shards_cover_all_rows_once(n_rows: int, unit_rows: int, n_shards: int) 
     assert all(start % unit_rows == 0 or start == n_rows for start, _ in found)
     n_units = [-(-(stop - start) // unit_rows) for start, stop in found]
     assert max(n_units) - min(n_units) <= 1
-
-
-ranges = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda r: r[0] < r[1])).map(merge_ranges)
-
-
-@given(st.lists(ranges, min_size=1, max_size=3))
-def test_ranges_are_sets_of_rows(many: list[list[tuple[int, int]]]) -> None:
-    """What is common to several lists of ranges, and what is left without it, is what sets of rows say."""
-    sets = [{row for start, stop in found for row in range(start, stop)} for found in many]
-    common = intersect_ranges(many, 30)
-    assert {row for start, stop in common for row in range(start, stop)} == set.intersection(*sets)
-    left = [row for start, stop in subtract_ranges((0, 30), common) for row in range(start, stop)]
-    assert left == sorted(set(range(30)) - set.intersection(*sets))

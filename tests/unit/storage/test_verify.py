@@ -1,4 +1,4 @@
-"""verify: whatever happened to an output or its manifest is found, and nothing else is."""
+"""verify: every change to an output or its manifest is found, and nothing else is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N_FLIPS = 1000
 
 @pytest.fixture(params=FORMATS)
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A finished output with rows that failed, so that every kind of file is there."""
+    """A complete output with failed rows, so that every kind of file exists."""
 
     def picky(rows: np.ndarray) -> np.ndarray:
         if (rows[:, 0] == 7).any():
@@ -40,23 +40,24 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def files_of(output: Path) -> list[Path]:
-    """All files of an output and of its manifest that hold anything."""
+    """Return all non-empty files of an output and its manifest."""
     folders = [output, output.with_name(f"{output.name}.daskinfer")]
     found = [path for folder in folders for path in ([folder] if folder.is_file() else sorted(folder.rglob("*")))]
     return [path for path in found if path.is_file() and path.stat().st_size]
 
 
 def test_as_written(output: Path) -> None:
-    """An output that nobody touched is said to be as it was written, with its size."""
+    """An unchanged output matches its checksums, and the report gives its size."""
     found = verify(output)
     assert found.wrong == ()
-    assert str(found).startswith("300 rows in 38 parts of ")
+    assert str(found).startswith("300 rows in 38 parts (")
+    assert str(found).endswith(" bytes) match their checksums; 2 rows failed in the run (listed in failed_rows.json)")
     done = CliRunner().invoke(main, ["verify", str(output)])
     assert (done.exit_code, done.stdout) == (0, f"{found}\n")
 
 
 def test_every_flipped_byte_is_found(output: Path) -> None:
-    """A thousand times one byte of any file of the output or of its manifest is changed: it is found each time."""
+    """A thousand times one byte of a random file of the output or its manifest is changed: each change is found."""
     draw = random.Random(0)
     files = files_of(output)
     assert {"header.json", "complete.json", "receipts.jsonl", "failed_rows.json"} <= {path.name for path in files}
@@ -73,7 +74,7 @@ def test_every_flipped_byte_is_found(output: Path) -> None:
 
 
 def test_every_missing_or_longer_file_is_found(output: Path) -> None:
-    """A file that is gone, one that is cut off and one that grew are named."""
+    """Missing, truncated and longer files are named."""
     for path in files_of(output):
         content = path.read_bytes()
         for change in (path.unlink, lambda: path.write_bytes(content[:-1]), lambda: path.write_bytes(content + b"\0")):  # noqa: B023  # called at once
@@ -97,14 +98,14 @@ def test_every_missing_or_longer_file_is_found(output: Path) -> None:
     ids=["more", "staging", "lock", "creating", "chunk", "folder", "gone"],
 )
 def test_what_should_not_be_there(output: Path, change: Callable[[Path, Path], object]) -> None:
-    """What does not belong to an output or its manifest is named."""
+    """Unexpected files in an output or its manifest are reported."""
     change(output, output.with_name(f"{output.name}.daskinfer"))
     done = CliRunner().invoke(main, ["verify", str(output)])
     assert (done.exit_code, bool(done.stdout)) == (1, True)
 
 
 def test_rows_of_a_changed_part_are_named(output: Path) -> None:
-    """What is wrong is said with its rows."""
+    """A changed part is reported with its rows."""
     path = output / "c.4.0" if output.is_dir() else output
     content = bytearray(path.read_bytes())
     at = 10 if output.is_dir() else len(content) - 48 * (300 - 33)  # in row 33
@@ -115,29 +116,29 @@ def test_rows_of_a_changed_part_are_named(output: Path) -> None:
 
 
 def test_not_complete(output: Path) -> None:
-    """An output that is not complete is said to be so, with the rows that are missing; what is there is read."""
+    """An incomplete output is reported with its missing rows; the stored ones are checked."""
     manifest = output.with_name(f"{output.name}.daskinfer")
     (manifest / "complete.json").unlink()
     log = manifest / "receipts.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
     found = verify(output)
-    assert found.wrong[0] == f"{output}: not complete (complete.json is missing); repeat the run to go on"
+    assert found.wrong[0] == f"{output}: incomplete (complete.json is missing); repeat the run to continue it"
     assert any(said.endswith("(rows 8:300): no receipt") for said in found.wrong)
     assert found.n_parts == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", None])
 def test_without_a_header(output: Path, content: bytes | None) -> None:
-    """Where the header is gone or changed, that is what is said."""
+    """A missing or changed header is reported."""
     header = output.with_name(f"{output.name}.daskinfer") / "header.json"
     header.unlink() if content is None else header.write_bytes(content)
     assert "header.json" in verify(output).wrong[-1]
 
 
 def test_without_a_manifest(tmp_path: Path) -> None:
-    """An array that run did not write cannot be verified, and the command says so."""
+    """An array without a manifest cannot be verified, and the command says so."""
     np.save(tmp_path / "y.npy", X)
-    with pytest.raises(di.DaskInferError, match=r"has no manifest .*; only what `daskinfer run` wrote can be verified"):
+    with pytest.raises(di.DaskInferError, match=r"has no manifest .*Name an output of `daskinfer run` or `di\.run`"):
         verify(tmp_path / "y.npy")
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "y.npy")]).exit_code == 2
 
@@ -153,7 +154,7 @@ def test_outputs_of_any_shape(tmp_path: Path, suffix: str, shape: tuple[int, ...
 
 
 def test_a_complete_output_whose_parts_are_gone_is_not_called_done(tmp_path: Path) -> None:
-    """Repeating the call refuses, with the cure; starting over computes it anew."""
+    """A repeated call is refused with a cure; starting over computes the output again."""
     for suffix in FORMATS:
         path = tmp_path / f"gone{suffix}"
         how = {"devices": "inline", "batch_size": 8}
@@ -162,9 +163,11 @@ def test_a_complete_output_whose_parts_are_gone_is_not_called_done(tmp_path: Pat
             sorted(path.glob("c.*"))[1].unlink()
         else:
             os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(di.errors.OutputExists, match=r"parts are gone or cut short since \(.*--overwrite"):
+        with pytest.raises(
+            di.errors.OutputExists, match=r"parts of the complete output .* are missing or truncated \(.*--overwrite"
+        ):
             di.run(np.sqrt, X, path, **how)
-        with pytest.raises(di.errors.OutputExists, match="gone or cut short"):
+        with pytest.raises(di.errors.OutputExists, match="are missing or truncated"):
             di.plan(np.sqrt, X, target=path, **how)
         assert di.run(np.sqrt, X, path, overwrite=True, **how).rows == len(X)
         assert verify(path).wrong == ()
