@@ -1,15 +1,18 @@
-"""The fingerprint of a network: the same in every process and after every save, another for every change that counts.
+"""The fingerprint of a model: equal in every process and after every save, different after every change that matters.
 
-It is a SHA-256 over a canonical reading: each tensor (non-persistent buffers too) by name, dtype, shape and bytes; each
-submodule's class by its qualified name; plain attributes by value, other objects by what pickle would take of them; and the
-byte code of whatever is not installed, since a notebook's edited ``forward`` keeps its name, with the functions, classes
-and values that this code names. ``sha256(cloudpickle)``, ``dask.tokenize`` and ``torch.save`` all differ between processes
-or saves, and a state dict alone misses the code (measured). Byte code differs between minor versions of Python, and the
-fingerprint of a network defined in a notebook with it.
+It is a SHA-256 over a canonical reading of the model: each tensor (non-persistent buffers too) by name, dtype, shape and
+bytes; each submodule's class by its qualified name; plain attributes by value, other objects by what pickle would take of
+them; and the byte code of whatever is not installed, since a ``forward`` edited in a notebook keeps its name, together with
+the functions, classes and values that this code names. ``sha256(cloudpickle)``, ``dask.tokenize`` and ``torch.save`` all
+differ between processes or saves, and a state dict alone misses the code (measured). Byte code differs between minor
+versions of Python, and with it the fingerprint of a model defined in a notebook.
 
-What says nothing about the answers is left out: train or eval mode, ``requires_grad``, the device, the order of tensors.
-What a function imports inside its body, or looks up by a name it computes, is not seen. What cannot be read stably (an open
-file, a lock) is refused by name: ``Model(…, version=)`` then says it instead.
+What does not affect the output is left out: train or eval mode, ``requires_grad``, the device, the order of tensors. What a
+function imports inside its body, or looks up by a computed name, is not seen. What has no reproducible reading (an open
+file, a lock) is refused with its path; ``Model(…, version=)`` then identifies the model instead.
+
+Outputs on disk store the fingerprint: the labels that are hashed ("plain", "item", "end" and so on) and their order must
+not change, or outputs of older versions could not be continued.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from daskinfer.errors import ModelError
 from daskinfer.models.user_code import is_user_module
 
-# What every module has (parameters, hooks, flags), and what torch.fx keeps beside the code of a traced one.
+# What every module has (parameters, hooks, flags), and what torch.fx keeps besides the code of a traced module.
 _MODULE_STATE = frozenset(vars(torch.nn.Module()))
 _GRAPH_STATE = frozenset(vars(torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -40,17 +43,17 @@ _PLAIN_TYPES = frozenset(
     | {torch.dtype, torch.Size, torch.layout, torch.memory_format, torch.qscheme}
 )
 _SHARED_TYPES = (types.FunctionType, type, torch.nn.Module)
-_SLOT_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # of a class: where slots lie
+_SLOT_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # members of a class with __slots__
 _GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 
 
 def compute_fingerprint(model: Any) -> str:
-    """The SHA-256 (64 hexadecimal digits) of a module, a function or any object made of plain parts.
+    """Compute the SHA-256 (64 hexadecimal digits) of a module, a function or any object made of plain parts.
 
     Raises
     ------
     ModelError
-        Where a part cannot be read stably; the message names its path.
+        If a part has no reproducible reading; the message names its path.
 
     Examples
     --------
@@ -58,22 +61,22 @@ def compute_fingerprint(model: Any) -> str:
     >>> compute_fingerprint(torch.nn.ReLU()) == compute_fingerprint(torch.nn.ReLU())
     True
     """
-    reader = _Hasher({})
-    reader.update(model, "model")
-    return reader.digest.hexdigest()
+    hasher = _Hasher({})
+    hasher.update(model, "model")
+    return hasher.digest.hexdigest()
 
 
 class _Hasher:
-    """Feeds one digest; remembers what it has read, so that cycles end."""
+    """Feeds objects to one digest; remembers those it has read, so that cycles end."""
 
     def __init__(self, seen: dict[int, int]) -> None:
         self.digest = hashlib.sha256()
         self._seen = seen
         self._n_seen = 0
-        self._keep_alive: list[Any] = []  # an id is an object's own only while the object lives
+        self._keep_alive: list[Any] = []  # an id is unique only while its object lives
 
     def update(self, obj: Any, path: str) -> None:
-        """Feed ``thing``; the first reading that matches wins."""
+        """Feed ``obj`` to the digest by the first method that matches it."""
         if type(obj) in _PLAIN_TYPES:
             self._hash_strings("plain", type(obj).__name__, repr(obj))
         elif id(obj) in self._seen:
@@ -84,18 +87,18 @@ class _Hasher:
             self._find_hash_method(obj)(self, obj, path)
             if isinstance(obj, _SHARED_TYPES):
                 self._keep_alive.append(obj)
-            else:  # whether two equal containers are one object is an accident of the process
+            else:  # whether two equal containers are one object may differ between processes
                 del self._seen[id(obj)]
 
     def _find_hash_method(self, obj: Any) -> Callable[[_Hasher, Any, str], None]:
         exact = _METHODS_BY_TYPE.get(type(obj))
         return exact or next(
-            (reading for kinds, reading in _METHODS_BY_BASE if isinstance(obj, kinds)), _Hasher._hash_pickle_state
+            (method for types_, method in _METHODS_BY_BASE if isinstance(obj, types_)), _Hasher._hash_pickle_state
         )
 
     def _hash_strings(self, *strings: str) -> None:
-        for word in strings:
-            data = word.encode("utf-8", "surrogatepass")
+        for string in strings:
+            data = string.encode("utf-8", "surrogatepass")
             self.digest.update(len(data).to_bytes(8, "little") + data)
 
     def _hash_items(self, items: Iterable[tuple[str, Any]], path: str) -> None:
@@ -115,23 +118,23 @@ class _Hasher:
             self.update(value, f"{path}[{key!r}]")
 
     def _hash_set(self, obj: Iterable[Any], path: str) -> None:
-        # Strings hash differently in every process: order by content, not by the set's own order.
+        # Strings hash differently in every process: sort by content instead of taking the set's own order.
         self._hash_strings("set", type(obj).__name__, *sorted(self._compute_member_digest(value, path) for value in obj))
 
     def _compute_member_digest(self, value: Any, path: str) -> str:
-        reader = _Hasher(dict(self._seen))
-        reader.update(value, f"{path}.member")
-        return reader.digest.hexdigest()
+        hasher = _Hasher(dict(self._seen))
+        hasher.update(value, f"{path}.member")
+        return hasher.digest.hexdigest()
 
     def _hash_tensor(self, obj: torch.Tensor, path: str) -> None:
         try:
             self._hash_strings("tensor", str(obj.dtype), str(tuple(obj.shape)))
             self._hash_tensor_content(obj, path)
-        except RuntimeError as error:  # on "meta", lazy, nested: there are no bytes
+        except RuntimeError as error:  # meta, lazy and nested tensors have no bytes
             raise _unstable_value_error(obj, path) from error
-        # "persistent" and private names are torch's and others' flags, here after one way of loading and not another.
-        said = ((name, value) for name, value in vars(obj).items() if name != "persistent" and name[0] != "_")
-        self._hash_items(sorted(said), path)
+        # "persistent" and private names are flags of torch and others, set by some ways of loading and not by others.
+        attributes = ((name, value) for name, value in vars(obj).items() if name != "persistent" and name[0] != "_")
+        self._hash_items(sorted(attributes), path)
 
     def _hash_tensor_content(self, obj: torch.Tensor, path: str) -> None:
         if obj.is_quantized:
@@ -160,7 +163,7 @@ class _Hasher:
         if isinstance(obj, torch.fx.GraphModule):
             self._hash_strings("graph", obj.code)
         else:
-            # A parametrized module (weight_norm) has a class of its own, which holds the module itself in a closure.
+            # A parametrized module (weight_norm) has its own class, which holds the module itself in a closure.
             self.update(type(obj).__base__ if is_parametrized(obj) else type(obj), path)
         tensors = [*obj._parameters.items(), *obj._buffers.items()]
         self._hash_items(sorted((name, tensor) for name, tensor in tensors if tensor is not None), path)
@@ -180,7 +183,7 @@ class _Hasher:
         self._hash_items(sorted((obj.__kwdefaults__ or {}).items()), path)
         filled = [cell for cell in obj.__closure__ or () if cell != types.CellType()]
         self._hash_items(_enumerate_items(cell.cell_contents for cell in filled), path)
-        if _is_user_module_name(obj.__module__):  # what an installed one uses is installed with it
+        if _is_user_module_name(obj.__module__):  # what an installed function uses is installed with it
             self._hash_items(_iter_used_globals(obj), path)
 
     def _hash_code(self, obj: types.CodeType, path: str) -> None:
@@ -210,7 +213,7 @@ class _Hasher:
         self._hash_items([("class", type(obj)), ("value", obj.value)], path)
 
     def _hash_pickle_state(self, obj: Any, path: str) -> None:
-        """What pickle would take of it."""
+        """Feed what pickle would take of ``obj``."""
         try:
             reduce = copyreg.dispatch_table.get(type(obj))
             reduced: str | tuple[Any, ...] = reduce(obj) if reduce else obj.__reduce_ex__(4)
@@ -231,8 +234,8 @@ _METHODS_BY_TYPE: dict[type, Callable[[_Hasher, Any, str], None]] = {
     dict: _Hasher._hash_mapping,
     np.ndarray: _Hasher._hash_array,
     types.CodeType: _Hasher._hash_code,
-    types.MappingProxyType: lambda reader, thing, path: reader._hash_mapping(dict(thing), path),
-    torch.device: lambda reader, thing, path: reader._hash_strings("device"),  # daskinfer says where a network runs
+    types.MappingProxyType: lambda hasher, obj, path: hasher._hash_mapping(dict(obj), path),
+    torch.device: lambda hasher, obj, path: hasher._hash_strings("device"),  # daskinfer decides where a model runs
 }
 _METHODS_BY_BASE: tuple[tuple[Any, Callable[[_Hasher, Any, str], None]], ...] = (
     (torch.nn.Module, _Hasher._hash_nn_module),
@@ -253,12 +256,12 @@ def _enumerate_items(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _sort_items(state: dict[Any, Any]) -> list[tuple[str, Any]]:
-    """The order in which attributes were set is an accident."""
+    """Sort attributes by name: the order in which they were set does not count."""
     return sorted(((str(name), value) for name, value in state.items()), key=lambda item: item[0])
 
 
 def _get_module_state(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's attributes, less what it leaves out itself when it is pickled (an LSTM's weak references)."""
+    """Return a module's attributes without those that it leaves out of its pickle (an LSTM's weak references)."""
     if type(module).__getstate__ is object.__getstate__ or is_parametrized(module):
         return vars(module)
     state: Any = cast("Any", module).__getstate__()
@@ -266,24 +269,24 @@ def _get_module_state(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _is_user_module_name(module: str | None) -> bool:
-    """Whether what is defined in ``module`` may change without an installed version that says so."""
+    """Check whether what ``module`` defines may change without a new installed version."""
     return module in ("__main__", None) or module not in sys.modules or is_user_module(sys.modules[module])
 
 
 def _is_importable_by_name(obj: Any) -> bool:
-    """Whether the name of a function or class says all: an installed package gives this very object for it."""
+    """Check whether the name of a function or class is enough: importing it from an installed package gives this object."""
     if obj.__module__ == "builtins":
         return True
     if _is_user_module_name(obj.__module__):
         return False
-    found: Any = sys.modules[obj.__module__]
-    for part in obj.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is obj
+    resolved: Any = sys.modules[obj.__module__]
+    for name in obj.__qualname__.split("."):
+        resolved = getattr(resolved, name, None)
+    return resolved is obj
 
 
 def _iter_class_members(cls: type) -> Iterator[tuple[str, Any]]:
-    """What the body of a class defines; names such as ``__doc__`` and ``__slots__`` only where they are functions."""
+    """Yield what the body of a class defines; names such as ``__doc__`` and ``__slots__`` only if they are functions."""
     for name, value in vars(cls).items():
         inner = _unwrap_member(value)
         dunder = (name.startswith("__") and name.endswith("__")) or name == "_abc_impl"
@@ -292,7 +295,7 @@ def _iter_class_members(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def _unwrap_member(member: Any) -> Any:
-    """The function inside a static method, class method or property."""
+    """Return the function inside a static method, class method or property."""
     if isinstance(member, staticmethod | classmethod):
         return member.__func__
     if isinstance(member, functools.cached_property):
@@ -301,11 +304,11 @@ def _unwrap_member(member: Any) -> Any:
 
 
 def _iter_used_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a function names, and of a user's module among them the parts that it names."""
-    inside = list(_iter_nested_code(function.__code__))
-    operations = (operation for code in inside for operation in dis.get_instructions(code))
+    """Yield the globals that a function names, and of a user's module among them the attributes that it names."""
+    codes = list(_iter_nested_code(function.__code__))
+    operations = (operation for code in codes for operation in dis.get_instructions(code))
     names = {operation.argval for operation in operations if operation.opname in _GLOBAL_OPS}
-    return _iter_resolved_names(function.__globals__, names, {name for code in inside for name in code.co_names}, "")
+    return _iter_resolved_names(function.__globals__, names, {name for code in codes for name in code.co_names}, "")
 
 
 def _iter_nested_code(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -321,13 +324,12 @@ def _iter_resolved_names(
     for name in sorted(names & scope.keys()):
         yield prefix + name, scope[name]
         if is_user_module(scope[name]):
-            parts = attributes - {name}
-            yield from _iter_resolved_names(vars(scope[name]), parts, parts, f"{prefix}{name}.")
+            members = attributes - {name}
+            yield from _iter_resolved_names(vars(scope[name]), members, members, f"{prefix}{name}.")
 
 
 def _unstable_value_error(obj: Any, path: str) -> ModelError:
     return ModelError(
-        f"{path} is a {type(obj).__name__}, which cannot be hashed the same way in another process; tensors, numbers, "
-        "text, containers, functions, classes and objects that pickle as these can. Pass Model(…, version='…') "
-        "(--model-version) and change the version when it changes."
+        f"{path} is a {type(obj).__name__}, which has no reproducible hash; use tensors, plain values, containers, "
+        "functions and classes. Or pass Model(…, version='1') (--model-version 1), and change it when the model changes"
     )

@@ -1,14 +1,14 @@
-"""A network in memory as bytes: its tensors in one safetensors block, everything else pickled beside them.
+"""Serialization of a model in memory: its tensors in one safetensors block, everything else pickled beside them.
 
-Tensors are taken out of the pickle one by one and copied, so that a later change of the network does not reach what was
-packed: a host maps the block once for all its workers, and the key is read off the content. The form never leaves a run:
-it is no file format for keeping models.
+Tensors are taken out of the pickle one by one and copied, so that a later change of the model does not reach the serialized
+one. A host maps the block once for all its workers, and the key is computed from the content. The format never outlives a
+run: it is not a file format for keeping models.
 
-The key holds for one client process (the class object and the tensors' content, decision 7): a class that is defined
-again is another network, the same network packed twice is the same key. What must hold between processes is in
+The key is valid within one client process; it depends on the class object and the tensors' content: a class that is defined
+again makes another model, and the same model serialized twice has the same key. What must be equal between processes is in
 ``fingerprint``.
 
-In the process that packed it, a network is copied with its classes and functions as they are: unpickling a class by value
+In the process that serialized it, a model is copied with its classes and functions as they are: unpickling a class by value
 would give the user's own class the functions of its copy, and the next key would be another.
 """
 
@@ -36,28 +36,28 @@ from daskinfer.errors import ModelError
 from daskinfer.models.user_code import is_user_module
 
 _SKELETON = "skeleton"  # the tensor that holds the pickle
-# Tensors lie in the block as integers of their size, so that every dtype has a place there.
+# The block stores tensors as integers of their item size, so that every dtype fits.
 _STORAGE_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may hold more than its bytes
-_by_value_lock = threading.RLock()  # cloudpickle's registry is the process's; held while something is pickled by value
+_by_value_lock = threading.RLock()  # cloudpickle's registry is global; held while something is pickled by value
 
 
 @dataclass(frozen=True)
 class SerializedModel:
-    """A network as a skeleton (pickle) and its tensors; ``key`` is read off both."""
+    """A model as a skeleton (pickle) and its tensors; ``key`` is computed from both."""
 
     key: str
     skeleton: bytes
     tensors: dict[str, torch.Tensor]
-    local_pickle: tuple[bytes, list[Any]] | None = None  # a skeleton whose classes are this process's; it never travels
+    local_pickle: tuple[bytes, list[Any]] | None = None  # a skeleton with this process's classes; it never travels
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors and the skeleton."""
+        """Bytes of all tensors and of the skeleton."""
         return len(self.skeleton) + sum(t.nbytes for t in self.tensors.values())
 
     def to_bytes(self) -> bytes:
-        """One block of bytes, which :func:`deserialize_file` reads back."""
+        """Return one block of bytes, which :func:`deserialize_file` reads back."""
         skeleton = torch.frombuffer(bytearray(self.skeleton), dtype=torch.uint8)
         return safetensors.torch.save({**self.tensors, _SKELETON: skeleton})
 
@@ -65,25 +65,25 @@ class SerializedModel:
         return _deserialize_bytes, (self.to_bytes(),)
 
     def deserialize(self) -> Any:
-        """A network of its own, whose tensors share nothing with the one that was packed."""
+        """Make a new model, whose tensors share nothing with the one that was serialized."""
         skeleton, live = self.local_pickle or (self.skeleton, [])
         return _Unpickler(skeleton, {name: t.clone() for name, t in self.tensors.items()}, live).load()
 
 
 def serialize_object(obj: Any, name: str = "the model") -> SerializedModel:
-    """Take ``network`` (a module, a function, any object) apart; it stays as it is.
+    """Serialize ``obj`` (a module, a function, any object), without changing it.
 
     Classes and functions of files that are not installed (a notebook, a script, a file beside it) travel by value.
 
     Raises
     ------
     ModelError
-        Where something in it cannot be pickled; ``name`` says in the message what was packed.
+        If something in it cannot be pickled; the message calls the object ``name``.
 
     Examples
     --------
-    >>> packed = serialize_object(torch.nn.Linear(2, 3))
-    >>> packed.deserialize()
+    >>> serialized = serialize_object(torch.nn.Linear(2, 3))
+    >>> serialized.deserialize()
     Linear(in_features=2, out_features=3, bias=True)
     """
     pickler = _Pickler()
@@ -92,23 +92,22 @@ def serialize_object(obj: Any, name: str = "the model") -> SerializedModel:
         local = _pickle_locally(pickler, obj) if pickler.pickled_by_value else None
     except Exception as error:
         raise ModelError(
-            f"{name} ({type(obj).__name__}) cannot be sent to workers: {error}. It has to be picklable. "
-            "Keep open files, locks and other handles out of its attributes, export it by torch.export to a .pt2 file, "
-            "or pass a factory as 'pkg.mod:make'."
+            f"{name} ({type(obj).__name__}) cannot be pickled for the workers: {error}. Keep open files, locks and other "
+            "handles out of its attributes, save it with torch.export as .pt2, or pass a factory 'pkg.mod:make'"
         ) from error
     skeleton = pickler.buffer.getvalue()
     return SerializedModel(_compute_key(skeleton, pickler.tensors), skeleton, pickler.tensors, local)
 
 
 def _pickle_locally(pickler: _Pickler, obj: Any) -> tuple[bytes, list[Any]]:
-    """The skeleton for this process, of what ``pickler`` has taken the tensors from."""
+    """Pickle the skeleton for this process; ``pickler`` has already stored the tensors."""
     local = _LocalPickler(pickler)
     local.dump(obj)
     return local.buffer.getvalue(), list(local.live_objects.values())
 
 
 def deserialize_file(path: str | os.PathLike[str]) -> Any:
-    """The network in the block at ``path``; its tensors are mapped from the file, copied only where written to."""
+    """Load the model in the block at ``path``; its tensors are mapped from the file, and copied only if written to."""
     tensors = safetensors.torch.load_file(path)
     return _Unpickler(tensors.pop(_SKELETON).numpy().tobytes(), tensors).load()
 
@@ -139,17 +138,17 @@ def _deserialize_bytes(block: bytes) -> SerializedModel:
 
 
 class _TensorRef(NamedTuple):
-    """Where a tensor's bytes lie in the block, and what they were; the pickle holds it in the tensor's place."""
+    """Where a tensor's bytes are in the block, and how to restore it; it stands for the tensor in the pickle."""
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]  # as it lies there: the tensor's axes from the largest stride to the smallest
-    axes: tuple[int, ...]  # which of the tensor's axes each of them is
+    shape: tuple[int, ...]  # as stored: the tensor's axes from the largest stride to the smallest
+    axes: tuple[int, ...]  # which of the tensor's axes each stored axis is
     is_parameter: bool
     requires_grad: bool
 
     def restore(self, stored: torch.Tensor) -> torch.Tensor:
-        """The tensor again, in the memory that ``stored`` lies in."""
+        """Restore the tensor, in the memory of ``stored``."""
         order = [self.axes.index(axis) for axis in range(len(self.axes))]
         tensor = stored.view(self.dtype).reshape(self.shape).permute(order)
         if self.is_parameter:
@@ -158,15 +157,15 @@ class _TensorRef(NamedTuple):
 
 
 class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no annotations
-    """Pickles what is defined in modules that a worker may not be able to import by value.
+    """Pickles by value what is defined in modules that a worker may not be able to import.
 
-    Each such module is registered when the first thing of it comes by: to look through all that are loaded beforehand took
-    20 ms and left 2,400 tuples behind, which made Python look through all its objects (0.25 s) within a first short call.
+    Each such module is registered when the first object from it is pickled: searching all loaded modules beforehand took
+    20 ms and left 2,400 tuples behind, which triggered a full garbage collection (0.25 s) within a first short call.
     """
 
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer, protocol=5)
-        self.pickled_by_value = False  # whether a class or a function was, or a module may have been
+        self.pickled_by_value = False  # a class or a function was, or a module may have been
         self._registered: dict[str, ModuleType] = {}
 
     def dump(self, obj: Any) -> None:
@@ -194,14 +193,14 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle
 
 
 class _Pickler(_ByValuePickler):
-    """Puts tensors aside under a number; the same tensor twice (tied weights) keeps one number."""
+    """Stores tensors under a number each; the same tensor twice (tied weights) keeps one number."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()
         super().__init__(self.buffer)
         self.tensors: dict[str, torch.Tensor] = {}
         self._tensor_refs: dict[int, _TensorRef] = {}
-        self._keep_alive: list[torch.Tensor] = []  # an id is a tensor's own only while the tensor lives
+        self._keep_alive: list[torch.Tensor] = []  # an id is unique only while its tensor lives
 
     def persistent_id(self, obj: Any) -> _TensorRef | int | None:
         if type(obj) not in _TENSOR_TYPES or not _is_plain_tensor(obj):
@@ -213,9 +212,9 @@ class _Pickler(_ByValuePickler):
 
     def _store_tensor(self, tensor: torch.Tensor) -> _TensorRef:
         name = str(len(self.tensors))
-        # The order of the axes in memory is kept: a channels-last network computes other last bits, and faster.
+        # Keep the order of the axes in memory: a channels-last model computes other last bits, and faster.
         axes = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-        # A copy: safetensors refuses tensors that share memory, and a later change must not reach a packed network.
+        # A copy: safetensors refuses tensors that share memory, and a later change must not reach the serialized model.
         stored = tensor.detach().permute(axes).to("cpu", copy=True).contiguous().resolve_conj().resolve_neg()
         self.tensors[name] = stored.reshape(-1).view(_STORAGE_DTYPES[tensor.itemsize])
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -227,17 +226,18 @@ class _Pickler(_ByValuePickler):
             if isinstance(obj, torch.nn.Parameter):
                 plain = torch.nn.Parameter(plain, obj.requires_grad)
             return _set_attributes, (plain, vars(obj))
-        if isinstance(obj, torch.nn.Module) and is_parametrized(obj):  # its own way refuses, though all of it can
+        # A parametrized module refuses to be pickled, though all its parts can be.
+        if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
             return copyreg.__newobj__, (type(obj),), vars(obj)  # type: ignore[attr-defined]  # not in typeshed
         if isinstance(obj, functools.cached_property):  # it holds a lock up to Python 3.11
             return _make_cached_property, (obj.func, obj.attrname)
         if isinstance(obj, io.IOBase) and not isinstance(obj, io.BytesIO | io.StringIO):
-            raise pickle.PicklingError(f"it holds an open file ({obj!r})")  # cloudpickle would send what is in it
+            raise pickle.PicklingError(f"it holds an open file ({obj!r})")  # cloudpickle would send its content
         return super().reducer_override(obj)
 
 
 class _LocalPickler(_Pickler):
-    """Names the tensors that another pickler put aside, and leaves classes, functions and modules as they are."""
+    """Refers to the tensors that another pickler stored, and leaves classes, functions and modules as they are."""
 
     def __init__(self, pickler: _Pickler) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class _LocalPickler(_Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the tensors back; each number is made once, so tied weights stay tied."""
+    """Puts the tensors back; each number is restored once, so tied weights stay tied."""
 
     def __init__(self, skeleton: bytes, tensors: dict[str, torch.Tensor], live_objects: Sequence[Any] = ()) -> None:
         super().__init__(io.BytesIO(skeleton))
@@ -271,20 +271,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _find_module(obj: FunctionType | type | TypeVar) -> ModuleType | None:
-    """Where it is defined; a function knows that too where it does not say so."""
+    """Find the module that defines ``obj``; a function without a ``__module__`` still has its globals."""
     return sys.modules.get(obj.__module__ or getattr(obj, "__globals__", {}).get("__name__", ""))
 
 
 def _is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether its bytes say all: the others (sparse, quantised, without data, with attributes) are taken apart by pickle."""
+    """Check whether its bytes are all of it; pickle takes the others apart (sparse, quantised, meta, with attributes)."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
     return dense and tensor.device.type != "meta" and not vars(tensor)
 
 
 def _make_cached_property(function: Callable[[Any], Any], name: str) -> functools.cached_property[Any]:
-    made = functools.cached_property(function)
-    made.__set_name__(object, name)
-    return made
+    cached = functools.cached_property(function)
+    cached.__set_name__(object, name)
+    return cached
 
 
 def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
@@ -293,7 +293,7 @@ def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> torch.T
 
 
 def _compute_key(skeleton: bytes, tensors: dict[str, torch.Tensor]) -> str:
-    """Read off the bytes; names, dtypes and shapes stand in the skeleton."""
+    """Compute the key from the bytes alone: the skeleton already holds names, dtypes and shapes."""
     digest = hashlib.sha256(skeleton)
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().data)

@@ -1,4 +1,4 @@
-"""Which modules are the user's own files: they may change without a version that says so, and no worker need have them."""
+"""Tell the user's own modules from installed ones: they may change without a new version, and workers may lack them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INSTALL_FOLDERS = frozenset({"site-packages", "dist-packages"})
 
 
 def is_user_module(module: object) -> bool:
-    """Whether a module is a user's file: not installed, not the standard library, not this package.
+    """Check whether a module is a user's file: not installed, not the standard library, not this package.
 
     Examples
     --------
@@ -20,9 +20,9 @@ def is_user_module(module: object) -> bool:
     >>> is_user_module(json)
     False
     """
-    if not issubclass(type(module), ModuleType):  # what cryptography has in sys.modules only says that it is one
+    if not issubclass(type(module), ModuleType):  # cryptography puts an object into sys.modules that only claims to be one
         return False
-    # Not by getattr or vars: a lazy module is loaded by any question (CuPy's testing: 60 ms), others import more.
+    # Not getattr or vars: any access loads a lazy module (CuPy's testing: 60 ms), and others then import more.
     names = object.__getattribute__(module, "__dict__")
     name, path = names.get("__name__"), names.get("__file__")
     if not isinstance(path, str) or sys.modules.get(str(name)) is not module:
@@ -30,7 +30,7 @@ def is_user_module(module: object) -> bool:
     return _is_user_file(path, name)
 
 
-@functools.lru_cache(maxsize=1 << 14)  # all modules are asked for whenever a network is packed
+@functools.lru_cache(maxsize=1 << 14)  # asked again for the same modules whenever a model is serialized
 def _is_user_file(path: str, name: str) -> bool:
     if path.startswith(_STANDARD_LIBRARY) or _INSTALL_FOLDERS.intersection(path.split(os.sep)):
         return False
@@ -38,7 +38,7 @@ def _is_user_file(path: str, name: str) -> bool:
 
 
 def _is_installed(path: str, name: str) -> bool:
-    """Whether the file lies in a folder that an installer fills, whatever its name: by what else lies in it."""
+    """Check whether the file is in a folder that an installer fills, by the folder's other content, not by its name."""
     depth = name.count(".") + os.path.basename(path).startswith("__init__.") + 1
     for _ in range(depth):
         path = os.path.dirname(path)
@@ -47,7 +47,7 @@ def _is_installed(path: str, name: str) -> bool:
 
 @functools.cache
 def _has_distributions(folder: str) -> bool:
-    """Whether ``pip install --target`` or its like was here."""
+    """Check whether ``pip install --target`` or similar has installed into the folder."""
     return os.path.isdir(folder) and any(entry.endswith(".dist-info") for entry in os.listdir(folder))
 
 

@@ -1,4 +1,4 @@
-"""Model files: what can run code, is run by nobody who did not consent; and what changed meanwhile, by nobody at all."""
+"""Model files: code in them runs only with consent, and a file that changed since the plan is never loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from daskinfer.errors import ModelError
 from daskinfer.execution import worker_setup
 from daskinfer.models import files
 from daskinfer.models.files import ModelFile, check_folder_is_private
-from daskinfer.models.model import BroadcastLoader, Model, ModelLoader
+from daskinfer.models.loaders import BroadcastLoader, ModelLoader
+from daskinfer.models.model import Model
 
 CPU = torch.device("cpu")
 X = np.ones((40, 3), np.float32)
@@ -39,7 +40,7 @@ NET = nn.Linear(3, 2)
 
 
 class Payload:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -49,7 +50,7 @@ class Payload:
 
 
 class Scripted(nn.Module):
-    """Makes a file where its TorchScript is loaded."""
+    """Creates a file when its TorchScript is loaded."""
 
     def __init__(self, marker: str) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Scripted(nn.Module):
 
 
 def save_script(net: nn.Module, path: Path) -> Path:
-    """TorchScript of a network."""
+    """Save a model as TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(net).save(path)
@@ -79,7 +80,7 @@ def save_script(net: nn.Module, path: Path) -> Path:
 
 
 def save_program(path: Path, payload: Payload | None = None) -> Path:
-    """A program of torch.export, perhaps with something else in the place of its sample inputs."""
+    """Save a torch.export program, with ``payload`` in the place of its sample inputs if given."""
     batch = {0: torch.export.Dim("n")}
     torch.export.save(torch.export.export(NET, (torch.ones(2, 3),), dynamic_shapes=(batch,)), path)
     if payload is not None:
@@ -105,7 +106,7 @@ EVIL: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.fixture(params=EVIL)
 def evil(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A file that makes another one, the marker, when it is loaded; both paths."""
+    """A file that creates another one, the marker, when it is loaded; both paths."""
     path, marker = tmp_path / request.param, tmp_path / "marker"
     EVIL[request.param](path, marker)
     marker.unlink(missing_ok=True)
@@ -113,12 +114,13 @@ def evil(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 
 REFUSED = (
-    r"the model file '.*' holds .*can run code when it is loaded; without consent only weights.*trust=True.*--trust-model"
+    r"model file '.*' holds a .*, which can run code when loaded\. "
+    r"If .*trust=True \(--trust-model\); otherwise load only weights, with factory="
 )
 
 
 def test_code_in_a_file_is_refused(evil: tuple[Path, Path]) -> None:
-    """No way of using a file runs its code without trust, and each refusal says how to consent and what to use instead."""
+    """No function runs a file's code without trust, and each error says how to consent and what to use instead."""
     path, marker = evil
     calls: list[Callable[[], object]] = [
         lambda: Model(path).make_loader().compute_fingerprint(),
@@ -136,33 +138,33 @@ def test_code_in_a_file_is_refused(evil: tuple[Path, Path]) -> None:
 
 
 def test_code_is_refused_whatever_else_is_wrong(evil: tuple[Path, Path]) -> None:
-    """All reasons are said at once, the missing consent among them."""
-    with pytest.raises(di.DaskInferError, match=r"(?s)for 2 reasons:.*can run code"):
+    """All problems are reported at once, the missing consent among them."""
+    with pytest.raises(di.DaskInferError, match=r"(?s)invalid plan, 2 problems:.*can run code"):
         di.plan(evil[0], X, batch_size=0)
     assert not evil[1].exists()
 
 
 def test_code_in_a_file_that_is_trusted(evil: tuple[Path, Path]) -> None:
-    """The files of these tests do what they are made for: loaded with trust, each makes its marker."""
+    """The files of these tests work: loaded with trust, each creates its marker."""
     path, marker = evil
     try:
         Model(path, trust=True).make_loader().load(CPU)
-    except ModelError:  # an exit code is no network
+    except ModelError:  # an exit code is not a model
         assert path.suffix != ".ts"
     assert marker.exists()
 
 
 @pytest.mark.parametrize("name", ["plain.pt", "legacy.pt", "zip.pth", "script.pt"])
 def test_code_among_weights(tmp_path: Path, cluster_client: Client, name: str) -> None:
-    """With a factory only a state dict is loaded, by client or worker, trusted or not; what else there is, is named."""
+    """With a factory only a state dict is loaded, by client or worker, trusted or not; anything else is named."""
     EVIL[name](tmp_path / name, tmp_path / "marker")
     (tmp_path / "marker").unlink(missing_ok=True)
     for trust in (False, True):
         model = Model(tmp_path / name, trust=trust, **GIVEN)
-        with pytest.raises(ModelError, match=r"holds more than tensors \((posix\.system|a Torch).*best as \.safetensors"):
+        with pytest.raises(ModelError, match=r"more than tensors \((posix\.system|TorchScript)\).*best as \.safetensors"):
             di.plan(model, X)
         with pytest.raises(di.DaskInferError, match="holds more than tensors"):
-            # What the answer looks like is given, so that a worker is the first to load it.
+            # output= is passed, so that a worker is the first to load the file.
             di.predict(model, X, client=cluster_client, output=np.empty((0, 2), "f4"))
     assert not (tmp_path / "marker").exists()
 
@@ -170,17 +172,17 @@ def test_code_among_weights(tmp_path: Path, cluster_client: Client, name: str) -
 def test_a_swapped_file_is_not_run_by_workers(
     tmp_path: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that are replaced by a pickle after the workers were asked are no way in either."""
-    path, asked = tmp_path / "w.pth", preflight.check_workers
+    """Weights that are replaced by a pickle after the workers were checked are not loaded either."""
+    path, check_workers = tmp_path / "w.pth", preflight.check_workers
     torch.save(NET.state_dict(), path)
 
-    def ask(*given: Any) -> Any:
-        answers = asked(*given)
+    def check(*arguments: Any) -> Any:
+        infos = check_workers(*arguments)
         EVIL["zip.pth"](path, tmp_path / "marker")
-        return answers
+        return infos
 
-    monkeypatch.setattr(worker_setup.preflight, "ask", ask)
-    with pytest.raises(ModelError, match="has the SHA-256"):
+    monkeypatch.setattr(worker_setup.preflight, "check_workers", check)
+    with pytest.raises(ModelError, match="has SHA-256"):
         di.predict(Model(path, **GIVEN), X, client=cluster_client)
     assert not (tmp_path / "marker").exists()
 
@@ -221,7 +223,7 @@ def test_trusted_files(tmp_path: Path, cluster_client: Client, name: str, where:
 
 
 def test_ways_to_consent(tmp_path: Path) -> None:
-    """Consent is a keyword, a field of Options, a field of Model, or an option of the command."""
+    """Consent is a keyword, a field of Options, a field of Model, or a flag of the command."""
     path = save_program(tmp_path / "net.pt2")
     np.save(tmp_path / "x.npy", X)
     assert di.plan(path, X, trust=True).n_rows == 40
@@ -236,7 +238,7 @@ def test_ways_to_consent(tmp_path: Path) -> None:
 
 
 def test_fingerprints_of_trusted_files(tmp_path: Path) -> None:
-    """A pickled module is the same network as in memory; TorchScript is known by its file."""
+    """A pickled module is the same model as in memory; TorchScript is identified by its file."""
     torch.save(NET, tmp_path / "net.pt")
     assert (
         Model(tmp_path / "net.pt", trust=True).make_loader().compute_fingerprint()
@@ -247,14 +249,14 @@ def test_fingerprints_of_trusted_files(tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_what_a_trusted_pickle_may_be(tmp_path: Path) -> None:
-    """A pickle that holds no module says what it holds; a state dict says that a factory is needed."""
+def test_what_a_trusted_pickle_must_hold(tmp_path: Path) -> None:
+    """A pickle without a module is named by its content; a state dict needs a factory."""
     torch.save({1, 2}, tmp_path / "set.pt")
-    with pytest.raises(ModelError, match=r"set\.pt' holds a set; it has to hold an nn\.Module"):
+    with pytest.raises(ModelError, match=r"set\.pt' must hold an nn\.Module, got set"):
         Model(tmp_path / "set.pt", trust=True).make_loader().load(CPU)
     torch.save(NET.state_dict(), tmp_path / "w.pt")
     for trust in (False, True):
-        with pytest.raises(ModelError, match=r"w\.pt holds weights only; a factory has to make the network"):
+        with pytest.raises(ModelError, match=r"w\.pt holds only weights, and needs a factory"):
             Model(tmp_path / "w.pt", trust=trust).make_loader()
 
 
@@ -263,19 +265,19 @@ def test_what_a_trusted_pickle_may_be(tmp_path: Path) -> None:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Weights of a small network in a file."""
+    """Weights of a small model in a file."""
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(NET.state_dict(), path)
     return path
 
 
 def sha256_of(path: Path) -> str:
-    """As sha256sum has it."""
+    """Compute what sha256sum prints."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def flip(path: Path) -> None:
-    """Change one byte, the file's last; its time of change goes back to what it was."""
+    """Change the file's last byte and restore its modification time."""
     before = path.stat()
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -283,108 +285,110 @@ def flip(path: Path) -> None:
 
 
 def test_the_right_file(weights: Path) -> None:
-    """A file with the SHA-256 that was asked for is loaded, in any letter case."""
+    """A file with the expected SHA-256 is loaded, in any letter case."""
     for sha256 in (sha256_of(weights), sha256_of(weights).upper()):
         answer = di.predict(Model(weights, sha256=sha256, **GIVEN), X, devices="inline")
         np.testing.assert_allclose(answer, NET(torch.from_numpy(X)).detach(), rtol=1e-5)
 
 
 def test_another_file_is_refused_in_the_plan(weights: Path) -> None:
-    """A file of another SHA-256 is refused where the plan is made, by Python and by the command."""
+    """A file with another SHA-256 is refused in the plan, by Python and by the command."""
     sha256 = sha256_of(weights)
     flip(weights)
-    with pytest.raises(ModelError, match=f"has the SHA-256 {sha256_of(weights)}; {sha256} is what this call asks for"):
+    with pytest.raises(ModelError, match=f"has SHA-256 {sha256_of(weights)}, expected {sha256}"):
         di.plan(Model(weights, sha256=sha256, **GIVEN), X)
     np.save(weights.with_name("x.npy"), X)
     arguments = ["plan", str(weights), str(weights.with_name("x.npy")), "--factory", "torch.nn:Linear"]
     done = CliRunner().invoke(
         main, [*arguments, "--kwargs", '{"in_features": 3, "out_features": 2}', "--model-sha256", sha256]
     )
-    assert (done.exit_code, "has the SHA-256" in done.stderr) == (2, True)
+    assert (done.exit_code, "has SHA-256" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("sha256", ["", "ab", "g" * 64, 5])
-def test_what_is_no_sha256(weights: Path, sha256: Any) -> None:
+def test_malformed_sha256(weights: Path, sha256: Any) -> None:
     """Anything but 64 hexadecimal digits is refused."""
-    with pytest.raises(ModelError, match=r"sha256 is .*; it has to be 64 hexadecimal digits"):
+    with pytest.raises(ModelError, match=r"sha256 must be 64 hexadecimal digits .*, got "):
         Model(weights, sha256=sha256, **GIVEN).make_loader()
 
 
-def travelled(model: Model) -> ModelLoader:
-    """What a worker gets."""
-    recipe: ModelLoader = pickle.loads(pickle.dumps(model.make_loader()))
-    return recipe
+def send_loader(model: Model) -> ModelLoader:
+    """Make a loader as a worker gets it, pickled and unpickled."""
+    loader: ModelLoader = pickle.loads(pickle.dumps(model.make_loader()))
+    return loader
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_file_that_changes_after_the_plan_is_not_loaded(weights: Path, given: bool) -> None:
-    """One byte that changed, at the same size and time, stops a load, whether the SHA-256 was given or taken by the plan."""
-    recipe = travelled(Model(weights, sha256=sha256_of(weights) if given else None, **GIVEN))
+    """One changed byte, at the same size and time, stops the load, whether user or plan provided the SHA-256."""
+    loader = send_loader(Model(weights, sha256=sha256_of(weights) if given else None, **GIVEN))
     flip(weights)
-    with pytest.raises(ModelError, match=r"w\.safetensors' has the SHA-256 .* nothing is run with another"):
-        recipe.load(CPU)
+    with pytest.raises(ModelError, match=r"w\.safetensors' has SHA-256 .*, expected .* Restore the file"):
+        loader.load(CPU)
 
 
 def test_a_change_while_it_is_loaded_changes_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compared is what is loaded: a file that changes in between is loaded as it was."""
-    recipe = travelled(Model(weights, **GIVEN))
+    """The bytes that were compared are the bytes that are loaded, even if the file changes in between."""
+    loader = send_loader(Model(weights, **GIVEN))
     monkeypatch.setattr(
         files.ModelFile, "_check_sha256", lambda self, found: flip(weights) if found == self.sha256 else None
     )
-    loaded = recipe.load(CPU).run
+    loaded = loader.load(CPU).run
     assert torch.equal(loaded.weight, NET.weight) and torch.equal(loaded.bias, NET.bias)
 
 
 def test_without_files_in_memory(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system has no files in memory, the private copy lies in the temporary folder, and goes."""
+    """On systems without files in memory, the private copy is in the temporary folder."""
     monkeypatch.delattr(os, "memfd_create")
-    assert torch.equal(travelled(Model(weights, **GIVEN)).load(CPU).run.weight, NET.weight)
+    assert torch.equal(send_loader(Model(weights, **GIVEN)).load(CPU).run.weight, NET.weight)
 
 
-def test_a_large_file_is_known_by_its_size(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file too large to be read for its SHA-256 is told from one of another size; a SHA-256 that is given is compared."""
+def test_a_large_file_is_compared_by_its_size(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file too large to be hashed is compared by size; a SHA-256 from the user is always compared."""
     sha256 = sha256_of(weights)
     monkeypatch.setattr(files, "MAX_HASHED_NBYTES", 10)
-    recipe = travelled(Model(weights, **GIVEN))
-    assert recipe.file.sha256 == "" and recipe.file.content == sha256
-    recipe.file.check()
-    assert torch.equal(recipe.load(CPU).run.weight, NET.weight)
+    loader = send_loader(Model(weights, **GIVEN))
+    assert loader.file.sha256 == "" and loader.file.content_sha256 == sha256
+    loader.file.check_unchanged()
+    assert torch.equal(loader.load(CPU).run.weight, NET.weight)
     assert Model(weights, sha256=sha256, **GIVEN).make_loader().file.sha256 == sha256
     weights.write_bytes(weights.read_bytes() + b"x")
-    with pytest.raises(ModelError, match=r"has \d+ bytes; \d+ is what this call asks for"):
-        recipe.load(CPU)
+    with pytest.raises(ModelError, match=r"has \d+ bytes, expected \d+\. Restore the file"):
+        loader.load(CPU)
 
 
 def test_workers_compare_before_the_first_chunk(
     weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers that see another file than the client say so before anything runs."""
-    asked = preflight.check_workers
+    check_workers = preflight.check_workers
 
-    def ask(*given: Any) -> Any:
+    def check(*arguments: Any) -> Any:
         flip(weights)
-        return asked(*given)
+        return check_workers(*arguments)
 
-    monkeypatch.setattr(worker_setup.preflight, "ask", ask)
-    with pytest.raises(di.DaskInferError, match=r"(?s)for 2 reasons:.*sees another file: .* has the SHA-256"):
+    monkeypatch.setattr(worker_setup.preflight, "check_workers", check)
+    with pytest.raises(
+        di.DaskInferError, match=r"(?s)invalid plan, 2 problems:.*sees a different model file: .* has SHA-256"
+    ):
         di.predict(Model(weights, **GIVEN), X, client=cluster_client)
 
 
 def test_workers_without_the_file(weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that cannot read the file say so before anything runs."""
-    asked = preflight.check_workers
+    check_workers = preflight.check_workers
 
-    def ask(*given: Any) -> Any:
+    def check(*arguments: Any) -> Any:
         weights.unlink()
-        return asked(*given)
+        return check_workers(*arguments)
 
-    monkeypatch.setattr(worker_setup.preflight, "ask", ask)
-    with pytest.raises(di.DaskInferError, match=r"cannot read '.*w\.safetensors'; every worker has to"):
+    monkeypatch.setattr(worker_setup.preflight, "check_workers", check)
+    with pytest.raises(di.DaskInferError, match=r"cannot read '.*w\.safetensors'\. Use a folder that all hosts share"):
         di.predict(Model(weights, **GIVEN), X, client=cluster_client)
 
 
-class Told(nn.Linear):
-    """Says which weights it computed with."""
+class LoggingLinear(nn.Linear):
+    """Logs which weights it computed with."""
 
     log = ""
 
@@ -395,46 +399,46 @@ class Told(nn.Linear):
 
 
 def test_a_change_between_two_loads(weights: Path, cluster_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file changes after one worker loaded it and before the other does: no chunk is run with what it is now."""
-    Told.log = str(weights.with_name("log"))
-    asked, loaded = preflight.check_workers, []
+    """The file changes between the loads of two workers: no chunk is computed with the changed one."""
+    LoggingLinear.log = str(weights.with_name("log"))
+    check_workers, loaded = preflight.check_workers, []
 
-    def ask(client: Client, question: Any) -> Any:
-        answers = asked(client, question)
-        first = min(answers)
+    def check(client: Client, requirements: Any) -> Any:
+        infos = check_workers(client, requirements)
+        first = min(infos)
         loaded.append(client.submit(load_there, made.make_loader(), workers=[first], pure=False).result())
         flip(weights)
-        return answers
+        return infos
 
-    def load_there(recipe: ModelLoader) -> int:
+    def load_there(loader: ModelLoader) -> int:
         from daskinfer.worker.loaded_models import model_cache
 
-        model_cache.get((recipe.key, "cpu"), lambda: recipe.load(torch.device("cpu")))
+        model_cache.get((loader.key, "cpu"), lambda: loader.load(torch.device("cpu")))
         return 1
 
-    log = Told.log
+    log = LoggingLinear.log
 
     def make() -> nn.Module:
-        Told.log = log
-        return Told(3, 2)
+        LoggingLinear.log = log
+        return LoggingLinear(3, 2)
 
     made = Model(weights, factory=make)
-    monkeypatch.setattr(worker_setup.preflight, "ask", ask)
-    with pytest.raises(ModelError, match="has the SHA-256"):
+    monkeypatch.setattr(worker_setup.preflight, "check_workers", check)
+    with pytest.raises(ModelError, match="has SHA-256"):
         di.predict(made, np.ones((4000, 3), np.float32), client=cluster_client, device_weights=[1, 1], batch_size=10)
     assert loaded == [1]
     assert set(Path(log).read_text().split()) <= {str(NET.bias.sum().item())}
 
 
-# --- networks that are shipped to hosts of others
+# --- models that are broadcast to external hosts
 
 
-def test_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network is neither put into nor read from a folder into which others may write: it is unpickled."""
+def test_a_folder_that_others_can_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model, which is unpickled, is neither put into nor read from a folder that others may write into."""
     monkeypatch.setenv(env.SCRATCH, str(tmp_path / "shared"))
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    refused = r"the folder '.*shared', .* has the mode drwxrwxrwx and the owner .* nobody else may write into"
+    refused = r"folder '.*shared' for broadcast models must be .* got drwxrwxrwx of user "
     (tmp_path / "shared" / "block").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
     with pytest.raises(ModelError, match=refused):
         BroadcastLoader("key", "block", 0).load(CPU)
@@ -443,12 +447,12 @@ def test_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "shared").chmod(0o700)
     check_folder_is_private(str(tmp_path / "shared" / "block"))
     (tmp_path / "link").symlink_to(tmp_path / "shared")
-    with pytest.raises(ModelError, match=r"the folder '.*link'"):
+    with pytest.raises(ModelError, match=r"folder '.*link'"):
         check_folder_is_private(str(tmp_path / "link" / "block"))
     assert not (tmp_path / "marker").exists()
 
 
-def test_find_says_what_it_found(weights: Path) -> None:
-    """A file is known by its whole path, its size and its SHA-256."""
+def test_from_path(weights: Path) -> None:
+    """A file is recorded with its absolute path, its size and its SHA-256."""
     found = ModelFile.from_path(os.path.relpath(weights))
     assert (found.path, found.nbytes, found.sha256) == (str(weights), weights.stat().st_size, sha256_of(weights))

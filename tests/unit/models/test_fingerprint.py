@@ -31,13 +31,13 @@ from daskinfer.models.serialization import serialize_object
 
 
 def linear(seed: int = 0) -> nn.Linear:
-    """The same small network at each call."""
+    """Make the same small model at each call."""
     torch.manual_seed(seed)
     return nn.Linear(3, 2)
 
 
 def holding(value: Any) -> nn.Module:
-    """A network with ``value`` as an attribute."""
+    """Make a model with ``value`` as an attribute."""
     net = nn.Identity()
     net.held = value
     return net
@@ -83,6 +83,34 @@ class Flattened(torch.Tensor):
         return torch.zeros(()) if "detach" not in str(function) else args[0]
 
 
+# --- what outputs on disk hold
+
+
+@pytest.mark.parametrize(
+    ("obj", "expected"),
+    [
+        (
+            [1, 2.5, "a", None, (True, b"b"), {"k": {1, 2}}],
+            "ab0f1871c890cde95ea52ca2b64b2c6333e49957736df12bd3fdfc9d3e7dcc0a",
+        ),
+        (
+            [torch.arange(3), np.arange(3, dtype="<f4"), torch.float32, slice(1, 2), nn.ReLU, torch.relu],
+            "f882fa94360a919fbc425f81f21bb5c57014245d369e4104056c4722b9033967",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+            "6720fc8ad3dfe7887dd0b7a51594ae28a03584356d2bc5ee328520dba03833fe",
+        ),
+    ],
+    ids=["plain", "arrays", "module"],
+)
+def test_frozen_fingerprints(obj: Any, expected: str) -> None:
+    """Fingerprints are those of the first outputs on disk, which could otherwise not be continued."""
+    for parameter in obj.parameters() if isinstance(obj, nn.Module) else ():
+        nn.init.ones_(parameter)
+    assert compute_fingerprint(obj) == expected
+
+
 # --- what does not change it
 
 
@@ -102,21 +130,21 @@ class Flattened(torch.Tensor):
     ids=["eval", "no grad", "channels last", "order", "copy", "pack", "attributes", "state dict", "save"],
 )
 def test_unaffected(change: Callable[[nn.Module], nn.Module]) -> None:
-    """What says nothing about the answers does not count."""
+    """What does not affect the output does not count."""
     net = nn.Conv2d(3, 4, 2)
     assert compute_fingerprint(net) == compute_fingerprint(change(net))
 
 
-def saved(thing: Any) -> io.BytesIO:
-    """What torch.save makes of ``thing``."""
+def saved(obj: Any) -> io.BytesIO:
+    """Save an object with torch.save."""
     file = io.BytesIO()
-    torch.save(thing, file)
+    torch.save(obj, file)
     file.seek(0)
     return file
 
 
-def test_the_device_that_a_network_remembers() -> None:
-    """Where a network ran is not what it is."""
+def test_the_device_that_a_model_remembers() -> None:
+    """The device of a model does not count."""
     assert compute_fingerprint(holding(torch.device("cpu"))) == compute_fingerprint(holding(torch.device("cuda:1")))
 
 
@@ -129,7 +157,7 @@ class Compiled(nn.Module):
 
 
 def test_compiled() -> None:
-    """A compiled network is the network that was compiled."""
+    """A compiled model has the fingerprint of the model that was compiled."""
     assert compute_fingerprint(Compiled(linear())) == compute_fingerprint(linear())
 
 
@@ -145,8 +173,8 @@ def test_compiled() -> None:
     ],
     ids=lambda net: type(net).__name__,
 )
-def test_networks_of_every_kind(net: nn.Module) -> None:
-    """Networks with state of their own are read, and are the same after packing; each weight counts."""
+def test_models_of_every_kind(net: nn.Module) -> None:
+    """Models with special state are read, and are the same after serialization; each weight counts."""
     before = compute_fingerprint(net)
     other = serialize_object(net).deserialize()
     assert compute_fingerprint(other) == before
@@ -180,7 +208,7 @@ def bit(net: nn.Linear) -> None:
     ids=["bit", "buffer", "attribute", "size", "tensor's", "class", "dtype", "child", "hook", "pre-hook", "shape"],
 )
 def test_changes(change: Callable[[nn.Module], Any]) -> None:
-    """Everything that may change an answer counts."""
+    """Everything that may change an output counts."""
     net = linear()
     change(net)
     assert compute_fingerprint(net) != compute_fingerprint(linear())
@@ -195,13 +223,13 @@ def test_a_buffer_that_is_not_saved() -> None:
 
 
 def test_which_submodule_is_shared() -> None:
-    """Which of two equal layers comes again counts, wherever containers lie between."""
+    """Which of two equal layers is used twice counts, also across containers."""
     a, b = nn.ReLU(), nn.ReLU()
     assert compute_fingerprint([[a], b, a]) != compute_fingerprint([[a], b, b])
 
 
 def test_graphs() -> None:
-    """A traced network is its code: another operation is another network."""
+    """A traced model is its code: another operation is another model."""
     nets = [torch.fx.symbolic_trace(nn.Sequential(layer)) for layer in (nn.ReLU(), nn.ReLU())]
     assert compute_fingerprint(nets[0]) == compute_fingerprint(nets[1])
     nets[1].graph.output_node().append(nets[1].graph.placeholder("unused"))
@@ -277,7 +305,7 @@ def test_values(one: Any, other: Any) -> None:
     assert compute_fingerprint(holding(one)) != compute_fingerprint(holding(other))
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but people have such networks
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but people have such models
 def test_quantised() -> None:
     """A quantised tensor counts by its values."""
     one, same, other = (torch.quantize_per_tensor(torch.full((2,), n), 0.1, 0, torch.qint8) for n in (1.0, 1.0, 2.0))
@@ -291,7 +319,7 @@ def test_equal_containers() -> None:
 
 
 def test_cycles_end() -> None:
-    """Parents that children know, and sets of them, are read once."""
+    """Parents that their children refer to, and sets of them, are read once."""
     net = nn.Sequential(nn.ReLU())
     net[0].parent, net.all = [net], {net[0]}
     assert compute_fingerprint(net) == compute_fingerprint(copy.deepcopy(net))
@@ -358,7 +386,7 @@ INNER = "import helpers\ndef quarter(x):\n    return x / 4\n"
 
 @pytest.fixture
 def of_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """The fingerprint of one name of the user's files, with one text in them replaced by another."""
+    """Compute the fingerprint of one name in the user's files, with one text in them replaced by another."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
@@ -366,8 +394,8 @@ def of_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         for module, source in {"nets": NETS, "helpers": HELPERS, "inner": INNER}.items():
             (tmp_path / f"{module}.py").write_text(source.replace(old, new) if old else source)
             sys.modules.pop(module, None)
-        thing = getattr(import_module("nets"), name)
-        return compute_fingerprint(thing() if isinstance(thing, type) else thing)
+        obj = getattr(import_module("nets"), name)
+        return compute_fingerprint(obj() if isinstance(obj, type) else obj)
 
     yield read
     for module in ("nets", "helpers", "inner"):
@@ -413,7 +441,7 @@ def test_edits_beside(of_files: Callable[..., str], name: str, old: str, new: st
 
 
 def test_class_name(of_files: Callable[..., str]) -> None:
-    """A class of another name is another network."""
+    """A class with another name is another model."""
     assert of_files("Net") != of_files("Other", "class Net(Base)", "class Other(Base)")
 
 
@@ -469,7 +497,7 @@ def test_the_same_in_every_process(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (threading.Lock(), "^model.held is a lock, which cannot be hashed the same way"),
+        (threading.Lock(), "^model.held is a lock, which has no reproducible hash"),
         ({"a": [threading.Lock()]}, r"^model.held\['a'\].0 is a lock"),
         (Config(threading.Lock()), r"^model.held.width is a lock"),
         ({threading.Lock()}, "^model.held.member is a lock"),
@@ -480,14 +508,14 @@ def test_the_same_in_every_process(tmp_path: pathlib.Path) -> None:
     ],
     ids=["lock", "nested", "object", "set", "generator", "weakref", "meta", "default"],
 )
-def test_what_cannot_be_read(value: Any, message: str) -> None:
-    """What is not the same in another process is refused by its path, and version= is named."""
-    with pytest.raises(ModelError, match=message + r".*Pass Model\(…, version="):
+def test_unreadable_values(value: Any, message: str) -> None:
+    """What has no reproducible hash is refused with its path, and the message offers version=."""
+    with pytest.raises(ModelError, match=message + r".*pass Model\(…, version='1'\) \(--model-version 1\)"):
         compute_fingerprint(holding(value))
 
 
-def test_a_lazy_network() -> None:
-    """A network whose weights do not exist yet cannot be told from another."""
+def test_a_lazy_model() -> None:
+    """A model whose weights do not exist yet is refused."""
     with pytest.raises(ModelError, match="is a UninitializedParameter"):
         compute_fingerprint(nn.LazyLinear(3))
 
@@ -503,8 +531,8 @@ class WithLock(nn.Module):
         return self.state
 
 
-def test_what_a_network_leaves_out() -> None:
-    """A network's own __getstate__ says what counts."""
+def test_what_a_model_leaves_out() -> None:
+    """A model's own __getstate__ decides what counts."""
     assert (
         compute_fingerprint(WithLock({"a": 1}))
         == compute_fingerprint(WithLock({"a": 1}))

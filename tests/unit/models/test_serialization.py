@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cloudpickle
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +19,6 @@ from torch import nn
 from daskinfer.errors import ModelError
 from daskinfer.models import serialization
 from daskinfer.models.serialization import ByValueFunction, deserialize_file, serialize_object
-from daskinfer.models.user_code import is_user_module
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
@@ -44,16 +41,16 @@ class Holder(nn.Module):
 Way = Callable[[Any], Any]
 
 
-def through_file(network: Any) -> Any:
-    """The network by way of its block in a file, as a worker gets it."""
+def through_file(model: Any) -> Any:
+    """Copy a model through its block in a file, as a worker gets it."""
     path = Path("block")
-    path.write_bytes(serialize_object(network).to_bytes())
+    path.write_bytes(serialize_object(model).to_bytes())
     return deserialize_file(path)
 
 
 WAYS: list[Way] = [
-    lambda network: serialize_object(network).deserialize(),
-    lambda network: pickle.loads(pickle.dumps(serialize_object(network))).deserialize(),
+    lambda model: serialize_object(model).deserialize(),
+    lambda model: pickle.loads(pickle.dumps(serialize_object(model))).deserialize(),
     through_file,
 ]
 every_way = pytest.mark.parametrize("way", WAYS, ids=["memory", "pickle", "file"])
@@ -116,7 +113,7 @@ def test_sparse_and_attributes(in_folder: Path, way: Way) -> None:
     assert list(back.state_dict()) == list(net.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but people have such networks
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but people have such models
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # raised where torch itself unpickles one
 def test_quantised() -> None:
     """A quantised tensor comes back, with one key each time."""
@@ -166,8 +163,8 @@ def test_requires_grad_and_kind(in_folder: Path, way: Way) -> None:
     ],
     ids=["lstm", "weight norm", "spectral norm", "fx", "sequential"],
 )
-def test_networks_of_every_kind(in_folder: Path, way: Way, net: nn.Module) -> None:
-    """Networks that other ways of pickling refuse come back and compute the same."""
+def test_models_of_every_kind(in_folder: Path, way: Way, net: nn.Module) -> None:
+    """Models that other ways of pickling refuse come back and compute the same."""
     net.eval()
     x = torch.ones(2, 5, 3) if isinstance(net, nn.LSTM) else torch.ones(2, 3)
     expected, got = net(x), way(net)(x)
@@ -175,7 +172,7 @@ def test_networks_of_every_kind(in_folder: Path, way: Way, net: nn.Module) -> No
 
 
 def test_the_original_stays_as_it_is() -> None:
-    """Neither packing nor what is done to the packed network reaches the original."""
+    """Neither serialization nor a change of the copy reaches the original."""
     net = nn.Linear(2, 2).train()
     before = {name: t.clone() for name, t in net.state_dict().items()}
     made = serialize_object(net)
@@ -185,8 +182,8 @@ def test_the_original_stays_as_it_is() -> None:
     assert not torch.equal(made.deserialize().weight, torch.zeros(2, 2))
 
 
-def test_a_later_change_does_not_reach_what_was_packed() -> None:
-    """What is packed is the network as it was then."""
+def test_a_later_change_does_not_reach_the_serialized_model() -> None:
+    """A serialized model stays as the model was then."""
     net = nn.Linear(2, 2)
     made, before = serialize_object(net), net.weight.detach().clone()
     net.weight.data.zero_()
@@ -194,7 +191,7 @@ def test_a_later_change_does_not_reach_what_was_packed() -> None:
 
 
 def test_key_is_the_contents() -> None:
-    """The same network twice is one key; a change in place, or back, is seen."""
+    """The same model twice has one key; a change in place, or back, is seen."""
     net = nn.Linear(2, 2)
     key = serialize_object(net).key
     assert serialize_object(net).key == key
@@ -206,14 +203,14 @@ def test_key_is_the_contents() -> None:
 
 
 def test_key_survives_pickling() -> None:
-    """A worker that unpickles a packed network finds it under the client's key."""
+    """A worker that unpickles a serialized model finds it under the client's key."""
     made = serialize_object(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
     again = pickle.loads(pickle.dumps(made))
     assert (again.key, again.nbytes) == (made.key, made.nbytes)
 
 
 def test_key_of_a_class_that_is_defined_again() -> None:
-    """A class with the same name and body, run again in a notebook, is another network."""
+    """A class with the same name and body, run again in a notebook, makes another model."""
 
     def cell() -> nn.Module:
         class Net(nn.Linear):
@@ -245,15 +242,18 @@ def test_from_file_maps(in_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: threading.Lock(), r"the model \(lock\) cannot be sent to workers: .*lock"),
-        (lambda: with_attribute(threading.Lock()), r"\(Linear\) cannot be sent.*lock.*Keep open files, locks"),
-        (lambda: with_attribute(sys.stderr), r"\(Linear\) cannot be sent.*open file"),
-        (lambda: with_attribute(x for x in [1]), r"\(Linear\) cannot be sent.*generator"),
+        (lambda: threading.Lock(), r"the model \(lock\) cannot be pickled for the workers: .*lock"),
+        (
+            lambda: with_attribute(threading.Lock()),
+            r"\(Linear\) cannot be pickled for the workers.*lock.*Keep open files, locks",
+        ),
+        (lambda: with_attribute(sys.stderr), r"\(Linear\) cannot be pickled for the workers.*open file"),
+        (lambda: with_attribute(x for x in [1]), r"\(Linear\) cannot be pickled for the workers.*generator"),
     ],
     ids=["lock", "lock inside", "stream", "generator"],
 )
 def test_what_cannot_be_pickled(made: Callable[[], Any], message: str) -> None:
-    """A handle inside a network is refused, and the message says what to do."""
+    """A handle inside a model is refused, and the message says what to do."""
     with pytest.raises(ModelError, match=message):
         serialize_object(made())
 
@@ -267,14 +267,14 @@ def test_an_open_file_is_refused(tmp_path: Path, mode: str) -> None:
 
 
 def with_attribute(value: Any) -> nn.Module:
-    """A network that holds ``value``."""
+    """Make a model that holds ``value``."""
     net = nn.Linear(2, 2)
     net.held = value
     return net
 
 
 def test_lambdas_travel() -> None:
-    """A lambda inside a network goes by value."""
+    """A lambda inside a model is pickled by value."""
     assert serialize_object(with_attribute(lambda x: x + 1)).deserialize().held(1) == 2
 
 
@@ -308,7 +308,7 @@ print(pickle.load(open(f"{sys.argv[1]}/function", "rb"))(1))
 
 
 def run(*arguments: str, cwd: Path) -> list[str]:
-    """The words that a fresh Python prints; it sees the package, and of the user's files what lies in ``cwd``."""
+    """Return the words that a new Python prints; it can import this package, and of the user's files those in ``cwd``."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -350,30 +350,30 @@ def test_a_cached_property(own: types.ModuleType) -> None:
     assert serialize_object(own.Net()).deserialize()(torch.ones(1)).item() == 1.5
 
 
-def test_threads_pack_at_once(own: types.ModuleType) -> None:
-    """A thread that is done does not end by-value pickling for one that is not."""
+def test_threads_serialize_at_once(own: types.ModuleType) -> None:
+    """A thread that finishes does not end by-value pickling for another one."""
     with ThreadPoolExecutor(8) as pool:
-        packs = list(pool.map(lambda _: serialize_object(own.Net()), range(64)))
-    assert all(b"SCALE" in made.skeleton for made in packs)
+        results = list(pool.map(lambda _: serialize_object(own.Net()), range(64)))
+    assert all(b"SCALE" in serialized.skeleton for serialized in results)
 
 
 def test_the_registry_is_left_as_it_was(own: types.ModuleType) -> None:
-    """After packing, others' pickles go by reference as before."""
+    """After serialization, other pickles go by reference as before."""
     serialize_object(own.Net())
     assert b"SCALE" not in cloudpickle.dumps(own.Net())
 
 
-def test_only_modules_that_the_network_names_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not all that are loaded: some thousand, 20 ms of a first short call."""
-    asked = []
-    monkeypatch.setattr(serialization, "is_user_module", lambda module: asked.append(module.__name__))
+def test_only_modules_that_the_model_names_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all loaded modules are checked: some thousand, 20 ms of a first short call."""
+    modules = []
+    monkeypatch.setattr(serialization, "is_user_module", lambda module: modules.append(module.__name__))
     serialize_object(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
-    assert 0 < len(asked) < 200
-    assert len(asked) < len(sys.modules) / 2
+    assert 0 < len(modules) < 200
+    assert len(modules) < len(sys.modules) / 2
 
 
 def test_pickled_once_more_only_where_classes_travel_by_value(own: types.ModuleType) -> None:
-    """By name they are this process's own already."""
+    """Classes pickled by name are this process's own already."""
     assert serialize_object(nn.Linear(1, 1)).local_pickle is None
     assert type(serialize_object(own.Net()).deserialize()) is own.Net
     inside = type("Inside", (nn.Linear,), {})
@@ -391,36 +391,3 @@ def test_what_does_not_say_where_it_is_from(own: types.ModuleType) -> None:
     own.T.__module__ = "nets"
     assert b"_make_function" in serialize_object(own.double).skeleton
     assert b"_make_typevar" in serialize_object(own.T).skeleton
-
-
-@pytest.mark.parametrize(
-    "module", [torch, np, os, subprocess, nn.functional, pytest, serialization, sys, sys.modules["__main__"]]
-)
-def test_not_own(module: types.ModuleType) -> None:
-    """What is installed, the standard library, this package and __main__ are not registered."""
-    assert not is_user_module(module)
-
-
-def test_own(own: types.ModuleType) -> None:
-    """A file beside the script is the user's."""
-    assert is_user_module(own)
-    assert is_user_module(sys.modules["helpers"])
-    assert not is_user_module(own.double)
-    assert not is_user_module(types.ModuleType("nets"))
-
-
-@pytest.mark.parametrize("folder", ["lib/site-packages", ".local/lib/python3/dist-packages", "target"])
-def test_installed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    """What pip put into a user's folder, or into a --target, is installed."""
-    place = tmp_path / folder
-    (place / "installed" / "deep").mkdir(parents=True)
-    (place / "installed-1.0.dist-info").mkdir()
-    for path in ("installed", "installed/deep"):
-        (place / path / "__init__.py").touch()
-    (place / "installed" / "deep" / "leaf.py").touch()
-    monkeypatch.syspath_prepend(place)
-    leaf = import_module("installed.deep.leaf")
-    found = [leaf, sys.modules["installed.deep"], sys.modules["installed"]]
-    assert not any(map(is_user_module, found))
-    for module in found:
-        del sys.modules[module.__name__]
