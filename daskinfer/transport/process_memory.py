@@ -1,15 +1,15 @@
-"""Rows that stay in the client's memory: a worker of this host copies them out where it needs them.
+"""Rows that stay in the client's memory: a worker on the same host copies them out when it needs them.
 
-``process_vm_readv`` copies from one process's memory into another's, 9 GB/s here. Rows then go from the caller's array
-straight into the buffer of a micro-batch, which lies in the cache: no copy in the client, none through other memory. Laid
-in shared slots by the client instead, a CNN over 0.49 GB took 1.3 times as long as by hand: the client's copying, 0.3 s,
-held the cores and the memory that the workers compute with (this replaces decision 5 for inputs; answers still come through
-slots, since a late writer must never write into an array of the caller's).
+``process_vm_readv`` copies from one process's memory into another's, at 9 GB/s (measured). Rows then go from the
+caller's array straight into the buffer of a micro-batch, which stays in the processor's cache: nothing is copied in the
+client, nor through other memory. With rows copied into shared slots by the client instead, a CNN over 0.49 GB took 1.3 times
+as long as by hand: the client's copying, 0.3 s, took cores and memory bandwidth from the workers. Results still use slots,
+since a late writer must never write into an array of the caller's.
 
-Linux has it, for processes of one user. Under Yama (``ptrace_scope`` 1, Ubuntu's default) it is for descendants, whom the
-client has to let in; seccomp and containers may forbid it. So it is tried: a worker compares a token. Where it cannot, the
-slots of ``transport`` are used. Who reads after the client has let go of an array gets an error or some bytes of its, and
-nobody waits for either.
+Linux allows it between processes of one user. Under Yama (``ptrace_scope`` 1, Ubuntu's default) only processes that the
+client has admitted may read; seccomp and containers may forbid it altogether. So it is tried: a worker compares a token. If
+it cannot read, the slots of ``shared_memory`` are used. A worker that reads after the client has freed the array gets an
+error or meaningless bytes, but by then nobody waits for its result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _token = ctypes.create_string_buffer(uuid.uuid4().hex.encode())
 
 @dataclass(frozen=True)
 class ProcessMemoryRef:
-    """What a worker needs to try whether it can read a process's memory: picklable, small."""
+    """What a worker needs to find out whether it can read a process's memory; small and picklable."""
 
     pid: int
     address: int
@@ -44,12 +44,12 @@ class ProcessMemoryRef:
 
 @dataclass(frozen=True)
 class ProcessMemoryArray(RemoteArray):
-    """A C-contiguous array in another process's memory; slices of it cost nothing, its bytes are copied out when asked for.
+    """A C-contiguous array in another process's memory; slicing is free, and its bytes are copied only when it is read.
 
     Examples
     --------
-    >>> here = np.arange(6.0).reshape(3, 2)
-    >>> ProcessMemoryArray.from_array(here)[1:].shape
+    >>> array = np.arange(6.0).reshape(3, 2)
+    >>> ProcessMemoryArray.from_array(array)[1:].shape
     (2, 2)
     """
 
@@ -60,43 +60,43 @@ class ProcessMemoryArray(RemoteArray):
 
     @classmethod
     def from_array(cls, array: Array) -> ProcessMemoryArray:
-        """An array of this process, which has to outlive whoever reads it."""
+        """Refer to an array of this process, which must not be freed while others may read it."""
         return cls(os.getpid(), array.ctypes.data, array.shape, array.dtype)
 
     def __getitem__(self, rows: slice) -> ProcessMemoryArray:
         start, stop, step = rows.indices(len(self))
-        assert step == 1  # what the runner asks for
+        assert step == 1  # the model runner reads consecutive rows only
         row_nbytes = self.dtype.itemsize * math.prod(self.shape[1:])
         shape = (max(0, stop - start), *self.shape[1:])
         return ProcessMemoryArray(self.pid, self.address + start * row_nbytes, shape, self.dtype)
 
     def read_into(self, out: Array) -> None:
-        """Copy all of it into a C-contiguous array of the same shape and dtype.
+        """Copy the whole array into a C-contiguous array of the same shape and dtype.
 
         Raises
         ------
         UnreadableError
-            Where the process is gone, or does not let this one read.
+            If the process has ended, or does not let this one read.
         """
         read_process_memory(self.pid, self.address, out)
 
     def make_copier(self, out: Array) -> Callable[[int], None]:
-        """As :meth:`read_into`, with the call to the system made ready."""
-        row_nbytes, wanted = self.dtype.itemsize * math.prod(self.shape[1:]), out.nbytes
+        """Return a function that copies rows like :meth:`read_into`, with the arguments of the system call prepared."""
+        row_nbytes, nbytes = self.dtype.itemsize * math.prod(self.shape[1:]), out.nbytes
         pid, address, reader = self.pid, self.address, _get_process_vm_readv()
-        places = _IovecPair(out.__array_interface__["data"][0], wanted, address, wanted)
-        here, there = ctypes.byref(places), ctypes.byref(places, _IOVEC_NBYTES)
+        iovecs = _IovecPair(out.__array_interface__["data"][0], nbytes, address, nbytes)
+        local, remote = ctypes.byref(iovecs), ctypes.byref(iovecs, _IOVEC_NBYTES)
 
         def copy(begin: int) -> None:
-            places[2] = start = address + begin * row_nbytes
-            if reader(pid, here, 1, there, 1, 0) != wanted:
-                read_process_memory(pid, start, out)  # the rest of it, or why not
+            iovecs[2] = start = address + begin * row_nbytes
+            if reader(pid, local, 1, remote, 1, 0) != nbytes:
+                read_process_memory(pid, start, out)  # reads the rest, or raises the reason
 
         return copy
 
 
 def is_readable_by_peers(array: Array) -> bool:
-    """Whether the system gives the bytes of an array of this process to others; of a driver's memory it may not."""
+    """Return whether other processes may read an array of this process; a device driver's memory, for one, they may not."""
     try:
         read_process_memory(os.getpid(), array.ctypes.data, np.empty(min(1, array.nbytes), np.uint8))
     except OSError:
@@ -105,20 +105,20 @@ def is_readable_by_peers(array: Array) -> bool:
 
 
 def advertise_process_memory() -> ProcessMemoryRef:
-    """This process's memory; its descendants are let in where only those that were let in may read."""
+    """Return a reference to this process's memory, after admitting its descendants if only admitted processes may read."""
     if _read_ptrace_scope() == "1":
         _load_libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getpid()), 0, 0, 0)
     return ProcessMemoryRef(os.getpid(), ctypes.addressof(_token), _token.value)
 
 
 def can_read_memory(ref: ProcessMemoryRef) -> bool:
-    """Whether this process can read that memory; one of the same number in another container is another's."""
-    found = np.empty(len(ref.token), np.uint8)
+    """Return whether this process can read that memory; the token tells apart equal pids in different containers."""
+    token = np.empty(len(ref.token), np.uint8)
     try:
-        read_process_memory(ref.pid, ref.address, found)
+        read_process_memory(ref.pid, ref.address, token)
     except OSError:
         return False
-    return found.tobytes() == ref.token
+    return token.tobytes() == ref.token
 
 
 def read_process_memory(pid: int, address: int, out: Array) -> None:
@@ -127,20 +127,19 @@ def read_process_memory(pid: int, address: int, out: Array) -> None:
     Raises
     ------
     UnreadableError
-        Where it cannot, or the system has no way.
+        If it cannot be read, or the system does not offer that.
     """
-    copied, wanted, start = 0, out.nbytes, out.__array_interface__["data"][0]
-    while copied < wanted:
-        left = wanted - copied
-        places = _IovecPair(start + copied, left, address + copied, left)
-        n_copied = _get_process_vm_readv()(pid, ctypes.byref(places), 1, ctypes.byref(places, _IOVEC_NBYTES), 1, 0)
-        if n_copied <= 0:
+    nbytes_read, start = 0, out.__array_interface__["data"][0]
+    while (remaining := out.nbytes - nbytes_read) > 0:
+        iovecs = _IovecPair(start + nbytes_read, remaining, address + nbytes_read, remaining)
+        result = _get_process_vm_readv()(pid, ctypes.byref(iovecs), 1, ctypes.byref(iovecs, _IOVEC_NBYTES), 1, 0)
+        if result <= 0:
             number = ctypes.get_errno()
             raise UnreadableError(number, f"the memory of process {pid} cannot be read: {os.strerror(number)}")
-        copied += n_copied
+        nbytes_read += result
 
 
-# Two of the C type ``iovec``: where the bytes go to and how many they are, where they come from and how many.
+# Two structures of the C type ``iovec``: address and size of the destination, address and size of the source.
 _IovecPair = ctypes.c_size_t * 4
 _IOVEC_NBYTES = ctypes.sizeof(_IovecPair) // 2
 
@@ -156,8 +155,8 @@ def _get_process_vm_readv() -> Callable[..., int]:
     if reader is None:
         raise UnreadableError("this system cannot read another process's memory")
     reader.restype = ctypes.c_ssize_t
-    number = ctypes.c_ulong
-    reader.argtypes = [ctypes.c_int, ctypes.c_void_p, number, ctypes.c_void_p, number, number]
+    c_size = ctypes.c_ulong
+    reader.argtypes = [ctypes.c_int, ctypes.c_void_p, c_size, ctypes.c_void_p, c_size, c_size]
     return reader  # type: ignore[no-any-return]  # ctypes knows no types
 
 

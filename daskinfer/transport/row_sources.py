@@ -1,6 +1,6 @@
-"""What travels to a worker: a task's chunks, and where the rows of each port of each are; small and picklable.
+"""What travels to a worker: the chunks of a task, and where the rows of each port are. All of it is small and picklable.
 
-One class per place where rows may be.
+There is one class per place where rows may be, and :class:`RowRouter`, which chooses among them for rows in the client.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from typing import Any, Protocol
 
 import dask
 import numpy as np
-from distributed import Future
+from distributed import Client, Future
 from distributed.protocol.pickle import dumps, loads
 
 from daskinfer.core.arrays import Array, ArraySource, RemoteArray
 from daskinfer.core.chunks import Chunk
-from daskinfer.transport.process_memory import ProcessMemoryArray
-from daskinfer.transport.shared_memory import ArrayRef, PoolRef
+from daskinfer.transport.process_memory import ProcessMemoryArray, is_readable_by_peers
+from daskinfer.transport.shared_memory import ArrayRef, PoolRef, Slot
+
+MAX_INLINE_NBYTES = 64 << 10  # most bytes of rows that travel inside a task if no memory is shared; arbitrary
 
 
 @dataclass(frozen=True)
 class TaskResources:
-    """What a chunk has at hand: memory shared with the client, if any, what Dask brought, graphs that are computed."""
+    """What row sources read from on a worker.
+
+    ``shared_memory`` is the client's pool, if the worker can attach to it; ``dependency_results`` are results of other Dask
+    tasks; ``graph_results`` holds graphs that were computed for this chunk already, by the graph's id.
+    """
 
     shared_memory: mmap.mmap | None = None
     dependency_results: Sequence[Any] = ()
@@ -32,21 +38,14 @@ class TaskResources:
 
 
 class RowSource(Protocol):
-    """Rows, (n, ...), that are fetched where they are needed."""
+    """Where rows, (n, ...), are; they are read where they are needed."""
 
-    def read_rows(self, resources: TaskResources) -> Array | RemoteArray: ...
+    def read_rows(self, resources: TaskResources) -> Array | RemoteArray:
+        """Read the rows, or return an array that is read later."""
 
 
 class RowTransferError(Exception):
-    """Rows have no way to their worker: it has just ended."""
-
-
-class RowSender(Protocol):
-    """How rows of this process get to a worker (``ways``)."""
-
-    def send_rows(self, array: Array) -> RowSource: ...
-
-    def add_dependency(self, future: Future) -> RowSource: ...
+    """Rows cannot be sent to their worker, which has just ended."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,12 @@ class FileRows:
 
 @dataclass(frozen=True)
 class SharedMemoryRows:
-    """Rows that the client has put into shared memory; not copied."""
+    """Rows that the client has copied into shared memory; the worker does not copy them."""
 
     array_ref: ArrayRef
 
     def read_rows(self, resources: TaskResources) -> Array:
-        assert resources.shared_memory is not None  # the client asked for it before
+        assert resources.shared_memory is not None  # the client checked beforehand that the worker can attach
         return self.array_ref.get_array(resources.shared_memory)
 
 
@@ -94,20 +93,20 @@ class InlineRows:
 
 @dataclass(frozen=True)
 class ScatteredRows:
-    """Rows that are the result of another Dask task; ``position`` counts within what Dask brings."""
+    """Rows that are the result of another Dask task, at ``position`` among the task's dependencies."""
 
     position: int
 
     def read_rows(self, resources: TaskResources) -> Array:
-        found: Array = resources.dependency_results[self.position]
-        return found
+        rows: Array = resources.dependency_results[self.position]
+        return rows
 
 
 @dataclass(frozen=True)
 class GraphRows:
-    """A block of a dask array: the tasks that lead to it, computed one after the other; ``leaves`` are where they begin.
+    """A block of a dask array: the tasks that lead to it, computed one after the other from the rows of ``leaves``.
 
-    Ports of a chunk share one graph, which is computed once for all of their ``keys``; none: for this one alone.
+    The ports of a chunk share one graph, which is computed once for all of their ``keys``; empty: for ``key`` only.
     """
 
     graph: Mapping[Hashable, Any]
@@ -121,22 +120,65 @@ class GraphRows:
         return resources.graph_results[id(self.graph)][self.key]
 
     def _compute_graph(self, resources: TaskResources) -> dict[Hashable, Array]:
-        given, keys = (
-            {key: _read_remote_rows(part.read_rows(resources)) for key, part in self.leaves.items()},
-            list(self.keys or (self.key,)),
-        )
-        found = dask.get({**self.graph, **given}, keys)  # Dask's own scheduler, without threads
-        return dict(zip(keys, found, strict=True))
+        leaves = {key: _read_remote_rows(source.read_rows(resources)) for key, source in self.leaves.items()}
+        keys = list(self.keys or (self.key,))
+        blocks = dask.get({**self.graph, **leaves}, keys)  # Dask's synchronous scheduler
+        return dict(zip(keys, blocks, strict=True))
 
 
 def _read_remote_rows(rows: Array | RemoteArray) -> Array:
-    """Rows as a graph takes them: what Dask brought as it is, which may be masked, or no array at all."""
+    """Return rows as a graph takes them; a dependency's result stays as it is, as it may be masked, or no array at all."""
     return np.asarray(rows) if isinstance(rows, RemoteArray) else rows
+
+
+def is_shareable(array: Any) -> bool:
+    """Return whether a worker that reads this process's memory can read the array in place."""
+    return isinstance(array, np.ndarray) and array.flags.c_contiguous and is_readable_by_peers(array)
+
+
+@dataclass(frozen=True)
+class RowRouter:
+    """How rows of this process reach one worker. First match wins:
+
+    1. The worker reads this process's memory (``reads_process_memory``), and the rows are contiguous and readable by
+       others: they stay where they are.
+    2. The ``slot`` has room: they are copied into it.
+    3. There is a ``client`` and the rows are large: Dask's comms send them to one of ``workers`` (addresses; empty: to any),
+       through the scheduler unless the client reaches workers directly. The futures are in ``dependencies`` of the task.
+    4. They travel inside the task.
+    """
+
+    client: Client | None = None
+    slot: Slot | None = None
+    workers: Sequence[str] = ()
+    reads_process_memory: bool = False
+    dependencies: list[Future] = field(default_factory=list)
+
+    def send_rows(self, array: Array) -> RowSource:
+        """Make rows available to the worker; an array that stays in place must not be freed before its task has ended."""
+        if self.reads_process_memory and is_shareable(array):
+            return ProcessMemoryRows(ProcessMemoryArray.from_array(array))
+        if self.slot is not None and (ref := self.slot.allocate(array.shape, array.dtype)) is not None:
+            ref.get_array(self.slot.pool.memory)[...] = array
+            return SharedMemoryRows(ref)
+        array = np.asarray(array, order="C")  # np.ascontiguousarray would make a 0-d array 1-d
+        if self.client is None or array.nbytes <= MAX_INLINE_NBYTES:
+            return InlineRows(array)
+        try:
+            return self.add_dependency(self.client.scatter(array, workers=list(self.workers) or None, hash=False))
+        except (KeyError, OSError, TimeoutError) as error:  # the worker is gone, whether the scheduler has noticed or not
+            raise RowTransferError(self.workers) from error
+
+    def add_dependency(self, future: Future) -> RowSource:
+        """Add a dependency of the task, once however many row sources refer to it."""
+        if future not in self.dependencies:
+            self.dependencies.append(future)
+        return ScatteredRows(self.dependencies.index(future))
 
 
 @dataclass(frozen=True)
 class ChunkInput:
-    """One chunk of a task: where its rows are, and where its answer goes in shared memory (None: it comes back)."""
+    """One chunk of a task: where its rows are, and where its outputs go in shared memory (None: they come back)."""
 
     chunk: Chunk
     row_sources: tuple[RowSource, ...]
@@ -145,9 +187,9 @@ class ChunkInput:
 
 @dataclass(frozen=True)
 class Task:
-    """Chunks for one worker; ``pool_ref`` and ``header_offset`` say where the receipts go. None: they come back.
+    """Chunks for one worker. ``pool_ref`` and ``header_offset`` say where the result headers go; None: they come back.
 
-    ``alone``: nothing else of its call is in flight on that device.
+    ``alone``: nothing else of the call is in flight on that device.
     """
 
     chunk_inputs: tuple[ChunkInput, ...]
@@ -156,11 +198,11 @@ class Task:
     alone: bool = False
 
     def serialize(self) -> bytes:
-        """As it travels: Dask keeps the last 1,000 messages; 64 chunks are 110 KB as objects and 3 KB so (measured)."""
+        """Return the bytes that travel: Dask keeps 1,000 messages; 64 chunks are 110 KB as objects, 3 KB so (measured)."""
         return zlib.compress(dumps(self), level=1)
 
     @classmethod
     def deserialize(cls, data: bytes) -> Task:
-        """What :meth:`serialize` made bytes of."""
+        """Restore a task from the bytes of :meth:`serialize`."""
         task: Task = loads(zlib.decompress(data))
         return task

@@ -1,8 +1,8 @@
-"""How this process gives memory back to the system: keep what tensors used, for the next ones.
+"""The memory allocator of this process: keep what tensors freed, for the next ones.
 
-Dask's nanny sets ``MALLOC_TRIM_THRESHOLD_=65536``, so every large tensor is mapped anew, and faulting its pages in costs
-more than computing it: 2 times on CPUs (decision 4). Two calls of glibc's ``mallopt`` bring it back; they can be made at
-any time. The price is that a worker keeps the most that it ever used.
+Dask's nanny sets ``MALLOC_TRIM_THRESHOLD_=65536``, so every large tensor is mapped again, and faulting in its pages makes
+models on CPUs 2 times slower (figures in the docstring of ``daskinfer.worker``). Calls of glibc's ``mallopt`` undo that, at
+any time. The price is that a worker never returns the most memory that it used.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-# <malloc.h>: what to set, and the value.
-_TRIM_THRESHOLD = (-1, 2**31 - 1)  # bytes at the top of the heap that are kept
-_MMAP_THRESHOLD = (-3, 1 << 30)  # bytes from which a block is mapped on its own
-_ARENA_MAX = (-8, 1)  # one heap for all threads (launch), where no second thread has asked for memory yet
+# Parameter and value, from <malloc.h>.
+_TRIM_THRESHOLD = (-1, 2**31 - 1)  # bytes at the top of the heap that are not returned
+_MMAP_THRESHOLD = (-3, 1 << 30)  # bytes from which on a block gets a mapping of its own
+_ARENA_MAX = (
+    -8,
+    1,
+)  # one heap for all threads, as in a worker's environment (``worker_spec``), unless a second thread has allocated already
 
 
 def retain_freed_memory() -> bool:
-    """Set this process's allocator so; False where it is not glibc's.
+    """Make this process's allocator keep freed memory; return False if it is not glibc's.
 
     Examples
     --------
@@ -29,7 +32,7 @@ def retain_freed_memory() -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
-        logger.debug("this system's allocator has no mallopt; freed memory may be costly to get again")
+        logger.debug("the allocator has no mallopt, so reusing freed memory may be slow")
         return False
-    done = [mallopt(*setting) == 1 for setting in (_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX)]
-    return all(done)
+    accepted = [mallopt(*setting) == 1 for setting in (_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX)]
+    return all(accepted)

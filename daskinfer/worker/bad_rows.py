@@ -1,12 +1,12 @@
-"""Rows that make the network fail, found by halving: what fails alone is at fault, what does not gets its answer.
+"""Rows that make the model fail, found by bisection: a row that fails on its own is bad, all others get their output.
 
-The search runs the halves as they are, without the zeros that fill a micro-batch up, so it costs about as much as two
-micro-batches per row at fault, however large they are. Then each row that was found runs once more where it stands in its
-micro-batch (it may have been bad luck), and all others together, zeros in place of those at fault: the answers of good rows
-are the same bytes that they would be without the bad ones.
+The search runs the halves without padding, so it costs about as much as two micro-batches per bad row, however large the
+micro-batches are. Then each bad row runs once more at its position in the micro-batch (its failure may have been transient),
+and all others run together, with zeros in place of the bad ones, so the outputs of good rows have the same bytes as without
+bad rows beside them.
 
-Where that does not agree with the search - a network that takes one batch size only, rows that fail only together - what
-runs is filled up from the first half on. Networks that compile themselves for the shapes that they see are shown no other.
+If this second run disagrees with the search (a model that accepts one batch size only, or rows that fail only together), the
+bisection is repeated with padded micro-batches. Models that are compiled for the shapes that they see get no other shape.
 """
 
 from __future__ import annotations
@@ -19,102 +19,100 @@ import numpy as np
 from daskinfer.core.arrays import Array
 
 ProbeRows = Callable[[int, int], None]  # runs rows begin:end, or raises
-IsFatal = Callable[[Exception], bool]  # whether an exception is none of the rows' fault
+IsFatal = Callable[[Exception], bool]  # whether no row is to blame for an exception
 
 
 class ProbeOutputError(Exception):
-    """Rows that were only probed got no answer that could be used."""
+    """Rows that were only probed had an unusable output."""
 
 
 class ComputeRows(Protocol):
-    """Computes rows begin:end as a part of their micro-batch and puts their answer in place, or raises."""
+    """Computes rows begin:end at their positions in the micro-batch and stores their output, or raises."""
 
     def __call__(self, begin: int, end: int, exclude: Collection[int] = ()) -> None:
-        """``without`` are rows that are left out."""
+        """Compute the rows except those in ``exclude``."""
 
 
 def isolate_bad_rows(
     compute_rows: ComputeRows, probe_rows: ProbeRows, begin: int, end: int, error: Exception, n_tries: int, is_fatal: IsFatal
 ) -> dict[int, str]:
-    """Compute rows that failed together as far as can be; those at fault, and what was raised.
+    """Compute those of rows begin:end, which failed together, that can be; return the bad ones and what they raised.
 
     Parameters
     ----------
-    attempt
+    compute_rows
         Computes rows begin:end.
-    probe
-        Runs rows begin:end alone, for nothing but to see whether it raises.
+    probe_rows
+        Runs rows begin:end without padding, only to see whether they raise.
     begin, end
         Rows that raised ``error``.
     n_tries
-        How often a row is tried again alone.
-    fatal
-        What is raised on.
+        How often a row is tried again on its own.
+    is_fatal
+        Which exceptions end the search and are raised.
 
     Examples
     --------
-    >>> def attempt(begin, end, without=()):
-    ...     if begin <= 5 < end and 5 not in without:
+    >>> def compute_rows(begin, end, exclude=()):
+    ...     if begin <= 5 < end and 5 not in exclude:
     ...         raise ValueError("five")
-    >>> isolate_bad_rows(attempt, attempt, 0, 8, ValueError("five"), 1, lambda error: False)
+    >>> isolate_bad_rows(compute_rows, compute_rows, 0, 8, ValueError("five"), 1, lambda error: False)
     {5: 'ValueError: five'}
     """
     if end - begin > 1:
-        found = _find_bad_rows(compute_rows, probe_rows, begin, end, error, n_tries, is_fatal)
-        if found is not None and (
-            len(found) == end - begin or _catch_error(compute_rows, begin, end, is_fatal, found) is None
-        ):
-            return found
+        bad = _find_bad_rows(compute_rows, probe_rows, begin, end, error, n_tries, is_fatal)
+        if bad is not None and (len(bad) == end - begin or _catch_error(compute_rows, begin, end, is_fatal, bad) is None):
+            return bad
     return _compute_by_halving(compute_rows, begin, end, error, n_tries, is_fatal)
 
 
 def _find_bad_rows(
     compute_rows: ComputeRows, probe_rows: ProbeRows, begin: int, end: int, error: Exception, n_tries: int, is_fatal: IsFatal
 ) -> dict[int, str] | None:
-    """Rows of begin:end, which raised ``error``, that fail alone; None where a row that was found does not."""
+    """Return the rows of begin:end, which raised ``error``, that fail on their own; None if one that was found does not."""
     if end - begin == 1:
-        # The last try, which costs a whole micro-batch, is the one that counts.
+        # Only the last try, which costs a whole micro-batch, decides.
         any(_catch_error(probe_rows, begin, end, is_fatal) is None for _ in range(n_tries - 1))
         return _retry_row(compute_rows, begin, error, 1, is_fatal) or None
     middle = (begin + end) // 2
     first = _catch_error(probe_rows, begin, middle, is_fatal)
-    second = error if first is None else _catch_error(probe_rows, middle, end, is_fatal)  # one of the two is to blame
-    found: dict[int, str] = {}
+    second = error if first is None else _catch_error(probe_rows, middle, end, is_fatal)  # one half must fail
+    bad: dict[int, str] = {}
     for half, raised in (((begin, middle), first), ((middle, end), second)):
         if raised is not None:
-            at_fault = _find_bad_rows(compute_rows, probe_rows, *half, raised, n_tries, is_fatal)
-            if at_fault is None:
+            bad_in_half = _find_bad_rows(compute_rows, probe_rows, *half, raised, n_tries, is_fatal)
+            if bad_in_half is None:
                 return None
-            found |= at_fault
-    return found
+            bad |= bad_in_half
+    return bad
 
 
 def _compute_by_halving(
     compute_rows: ComputeRows, begin: int, end: int, error: Exception, n_tries: int, is_fatal: IsFatal
 ) -> dict[int, str]:
-    """Rows at fault of begin:end; all others are computed, those of a half together."""
+    """Compute rows begin:end half by half, as far as they can be; return the bad rows and what they raised."""
     if end - begin == 1:
         return _retry_row(compute_rows, begin, error, n_tries, is_fatal)
-    found: dict[int, str] = {}
+    bad: dict[int, str] = {}
     middle = (begin + end) // 2
     for half in ((begin, middle), (middle, end)):
         if (raised := _catch_error(compute_rows, *half, is_fatal)) is not None:
-            found |= _compute_by_halving(compute_rows, *half, raised, n_tries, is_fatal)
-    return found
+            bad |= _compute_by_halving(compute_rows, *half, raised, n_tries, is_fatal)
+    return bad
 
 
 def _retry_row(compute_rows: ComputeRows, row: int, error: Exception, n_tries: int, is_fatal: IsFatal) -> dict[int, str]:
-    """What a row raised last, empty where it was computed; ``error`` is what it raised before."""
+    """Try a row again that raised ``error``; return what it raised last, by row, or nothing if it was computed."""
     for _ in range(n_tries):
-        again = _catch_error(compute_rows, row, row + 1, is_fatal)
-        if again is None:
+        latest = _catch_error(compute_rows, row, row + 1, is_fatal)
+        if latest is None:
             return {}
-        error = again
+        error = latest
     return {row: f"{type(error).__name__}: {error}"}
 
 
 def find_first_failing_range(compute_rows: ProbeRows, begin: int, end: int, is_fatal: IsFatal) -> tuple[int, int]:
-    """The first smallest range of rows that still fails, of begin:end, which failed together."""
+    """Return the first smallest range that still fails, of rows begin:end, which failed together."""
     while end - begin > 1:
         middle = (begin + end) // 2
         failing = (
@@ -122,7 +120,7 @@ def find_first_failing_range(compute_rows: ProbeRows, begin: int, end: int, is_f
         )
         half = next(failing, None)
         if half is None:
-            break  # only together
+            break  # the rows fail only together
         begin, end = half
     return begin, end
 
@@ -130,6 +128,7 @@ def find_first_failing_range(compute_rows: ProbeRows, begin: int, end: int, is_f
 def _catch_error(
     run_rows: ComputeRows | ProbeRows, begin: int, end: int, is_fatal: IsFatal, *exclude: Collection[int]
 ) -> Exception | None:
+    """Run rows; return what they raised, or None. A fatal exception is raised."""
     try:
         run_rows(begin, end, *exclude)
     except Exception as error:
@@ -140,13 +139,13 @@ def _catch_error(
 
 
 def fill_rows(arrays: Sequence[Array], rows: Sequence[int] | slice, fill_value: float | None) -> None:
-    """Put the fill value where rows failed; None: NaN."""
+    """Write the fill value into rows that failed; None: NaN."""
     for array in arrays:
         array[rows] = np.nan if fill_value is None else fill_value
 
 
 def find_nan_rows(arrays: Sequence[Array]) -> list[int]:
-    """Which rows hold a NaN."""
+    """Return the rows that contain NaN in any of the arrays."""
     floats = [array.reshape(len(array), -1) for array in arrays if array.dtype.kind in "fc"]
-    bad = [np.isnan(array).any(axis=1) for array in floats]
-    return [int(row) for row in np.flatnonzero(np.logical_or.reduce(bad))] if bad else []
+    has_nan = [np.isnan(array).any(axis=1) for array in floats]
+    return [int(row) for row in np.flatnonzero(np.logical_or.reduce(has_nan))] if has_nan else []

@@ -1,8 +1,8 @@
-"""Where the rows of a micro-batch lie on their way to the device: one buffer per port, kept from micro-batch to micro-batch.
+"""The buffers that hold the rows of a micro-batch on their way to the device: one per port, reused by every micro-batch.
 
-The caller's rows are copied: a network may write into its input, the source may be read-only, and a retry has to see what
-the first attempt saw (decision 11). The buffers serve all micro-batches of a chunk, since fresh pages cost more than the
-copy.
+The caller's rows are copied, since a model may write into its input, the source may be read-only, and a retry must see the
+same rows as the first attempt (see the docstring of ``daskinfer.worker``). One set of buffers serves all micro-batches of a
+chunk, because allocating fresh pages costs more than the copy.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 from daskinfer.core.arrays import NUMERIC_KINDS, Array, RemoteArray, copy_rows, make_row_copier
 from daskinfer.errors import OptionError
-from daskinfer.worker.loaded import LoadedModel
+from daskinfer.models.loaded_model import LoadedModel
 
-CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a micro-batch
+CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class PortBuffer:
-    """Rows of one port, and the dtype and the memory format that torch gives them on the device.
+    """Rows of one port, and the dtype and memory format that torch converts them to on the device.
 
-    ``spec`` is what it was made for: how many rows, and their shape and dtype.
+    ``spec`` is what the buffer was made for: the number of rows, and their shape and dtype.
     """
 
     spec: tuple[int, tuple[int, ...], np.dtype[Any]]
@@ -34,7 +34,7 @@ class PortBuffer:
     memory_format: torch.memory_format | None
 
     def fill(self, rows: Array | RemoteArray, positions: slice | Array) -> None:
-        """Copy rows to their places; the others are zeros, each time anew, for the network may have written there."""
+        """Copy rows to their positions; zero the others each time, since the model may have written there."""
         if not isinstance(positions, slice):
             self.array[...] = 0
             self.array[positions] = rows
@@ -45,7 +45,7 @@ class PortBuffer:
         copy_rows(rows, self.array[positions])
 
     def copy_to_device(self, device: torch.device) -> torch.Tensor:
-        """All of it as a tensor there; a new one each time, for a network may change its shape too."""
+        """Return the buffer as a tensor on the device; a new one each time, since a model may even change its shape."""
         tensor = torch.from_numpy(self.array).to(device)
         tensor = tensor if self.torch_dtype is None else tensor.to(self.torch_dtype)
         return tensor if self.memory_format is None else tensor.contiguous(memory_format=self.memory_format)
@@ -54,8 +54,8 @@ class PortBuffer:
 class BatchBuffers:
     """The buffers of one pass over a chunk; ``cast`` names the dtype that a port is cast to, None: its own.
 
-    ``channels_last``: images and volumes reach the network in that memory format; they are copied as they lie, and then
-    turned by torch on the device, which takes less than to copy them there value by value (measured: 2.1 to 3.9 us for an
+    ``channels_last``: images and volumes reach the model in that memory format. They are copied in their own layout, and
+    torch converts them on the device, which is faster than to copy them value by value (measured: 2.1 against 3.9 us for an
     image of 12 KiB).
     """
 
@@ -65,7 +65,7 @@ class BatchBuffers:
         self._buffers_by_port: dict[str, PortBuffer] = {}  # by the port's name
 
     def make_batch(self, name: str, rows: Array | RemoteArray, size: int, positions: slice | Array) -> Any:
-        """Rows at their places among ``size``, as the model takes them."""
+        """Return ``size`` rows as the model takes them: ``rows`` at their positions, zeros elsewhere."""
         buffer = self._get_buffer(name, (size, rows.shape[1:], rows.dtype))
         buffer.fill(rows, positions)
         return self._make_model_input(buffer)
@@ -73,7 +73,10 @@ class BatchBuffers:
     def make_batch_reader(
         self, names: Sequence[str], ports: Sequence[Array | RemoteArray], size: int
     ) -> Callable[[int], list[Any]]:
-        """What gives ``size`` rows of every port from a row on as the model takes them, with as little to do as can be."""
+        """Return a function that gives ``size`` rows of every port, from a row on, as the model takes them.
+
+        What is the same for every micro-batch is done here, once.
+        """
         buffers = [
             self._get_buffer(name, (size, rows.shape[1:], rows.dtype)) for name, rows in zip(names, ports, strict=True)
         ]
@@ -87,7 +90,7 @@ class BatchBuffers:
         return read_batch
 
     def _make_model_input(self, buffer: PortBuffer) -> Any:
-        """The rows in a buffer as the model takes them: an array or a tensor of its own, whose shape it may change."""
+        """Return a buffer's rows as the model takes them: an array or tensor object whose shape it may change."""
         return buffer.copy_to_device(self.model.device) if self.model.takes_tensors else buffer.array.view()
 
     def _get_buffer(self, name: str, spec: tuple[int, tuple[int, ...], np.dtype[Any]]) -> PortBuffer:
@@ -99,31 +102,30 @@ class BatchBuffers:
     def _make_buffer(self, name: str, spec: tuple[int, tuple[int, ...], np.dtype[Any]]) -> PortBuffer:
         by_numpy, by_torch = _resolve_cast_dtypes(name, self.cast(name), for_torch=self.model.takes_tensors)
         size, shape, dtype = spec
-        # torch takes this machine's byte order only.
+        # torch supports this machine's byte order only.
         array = np.empty((size, *shape), by_numpy or dtype.newbyteorder("="))
         return PortBuffer(spec, array, by_torch, self._formats.get(array.ndim))
 
 
 def _resolve_cast_dtypes(port: str, cast: str | None, *, for_torch: bool) -> tuple[np.dtype[Any] | None, torch.dtype | None]:
-    """The dtypes to cast to while copying and then by torch; None where that is nothing to do (NumPy has no bfloat16)."""
+    """Return the dtypes to cast to while copying and then by torch; None: no cast in that step (NumPy has no bfloat16)."""
     if cast is None:
         return None, None
     by_torch = getattr(torch, cast, None) if for_torch else None
-    # By torch's name where torch has one: "float" is float32 to torch and float64 to NumPy.
+    # torch's meaning of the name comes first: "float" is float32 to torch and float64 to NumPy.
     by_numpy = _parse_numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
     if for_torch and not isinstance(by_torch, torch.dtype):
-        raise OptionError(
-            f"dtype of {port} is {cast!r}, which torch has not. Pass the name of a dtype, such as 'float32' (--dtype)."
-        )
+        raise OptionError(f"dtype of {port} (--dtype) must be the name of a torch dtype such as 'float32', got {cast!r}")
     if not for_torch and by_numpy is None:
         raise OptionError(
-            f"dtype of {port} is {cast!r}; a model that is no nn.Module gets ndarrays, which hold NumPy's numbers only. "
-            "Pass the name of one of NumPy's dtypes, such as 'float32' (--dtype)."
+            f"dtype of {port} (--dtype) must be the name of a numeric NumPy dtype such as 'float32', since the model is no "
+            f"nn.Module and gets ndarrays; got {cast!r}"
         )
     return by_numpy, by_torch
 
 
 def _parse_numpy_dtype(name: str) -> np.dtype[Any] | None:
+    """Return NumPy's dtype of that name; None if it has no such dtype of numbers."""
     try:
         dtype = np.dtype(name)
     except TypeError:

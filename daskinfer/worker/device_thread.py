@@ -1,8 +1,9 @@
-"""The one thread of a worker that computes, chunk after chunk, in the order in which their rows are there.
+"""The one thread of a worker that computes, chunk after chunk, in the order in which their rows arrive.
 
-A worker has several tasks at once: one reads, one computes, one writes. All computing is done in one thread: torch keeps
-its number of threads and its pool of them per thread, the allocator finds the memory of the last chunk again, and a device
-is never asked by two. While a chunk is read and nothing else is there to compute, the device waits; how long is counted.
+A worker has several tasks at once: one reads, one computes, one writes. All computing is done in one thread, because torch
+keeps the number and the pool of its compute threads per calling thread, the allocator reuses the memory of the last chunk,
+and no device is used by two threads at a time. The device idles while a chunk is read and no other is ready; that time is
+measured.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ T = TypeVar("T")
 
 
 class DeviceThread:
-    """Runs one thing at a time, first come, first served.
+    """Runs one function at a time, first come, first served.
 
-    Note: the worker's threads share it; ``run`` blocks until it is done. The thread starts with the first thing to run.
+    Note: the worker's threads share it; ``run`` blocks until its function is done. The thread starts with the first
+    function.
     """
 
     def __init__(self) -> None:
@@ -28,23 +30,23 @@ class DeviceThread:
         self._idle_since = time.perf_counter()
 
     def run(self, compute: Callable[[], T], arrived_at: float) -> tuple[T, float]:
-        """What ``compute()`` gives, and for how many seconds the device stood still before it.
+        """Return the result of ``compute()``, and for how many seconds the device idled before it.
 
-        ``there_since`` is when the task came to the worker, by ``time.perf_counter()``: earlier it was not this task that
-        the device waited for.
+        ``arrived_at`` is when the task arrived at the worker, by ``time.perf_counter()``; before that, the device did not
+        wait for this task.
         """
-        # In the task's own context: distributed.get_worker() works inside a network.
+        # In the task's own context, so that distributed.get_worker() works inside a model.
         return self._executor.submit(contextvars.copy_context().run, self._run_timed, compute, arrived_at).result()
 
     def _run_timed(self, compute: Callable[[], T], arrived_at: float) -> tuple[T, float]:
-        waited = max(0.0, time.perf_counter() - max(self._idle_since, arrived_at))
+        waited_seconds = max(0.0, time.perf_counter() - max(self._idle_since, arrived_at))
         try:
-            return compute(), waited
+            return compute(), waited_seconds
         finally:
             self._idle_since = time.perf_counter()
 
     def close(self) -> None:
-        """End the thread once it has nothing more to do."""
+        """End the thread once it has run everything that is queued."""
         self._executor.shutdown(wait=False)
 
 
@@ -53,7 +55,7 @@ _lock = threading.Lock()
 
 
 def get_device_thread(address: str) -> DeviceThread:
-    """The device thread of a worker, made when it is first asked for; several workers may live in one process."""
+    """Return the device thread of a worker, made on first use; several workers may share one process."""
     with _lock:
         return _device_threads.setdefault(address, DeviceThread())
 

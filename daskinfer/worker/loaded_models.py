@@ -1,7 +1,7 @@
-"""The models that this process has loaded: each once, under a lock.
+"""Cache of the models that this process has loaded: each is loaded once, under a lock.
 
-A worker process keeps what it loaded between chunks and between calls, so that a network is loaded once however many
-chunks there are. ``n_loads`` counts, for tests and reports.
+A worker process keeps its loaded models between chunks and between calls, so that a model is loaded once for any number of
+chunks. ``n_loads`` counts the loads, for tests and reports.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from daskinfer.worker.loaded import LoadedModel
+from daskinfer.models.loaded_model import LoadedModel
 
 logger = logging.getLogger(__name__)
 
-# A process that runs several networks in turn keeps this many; arbitrary, small since each may fill a device's memory.
+# Models that a process keeps if it runs several in turn; arbitrary, small since each may fill a device's memory.
 MAX_MODELS = 4
 
 
 class ModelCache:
     """Loaded models by key, least recently used first.
 
-    Note: threads share it. One lock guards the table; each key has a lock of its own, held while that model loads, so
-    that a slow load keeps nobody else waiting. A model that is dropped is closed once the chunk that runs on it is done.
+    Note: threads share it. One lock guards the table; each key has its own lock, held while that model loads, so that a
+    slow load blocks no other key. An evicted model is closed once the chunk that runs on it is done.
     """
 
     def __init__(self, max_models: int = MAX_MODELS) -> None:
@@ -35,15 +35,15 @@ class ModelCache:
         self._models: OrderedDict[Any, LoadedModel] = OrderedDict()
 
     def get(self, key: Any, load: Callable[[], LoadedModel]) -> LoadedModel:
-        """The model under ``key``, loaded by the first who asks; a load that fails is tried again by the next."""
+        """Return the model under ``key``; the first caller loads it, and after a failed load the next caller tries again."""
         with self._lock:
-            loading = self._load_locks.setdefault(key, threading.Lock())
-        with loading:
+            load_lock = self._load_locks.setdefault(key, threading.Lock())
+        with load_lock:
             with self._lock:
                 if key in self._models:
                     self._models.move_to_end(key)
                     return self._models[key]
-            self._evict_models(self._max_models - 1)  # before loading: the device may not hold one more
+            self._evict_models(self._max_models - 1)  # before loading: the device may not have room for one more
             model = load()
             self._insert_model(key, model)
             return model
@@ -53,7 +53,7 @@ class ModelCache:
             return key in self._models
 
     def clear(self) -> None:
-        """Close every model and forget it."""
+        """Close and drop every model."""
         self._evict_models(0)
 
     def _insert_model(self, key: Any, model: LoadedModel) -> None:
@@ -70,12 +70,12 @@ class ModelCache:
 
 
 def _close_model(model: LoadedModel) -> None:
-    """Close a model that nobody asked to close: what goes wrong is not the fault of whoever loads the next."""
+    """Close an evicted model; log errors, since they must not fail the caller, who is loading another model."""
     with model.lock:
         try:
             model.close()
         except Exception:
-            logger.warning("a model could not be closed", exc_info=True)
+            logger.warning("closing a model failed; it was dropped anyway", exc_info=True)
 
 
 model_cache = ModelCache()

@@ -1,3 +1,5 @@
+"""Rows from every place where they may be, and tasks that travel."""
+
 from __future__ import annotations
 
 import pickle
@@ -12,13 +14,13 @@ import pytest
 from daskinfer.core.chunks import Chunk
 from daskinfer.storage.formats import open_source
 from daskinfer.transport.process_memory import ProcessMemoryArray
-from daskinfer.transport.routing import RowRouter
 from daskinfer.transport.row_sources import (
     ChunkInput,
     FileRows,
     GraphRows,
     InlineRows,
     ProcessMemoryRows,
+    RowRouter,
     RowSource,
     ScatteredRows,
     SharedMemoryRows,
@@ -50,83 +52,83 @@ FORMS = {
 
 
 @pytest.fixture
-def arena() -> Iterator[SharedMemoryPool]:
-    """An arena of one slot."""
+def pool() -> Iterator[SharedMemoryPool]:
+    """Make a pool of one slot."""
     made = SharedMemoryPool(compute_slot_nbytes(1000), 1)
     yield made
     made.close()
     detach_all_pools()
 
 
-def travelled(part: RowSource) -> RowSource:
-    """A part as it comes out at a worker; Dask pickles by the latest protocol."""
-    found: RowSource = pickle.loads(pickle.dumps(part, pickle.HIGHEST_PROTOCOL))
-    return found
+def send(source: RowSource) -> RowSource:
+    """Return a row source as it arrives at a worker; Dask pickles by the latest protocol."""
+    received: RowSource = pickle.loads(pickle.dumps(source, pickle.HIGHEST_PROTOCOL))
+    return received
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_arrive(form: str, shared: bool, arena: SharedMemoryPool) -> None:
-    """Rows of every order and dtype arrive with their shape, dtype and numbers, in shared memory as in the task."""
+def test_rows_arrive(form: str, shared: bool, pool: SharedMemoryPool) -> None:
+    """Rows of every memory order and dtype arrive unchanged, in shared memory as in the task."""
     array = FORMS[form]
-    part = travelled(RowRouter(slot=arena.free_slots[0] if shared else None).send_rows(array))
-    assert isinstance(part, SharedMemoryRows if shared else InlineRows)
-    rows = part.read_rows(TaskResources(attach_pool(arena.ref)))
+    source = send(RowRouter(slot=pool.free_slots[0] if shared else None).send_rows(array))
+    assert isinstance(source, SharedMemoryRows if shared else InlineRows)
+    rows = source.read_rows(TaskResources(attach_pool(pool.ref)))
     np.testing.assert_array_equal(rows, array, strict=True)
 
 
-def test_rows_in_a_slot_are_not_copied(arena: SharedMemoryPool) -> None:
-    """A worker's rows are the shared memory itself, and none of them is in the task."""
+def test_rows_in_a_slot_are_not_copied(pool: SharedMemoryPool) -> None:
+    """A worker's rows are a view of the shared memory, and none of them is in the task."""
     array = np.ones(900, "u1")
-    way = RowRouter(slot=arena.free_slots[0])
-    part = way.send_rows(array)
-    rows = part.read_rows(TaskResources(arena.memory))
+    router = RowRouter(slot=pool.free_slots[0])
+    source = router.send_rows(array)
+    rows = source.read_rows(TaskResources(pool.memory))
     array[:] = 2
-    assert (int(rows.sum()), len(pickle.dumps(part)) < 500) == (900, True)
-    way.send_rows(array)
-    assert isinstance(part, SharedMemoryRows)
-    part.array_ref.get_array(arena.memory)[0] = 9
+    assert (int(rows.sum()), len(pickle.dumps(source)) < 500) == (900, True)
+    router.send_rows(array)
+    assert isinstance(source, SharedMemoryRows)
+    source.array_ref.get_array(pool.memory)[0] = 9
     assert rows[0] == 9
 
 
-def test_rows_that_do_not_fit_are_sent(arena: SharedMemoryPool) -> None:
-    """Where the slot is full the rows travel in the task, and those that fit afterwards do not."""
-    way = RowRouter(slot=arena.free_slots[0])
-    kinds = [type(way.send_rows(np.zeros(n, "u1"))) for n in (900, 5000, 100)]
+def test_rows_that_do_not_fit_are_sent(pool: SharedMemoryPool) -> None:
+    """Rows for which the slot has no room travel in the task; later rows that fit still use the slot."""
+    router = RowRouter(slot=pool.free_slots[0])
+    kinds = [type(router.send_rows(np.zeros(n, "u1"))) for n in (900, 5000, 100)]
     assert kinds == [SharedMemoryRows, InlineRows, SharedMemoryRows]
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
 def test_rows_of_a_file(suffix: str, tmp_path: Path) -> None:
-    """A worker reads its rows of a file, and none of them is in the task."""
+    """A worker reads its rows from a file, and none of them is in the task."""
     path = tmp_path / f"x{suffix}"
     if suffix == ".npy":
         np.save(path, X)
     else:
         da.from_array(X, chunks=(2, 4)).to_zarr(path)
-    part = travelled(FileRows(open_source(path), 1, 4))
-    np.testing.assert_array_equal(part.read_rows(TaskResources()), X[1:4])
+    source = send(FileRows(open_source(path), 1, 4))
+    np.testing.assert_array_equal(source.read_rows(TaskResources()), X[1:4])
 
 
-def test_rows_that_dask_brought() -> None:
-    """Rows that are another task's result are found by their position."""
-    assert travelled(ScatteredRows(1)).read_rows(TaskResources(dependency_results=[None, X])) is X
+def test_rows_of_another_task() -> None:
+    """Rows that are another task's result are found by their position among the dependencies."""
+    assert send(ScatteredRows(1)).read_rows(TaskResources(dependency_results=[None, X])) is X
 
 
-def test_rows_of_a_graph(arena: SharedMemoryPool) -> None:
-    """The tasks that lead to a block are computed from the rows at its leaves, wherever these are."""
-    slot, borrowed = RowRouter(slot=arena.free_slots[0]).send_rows(X), ProcessMemoryRows(ProcessMemoryArray.from_array(X))
-    leaves: dict[Any, RowSource] = {"a": slot, "b": InlineRows(X), "c": ScatteredRows(0), "d": borrowed}
+def test_rows_of_a_graph(pool: SharedMemoryPool) -> None:
+    """The tasks that lead to a block are computed from the rows of its leaves, wherever these are."""
+    shared, in_place = RowRouter(slot=pool.free_slots[0]).send_rows(X), ProcessMemoryRows(ProcessMemoryArray.from_array(X))
+    leaves: dict[Any, RowSource] = {"a": shared, "b": InlineRows(X), "c": ScatteredRows(0), "d": in_place}
     graph = {"ab": (np.add, "a", "b"), "abc": (np.subtract, "ab", "c"), "abcd": (np.add, "abc", "d")}
-    part = travelled(GraphRows(graph, "abcd", leaves))
-    np.testing.assert_array_equal(part.read_rows(TaskResources(arena.memory, [4 * X])), -X)
+    source = send(GraphRows(graph, "abcd", leaves))
+    np.testing.assert_array_equal(source.read_rows(TaskResources(pool.memory, [4 * X])), -X)
 
 
 @pytest.mark.parametrize(
     ("task", "value"), [((np.ma.filled, "x", 9), np.ma.masked_greater(X, 7)), ((np.array, (list, "x")), {5: "not an array"})]
 )
-def test_what_dask_brought_for_a_graph_is_left_as_it_is(task: Any, value: Any) -> None:
-    """A masked array keeps its mask, and what is no array stays what it is."""
+def test_a_dependency_of_a_graph_is_left_as_it_is(task: Any, value: Any) -> None:
+    """A masked array keeps its mask, and a value that is no array stays what it is."""
     found = GraphRows({"y": task}, "y", {"x": ScatteredRows(0)}).read_rows(TaskResources(dependency_results=[value]))
     np.testing.assert_array_equal(
         found, task[0](*(value if word == "x" else word for word in task[1:])) if task[2:] else [5]
@@ -134,13 +136,13 @@ def test_what_dask_brought_for_a_graph_is_left_as_it_is(task: Any, value: Any) -
 
 
 def test_a_graph_without_leaves() -> None:
-    """Rows that tasks make out of nothing need nothing."""
+    """Tasks that generate rows need no other rows."""
     assert GraphRows({"x": (np.zeros, 3)}, "x").read_rows(TaskResources()).tolist() == [0, 0, 0]
 
 
-def test_a_task_travels(arena: SharedMemoryPool) -> None:
-    """A task is the same after it travelled, and small where its rows are elsewhere."""
-    piece = ChunkInput(Chunk(0, 0, 6, 0), (RowRouter(slot=arena.free_slots[0]).send_rows(X), ScatteredRows(0)), None)
-    task = Task((piece, piece), arena.ref, arena.free_slots[0].header_offset)
+def test_a_task_travels(pool: SharedMemoryPool) -> None:
+    """A task is the same after it was sent, and small if its rows are elsewhere."""
+    chunk_input = ChunkInput(Chunk(0, 0, 6), (RowRouter(slot=pool.free_slots[0]).send_rows(X), ScatteredRows(0)), None)
+    task = Task((chunk_input, chunk_input), pool.ref, pool.free_slots[0].header_offset)
     assert pickle.loads(pickle.dumps(task)) == task
     assert len(pickle.dumps(task)) < 1500

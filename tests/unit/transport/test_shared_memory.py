@@ -1,3 +1,5 @@
+"""Pools of shared memory: slots, what other processes see of them, and that nothing of them is left behind."""
+
 from __future__ import annotations
 
 import errno
@@ -46,20 +48,27 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what
 
 
 class Owner:
-    """Stands for a client: whatever an arena may be kept for."""
+    """Stand in for a client, for which a pool may be kept."""
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test see files of other programs, and no other program see its files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # found again from TMPDIR
 
 
 @pytest.fixture(autouse=True)
 def _unmapped() -> Iterator[None]:
-    """No test finds what another one mapped, or has not collected yet."""
+    """Let no test see what another one mapped, or has not collected yet."""
     gc.collect()
     yield
     detach_all_pools()
 
 
 @pytest.fixture
-def arena() -> Iterator[SharedMemoryPool]:
-    """An arena of two slots."""
+def pool() -> Iterator[SharedMemoryPool]:
+    """Make a pool of two slots."""
     made = SharedMemoryPool(SMALL, 2)
     yield made
     made.close()
@@ -67,72 +76,72 @@ def arena() -> Iterator[SharedMemoryPool]:
 
 @pytest.fixture
 def without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system without memory files."""
+    """Stand in for a system without memory files."""
     monkeypatch.delattr(os, "memfd_create", raising=False)
 
 
 def shared() -> tuple[int, int]:
-    """How many arenas this process has open, and how many maps of them."""
+    """Count the pools that this process has open, and its maps of them."""
     opened = {p.stat().st_ino for p in Path("/proc/self/fd").iterdir() if p.is_symlink() and "daskinfer" in os.readlink(p)}
     return len(opened), Path("/proc/self/maps").read_text().count("daskinfer")
 
 
 def files() -> set[Path]:
-    """Arenas that are files."""
+    """List the pools that are files."""
     return set(Path(tempfile.gettempdir()).glob("daskinfer-arena-*"))
 
 
-def in_another_process(code: str, value: Any = None) -> str:
-    """What a second Python prints; ``value`` is unpickled there."""
+def run_in_another_process(code: str, value: Any = None) -> str:
+    """Return what a second Python prints; ``value`` is unpickled there."""
     code = f"import os, pickle, sys\nvalue = pickle.loads(bytes.fromhex(sys.argv[1]))\n{code}"
     command = [sys.executable, "-c", code, pickle.dumps(value).hex()]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 WORKER = """
-from daskinfer.transport.shared_memory import MAX_MAPPED, mapped, reaches, write_note
+from daskinfer.transport.shared_memory import MAX_ATTACHED_POOLS, attach_pool, can_attach, write_result_header
 
-refs, given, wanted, note_offset = value
-seen = mapped(refs[0])
-wanted.array(seen)[...] = given.array(seen).sum(axis=0)
-write_note(seen, note_offset, os.getpid())
-print(os.getpid(), all(reaches(ref) for ref in refs))
-print(MAX_MAPPED, open("/proc/self/maps").read().count("daskinfer"), wanted.array(seen).tolist())
-del seen
-print(MAX_MAPPED, open("/proc/self/maps").read().count("daskinfer"))
+refs, rows_ref, output_ref, header_offset = value
+memory = attach_pool(refs[0])
+output_ref.get_array(memory)[...] = rows_ref.get_array(memory).sum(axis=0)
+write_result_header(memory, header_offset, os.getpid())
+print(os.getpid(), all(can_attach(ref) for ref in refs))
+print(MAX_ATTACHED_POOLS, open("/proc/self/maps").read().count("daskinfer"), output_ref.get_array(memory).tolist())
+del memory
+print(MAX_ATTACHED_POOLS, open("/proc/self/maps").read().count("daskinfer"))
 """
 
 
-def test_another_process_reads_and_writes(arena: SharedMemoryPool) -> None:
-    """A worker reads what the client wrote and the client what the worker wrote; it keeps few arenas mapped."""
-    slot = arena.free_slots.pop()
-    given, wanted = (slot.allocate(shape, np.dtype("f4")) for shape in ((5, 3), (3,)))
-    assert given is not None and wanted is not None
-    given.get_array(arena.memory)[...] = np.arange(15).reshape(5, 3)
+def test_another_process_reads_and_writes(pool: SharedMemoryPool) -> None:
+    """Worker and client read what the other one wrote, and the worker keeps few pools mapped."""
+    slot = pool.free_slots.pop()
+    rows_ref, output_ref = (slot.allocate(shape, np.dtype("f4")) for shape in ((5, 3), (3,)))
+    assert rows_ref is not None
+    assert output_ref is not None
+    rows_ref.get_array(pool.memory)[...] = np.arange(15).reshape(5, 3)
     others = [SharedMemoryPool(SMALL, 1) for _ in range(MAX_ATTACHED_POOLS)]
-    refs = [arena.ref, *(other.ref for other in others)]
-    (pid, reached), (most, n_held, *sums), (_, n_kept) = (
-        line.split(maxsplit=2) for line in in_another_process(WORKER, (refs, given, wanted, slot.header_offset)).splitlines()
-    )
-    assert wanted.get_array(arena.memory).tolist() == [30, 35, 40]
-    assert (slot.read_header(), reached, sums) == (int(pid), "True", ["[30.0, 35.0, 40.0]"])
-    assert (int(n_held), int(n_kept)) == (int(most) + 1, int(most))  # one more while an array still lies in it
+    refs = [pool.ref, *(other.ref for other in others)]
+    printed = run_in_another_process(WORKER, (refs, rows_ref, output_ref, slot.header_offset))
+    (pid, attached), (most, n_held, *sums), (_, n_kept) = (line.split(maxsplit=2) for line in printed.splitlines())
+    assert output_ref.get_array(pool.memory).tolist() == [30, 35, 40]
+    assert (slot.read_header(), attached, sums) == (int(pid), "True", ["[30.0, 35.0, 40.0]"])
+    assert (int(n_held), int(n_kept)) == (int(most) + 1, int(most))  # one more while an array still uses it
     for other in others:
         other.close()
 
 
 OWNER = """
-from daskinfer.transport.shared_memory import Arena
+from daskinfer.transport.shared_memory import SharedMemoryPool
 
-arena = Arena(1 << 20, 2)
-arena.memory[-4:] = b"here"
-print(pickle.dumps(arena.ref).hex(), flush=True)
+pool = SharedMemoryPool(1 << 20, 2)
+pool.memory[-4:] = b"here"
+print(pickle.dumps(pool.ref).hex(), flush=True)
 sys.stdin.read()
 """
 
 
 def test_a_killed_owner_leaves_nothing() -> None:
-    """After ``kill -9`` of the client its memory has no name anywhere, and a worker that maps it can go on."""
+    """After ``kill -9`` of the client its memory has no name anywhere, and a worker that has mapped it can continue."""
     command = [sys.executable, "-c", f"import pickle, sys\n{OWNER}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
@@ -146,80 +155,80 @@ def test_a_killed_owner_leaves_nothing() -> None:
 
 
 FORKED = """
-from daskinfer.transport.shared_memory import Arena
+from daskinfer.transport.shared_memory import SharedMemoryPool
 
 del os.memfd_create
-arena, left = Arena(4096, 1), Arena(4096, 1)
+pool, left = SharedMemoryPool(4096, 1), SharedMemoryPool(4096, 1)
 if not (child := os.fork()):
-    arena.close()
+    pool.close()
     os._exit(0)
 os.waitpid(child, 0)
-print(os.path.exists(arena.ref.path))
-arena.close()
-print(os.path.exists(arena.ref.path), os.path.exists(left.ref.path))
+print(os.path.exists(pool.ref.path))
+pool.close()
+print(os.path.exists(pool.ref.path), os.path.exists(left.ref.path))
 """
 
 
 def test_a_forked_child_leaves_its_parents_file() -> None:
-    """An arena that is a file outlives a forked child, and goes with its owner, who need not close it."""
-    assert in_another_process(FORKED).split() == ["True", "False", "True"]
+    """A pool in a file outlives a forked child, and is removed with its owner, which need not close it."""
+    assert run_in_another_process(FORKED).split() == ["True", "False", "True"]
     assert not files()
 
 
-def test_a_ref_is_small(arena: SharedMemoryPool) -> None:
+def test_a_ref_is_small(pool: SharedMemoryPool) -> None:
     """What travels with every task is a path, a token and a size."""
-    assert len(pickle.dumps(arena.ref)) < 300
-    assert pickle.loads(pickle.dumps(arena.ref)) == arena.ref
+    assert len(pickle.dumps(pool.ref)) < 300
+    assert pickle.loads(pickle.dumps(pool.ref)) == pool.ref
 
 
-def test_an_arena_is_mapped_once(arena: SharedMemoryPool) -> None:
-    """However many threads ask for it, an arena has one map in a process."""
+def test_a_pool_is_mapped_once(pool: SharedMemoryPool) -> None:
+    """However many threads attach to it, a pool is mapped once per process."""
     before = shared()
-    with ThreadPoolExecutor(8) as pool:
-        maps = list(pool.map(attach_pool, [arena.ref] * 50))
+    with ThreadPoolExecutor(8) as threads:
+        maps = list(threads.map(attach_pool, [pool.ref] * 50))
     assert len({id(memory) for memory in maps}) == 1
     assert shared()[1] == before[1] + 1
 
 
-def test_the_arenas_used_last_stay_mapped() -> None:
-    """Of more arenas than stay mapped, the one that was used longest ago goes."""
-    arenas = [SharedMemoryPool(SMALL, 1) for _ in range(MAX_ATTACHED_POOLS + 1)]
-    first = attach_pool(arenas[0].ref)
-    for arena in arenas[1:-1]:
-        attach_pool(arena.ref)
-    attach_pool(arenas[0].ref)
-    attach_pool(arenas[-1].ref)
-    assert attach_pool(arenas[0].ref) is first
-    assert arenas[1].ref.token not in shared_memory._attached_pools
-    for arena in arenas:
-        arena.close()
+def test_the_pools_used_last_stay_mapped() -> None:
+    """Beyond the limit, the least recently used pool is unmapped."""
+    pools = [SharedMemoryPool(SMALL, 1) for _ in range(MAX_ATTACHED_POOLS + 1)]
+    first = attach_pool(pools[0].ref)
+    for pool in pools[1:-1]:
+        attach_pool(pool.ref)
+    attach_pool(pools[0].ref)
+    attach_pool(pools[-1].ref)
+    assert attach_pool(pools[0].ref) is first
+    assert pools[1].ref.token not in shared_memory._attached_pools
+    for pool in pools:
+        pool.close()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"token": "0" * 32}, "is another process's"),
-        ({"token": "1", "nbytes": 1 << 30}, "is no arena of 1073741824 bytes"),
-        ({"token": "2", "nbytes": 4096}, "is no arena of 4096 bytes"),
+        ({"token": "0" * 32}, "belongs to another process"),
+        ({"token": "1", "nbytes": 1 << 30}, "must have 1073741824 bytes, got "),
+        ({"token": "2", "nbytes": 4096}, "must have 4096 bytes, got "),
         ({"token": "3", "path": "/proc/1/fd/no"}, "No such file|Permission denied"),
         ({"token": "4", "path": "/nowhere"}, "No such file"),
     ],
 )
-def test_what_is_not_the_arena_is_refused(change: dict[str, Any], said: str, arena: SharedMemoryPool) -> None:
+def test_what_is_not_the_pool_is_refused(change: dict[str, Any], message: str, pool: SharedMemoryPool) -> None:
     """Another file, another size and another token are noticed, and leave nothing open."""
-    wrong, before = replace(arena.ref, **change), shared()
+    wrong, before = replace(pool.ref, **change), shared()
     assert not can_attach(wrong)
-    with pytest.raises(OSError, match=said):
+    with pytest.raises(OSError, match=message):
         attach_pool(wrong)
     gc.collect()
     assert shared() == before
 
 
-def test_a_number_that_was_given_to_another_file(arena: SharedMemoryPool, tmp_path: Path) -> None:
-    """A file of the same size where an arena was is not taken for it."""
-    (tmp_path / "x").write_bytes(bytes(arena.ref.nbytes))
-    assert not can_attach(PoolRef(str(tmp_path / "x"), arena.ref.token, arena.ref.nbytes))
-    assert can_attach(arena.ref)
+def test_a_path_that_leads_to_another_file(pool: SharedMemoryPool, tmp_path: Path) -> None:
+    """A file of the same size at a pool's path is not taken for it."""
+    (tmp_path / "x").write_bytes(bytes(pool.ref.nbytes))
+    assert not can_attach(PoolRef(str(tmp_path / "x"), pool.ref.token, pool.ref.nbytes))
+    assert can_attach(pool.ref)
 
 
 @given(
@@ -230,28 +239,28 @@ def test_a_number_that_was_given_to_another_file(arena: SharedMemoryPool, tmp_pa
 )
 @settings(max_examples=60, deadline=None)
 def test_arrays_do_not_overlap(arrays: list[np.ndarray[Any, Any]]) -> None:
-    """Arrays of any shape and dtype lie side by side, aligned, beside the note and the other slots, until a slot is full."""
-    arena = SharedMemoryPool(SMALL, 3)
-    left, slot, right = arena.free_slots
+    """Arrays of any shape and dtype are aligned and overlap neither each other, nor the header, nor other slots."""
+    pool = SharedMemoryPool(SMALL, 3)
+    left, slot, right = pool.free_slots
     for other in (left, right):
-        arena.memory[other.start : other.start + SMALL] = b"\xa5" * SMALL
-    write_result_header(arena.memory, slot.header_offset, "noted")
+        pool.memory[other.start : other.start + SMALL] = b"\xa5" * SMALL
+    write_result_header(pool.memory, slot.header_offset, "header")
     placed = [(array, slot.allocate(array.shape, array.dtype)) for array in arrays]
-    there = [(array, place) for array, place in placed if place is not None]
-    for array, place in there:
-        place.get_array(arena.memory)[...] = array
-        assert place.offset % ALIGN == 0
-        assert slot.start <= place.offset <= slot.header_offset - array.nbytes
-    assert [place.get_array(arena.memory).tobytes() for _, place in there] == [array.tobytes() for array, _ in there]
-    assert slot.read_header() == "noted"
+    fitting = [(array, ref) for array, ref in placed if ref is not None]
+    for array, ref in fitting:
+        ref.get_array(pool.memory)[...] = array
+        assert ref.offset % ALIGN == 0
+        assert slot.start <= ref.offset <= slot.header_offset - array.nbytes
+    assert [ref.get_array(pool.memory).tobytes() for _, ref in fitting] == [array.tobytes() for array, _ in fitting]
+    assert slot.read_header() == "header"
     for other in (left, right):
-        assert arena.memory[other.start : other.start + SMALL] == b"\xa5" * SMALL
-    arena.close()
+        assert pool.memory[other.start : other.start + SMALL] == b"\xa5" * SMALL
+    pool.close()
 
 
-def test_a_full_slot(arena: SharedMemoryPool) -> None:
-    """An array that does not fit gets no place, and takes none from the next one that does."""
-    slot = arena.free_slots.pop()
+def test_a_full_slot(pool: SharedMemoryPool) -> None:
+    """An array that does not fit gets no memory, and takes none from the next one that does."""
+    slot = pool.free_slots.pop()
     room = slot.header_offset - slot.start
     assert slot.allocate((room + 1,), np.dtype("u1")) is None
     assert slot.allocate((room - ALIGN,), np.dtype("u1")) is not None
@@ -261,28 +270,28 @@ def test_a_full_slot(arena: SharedMemoryPool) -> None:
     assert slot.allocate((0, 3), np.dtype("f8")) is not None
 
 
-def test_a_slot_is_empty_when_it_comes_back(arena: SharedMemoryPool) -> None:
-    """A slot that was given back has room again, from its first byte on."""
-    slot = arena.free_slots.pop()
+def test_a_released_slot_is_empty(pool: SharedMemoryPool) -> None:
+    """A slot that was released has room again, from its first byte on."""
+    slot = pool.free_slots.pop()
     first = slot.allocate((1000,), np.dtype("u1"))
     slot.release()
-    assert arena.is_idle
-    assert arena.free_slots.pop().allocate((1000,), np.dtype("u1")) == first
+    assert pool.is_idle
+    assert pool.free_slots.pop().allocate((1000,), np.dtype("u1")) == first
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 10**6])
 def test_slots_hold_what_is_asked(nbytes: int) -> None:
-    """A slot of so many bytes holds an array of as many and the note, in whole pages, after the token's page."""
-    arena = SharedMemoryPool(compute_slot_nbytes(nbytes), 2)
-    for slot in arena.free_slots:
+    """A slot for n bytes holds an array of n bytes and the header, in whole pages, after the token's page."""
+    pool = SharedMemoryPool(compute_slot_nbytes(nbytes), 2)
+    for slot in pool.free_slots:
         assert slot.start >= POOL_HEADER_NBYTES
         assert slot.allocate((nbytes,), np.dtype("u1")) is not None
-    assert arena.slot_nbytes % os.sysconf("SC_PAGESIZE") == 0
-    arena.close()
+    assert pool.slot_nbytes % os.sysconf("SC_PAGESIZE") == 0
+    pool.close()
 
 
-def test_notes_hold_the_receipts_of_the_largest_task(arena: SharedMemoryPool) -> None:
-    """The receipts of a task's most chunks fit, with names as long as they get, and stay in their own slot."""
+def test_a_header_holds_the_statistics_of_the_largest_task(pool: SharedMemoryPool) -> None:
+    """The statistics of as many chunks as a task may have fit, with the longest names, and stay in their own slot."""
     name = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition MIG 1g.24gb "
     receipts = [
         ChunkStats(
@@ -291,21 +300,21 @@ def test_notes_hold_the_receipts_of_the_largest_task(arena: SharedMemoryPool) ->
         for i in range(MAX_CHUNKS_PER_TASK)
     ]
     assert len(pickle.dumps(receipts)) + 4 <= RESULT_HEADER_NBYTES
-    first, second = arena.free_slots
-    write_result_header(arena.memory, second.header_offset, "the other's")
-    write_result_header(arena.memory, first.header_offset, receipts)
+    first, second = pool.free_slots
+    write_result_header(pool.memory, second.header_offset, "the other's")
+    write_result_header(pool.memory, first.header_offset, receipts)
     assert (first.read_header(), second.read_header()) == (receipts, "the other's")
 
 
-def test_a_shorter_note_hides_the_longer(arena: SharedMemoryPool) -> None:
-    """A note that was overwritten by a shorter one is read as the shorter one."""
-    for note in ("long" * 100, "short"):
-        write_result_header(arena.memory, arena.free_slots[0].header_offset, note)
-        assert read_result_header(arena.memory, arena.free_slots[0].header_offset) == note
+def test_a_shorter_header_hides_the_longer(pool: SharedMemoryPool) -> None:
+    """A header that is overwritten by a shorter one is read as the shorter one."""
+    for header in ("long" * 100, "short"):
+        write_result_header(pool.memory, pool.free_slots[0].header_offset, header)
+        assert read_result_header(pool.memory, pool.free_slots[0].header_offset) == header
 
 
-def test_an_arena_is_kept_for_the_next_call() -> None:
-    """The same owner gets the same memory again, also for less; another owner gets other memory."""
+def test_a_pool_is_kept_for_the_next_call() -> None:
+    """The same owner gets the same memory again, even if it needs less; another owner gets other memory."""
     owner, other = Owner(), Owner()
     with borrow_pool(owner, SMALL, 3) as first:
         first.free_slots.pop().release()
@@ -317,8 +326,8 @@ def test_an_arena_is_kept_for_the_next_call() -> None:
 
 
 @pytest.mark.parametrize(("nbytes", "n_slots"), [(SMALL + 4096, 2), (SMALL, 3)])
-def test_more_is_asked_for(nbytes: int, n_slots: int) -> None:
-    """Where more is needed than was kept, the kept memory is let go first and there is a new one."""
+def test_more_memory_is_needed_than_is_kept(nbytes: int, n_slots: int) -> None:
+    """If the kept pool is too small, it is closed first, and a new one is made."""
     owner = Owner()
     with borrow_pool(owner, SMALL, 2) as small:
         pass
@@ -330,7 +339,7 @@ def test_more_is_asked_for(nbytes: int, n_slots: int) -> None:
 
 
 def test_two_calls_at_once() -> None:
-    """Two calls of one owner at one time have memory of their own, and one of the two is kept."""
+    """Two calls of one owner at a time have a pool each, and one of the two is kept."""
     owner = Owner()
     with borrow_pool(owner, SMALL, 2) as first, borrow_pool(owner, SMALL, 2) as second:
         assert first.ref.token != second.ref.token
@@ -340,8 +349,8 @@ def test_two_calls_at_once() -> None:
     close_cached_pool(owner)
 
 
-def test_a_slot_that_was_not_given_back() -> None:
-    """Memory that an attempt may still write to is not used again, whether the call ended well or not."""
+def test_a_slot_that_was_not_released() -> None:
+    """Memory that an attempt may still write to is not reused, whether the call succeeded or not."""
     owner = Owner()
     with borrow_pool(owner, SMALL, 2) as first:
         slot = first.free_slots.pop()
@@ -353,8 +362,8 @@ def test_a_slot_that_was_not_given_back() -> None:
     close_cached_pool(owner)
 
 
-def test_an_error_keeps_what_was_given_back() -> None:
-    """After an error with every slot given back the memory is kept."""
+def test_an_error_keeps_a_pool_that_was_returned() -> None:
+    """After an error, the pool is kept if every slot was released."""
     owner = Owner()
     with pytest.raises(ValueError, match="broken"), borrow_pool(owner, SMALL, 2) as first:
         raise ValueError("broken")
@@ -363,14 +372,14 @@ def test_an_error_keeps_what_was_given_back() -> None:
     close_cached_pool(owner)
 
 
-def test_memory_is_back_when_it_is_let_go() -> None:
-    """After ``release`` this process neither holds nor maps the memory, without waiting for the garbage collector."""
+def test_memory_is_freed_when_its_pool_is_closed() -> None:
+    """After closing, this process neither holds nor maps the memory, without waiting for the garbage collector."""
     owner, before = Owner(), shared()
     gc.disable()
     try:
-        with borrow_pool(owner, SMALL, 2) as arena:
-            arena.free_slots.pop().release()
-        del arena
+        with borrow_pool(owner, SMALL, 2) as pool:
+            pool.free_slots.pop().release()
+        del pool
         close_cached_pool(owner)
         close_cached_pool(owner)
         assert shared() == before
@@ -379,7 +388,7 @@ def test_memory_is_back_when_it_is_let_go() -> None:
 
 
 def test_an_owner_that_is_gone() -> None:
-    """Memory that was kept goes with its owner."""
+    """A kept pool is freed with its owner."""
     owner, before = Owner(), shared()
     with borrow_pool(owner, SMALL, 2):
         pass
@@ -388,19 +397,19 @@ def test_an_owner_that_is_gone() -> None:
     assert shared() == before
 
 
-def test_arrays_outlive_their_arena(arena: SharedMemoryPool) -> None:
-    """An array that lies in an arena can be read after the arena was closed, and the arena is closed once."""
-    place = arena.free_slots[0].allocate((3,), np.dtype("f4"))
-    assert place is not None
-    array = place.get_array(arena.memory)
+def test_arrays_outlive_their_pool(pool: SharedMemoryPool) -> None:
+    """An array in a pool can be read after the pool was closed, and closing twice does nothing."""
+    ref = pool.free_slots[0].allocate((3,), np.dtype("f4"))
+    assert ref is not None
+    array = ref.get_array(pool.memory)
     array[:] = 7
-    arena.close()
-    arena.close()
+    pool.close()
+    pool.close()
     assert array.tolist() == [7, 7, 7]
 
 
 def test_memory_that_cannot_be_mapped() -> None:
-    """An arena larger than any address space is an error that leaves nothing open."""
+    """A pool larger than any address space is an error that leaves nothing open."""
     before = shared()
     with pytest.raises(OSError, match="Cannot allocate memory"):
         SharedMemoryPool(1 << 50, 1 << 11)
@@ -410,28 +419,28 @@ def test_memory_that_cannot_be_mapped() -> None:
 
 @pytest.mark.usefixtures("without_memfd")
 def test_without_memory_files() -> None:
-    """Where the system has no memory files an arena is a file, its space taken at once, that goes with the arena."""
-    arena = SharedMemoryPool(1 << 20, 1)
+    """If the system has no memory files, a pool is a file, allocated at once and removed with the pool."""
+    pool = SharedMemoryPool(1 << 20, 1)
     (path,) = files()
-    assert (path, path.stat().st_blocks * 512 >= 1 << 20) == (Path(arena.ref.path), True)
-    attach_pool(arena.ref)[-4:] = b"here"
-    assert arena.memory[-4:] == b"here"
-    arena.close()
+    assert (path, path.stat().st_blocks * 512 >= 1 << 20) == (Path(pool.ref.path), True)
+    attach_pool(pool.ref)[-4:] = b"here"
+    assert pool.memory[-4:] == b"here"
+    pool.close()
     assert not files()
 
 
 @pytest.mark.usefixtures("without_memfd")
 def test_without_a_way_to_take_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where space cannot be taken beforehand the file has its size all the same."""
+    """If space cannot be allocated beforehand, the file still has its size."""
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    arena = SharedMemoryPool(SMALL, 1)
-    assert Path(arena.ref.path).stat().st_size == arena.ref.nbytes
-    arena.close()
+    pool = SharedMemoryPool(SMALL, 1)
+    assert Path(pool.ref.path).stat().st_size == pool.ref.nbytes
+    pool.close()
 
 
 @pytest.mark.usefixtures("without_memfd")
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the disk is full there is an error now, not a killed process later, and no file."""
+    """A full disk is an error at once, not a killed process later, and leaves no file."""
 
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -444,7 +453,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_memfd")
 def test_a_file_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a file's space is there and it cannot be mapped, the file goes."""
+    """A file whose space was allocated is removed if it cannot be mapped."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -459,13 +468,13 @@ def test_a_file_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_whose_owner_was_killed_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without memfd, files that nobody holds a lock on are removed by the next arena; a living owner's stay."""
+    """Without memfd, the next pool removes files that nobody has locked, and keeps those of living owners."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delattr(os, "memfd_create")
     (tmp_path / "daskinfer-arena-orphan").touch()
     first = SharedMemoryPool(shared_memory.compute_slot_nbytes(100), 1)
     second = SharedMemoryPool(shared_memory.compute_slot_nbytes(100), 1)
-    assert {path.name for path in tmp_path.iterdir()} == {Path(arena.ref.path).name for arena in (first, second)}
+    assert {path.name for path in tmp_path.iterdir()} == {Path(pool.ref.path).name for pool in (first, second)}
     first.close()
     second.close()
     assert not list(tmp_path.iterdir())

@@ -1,3 +1,5 @@
+"""Freed memory is kept for the next tensors, if the allocator is glibc's."""
+
 from __future__ import annotations
 
 import ctypes
@@ -12,10 +14,10 @@ import pytest
 
 from daskinfer.worker.allocator import retain_freed_memory
 
-# Page faults of a block of 64 MiB that another one like it was freed before, in a process as Dask's nanny starts it.
+# Counts the page faults of a block of 64 MiB after one like it was freed, in a process as Dask's nanny starts it.
 FAULTS = """
 import ctypes, resource
-from daskinfer.worker.allocator import keep_freed_memory
+from daskinfer.worker.allocator import retain_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -29,15 +31,15 @@ def faults():
 
 faults()
 dear = faults()
-done = keep_freed_memory()
+done = retain_freed_memory()
 faults()
 print(done, dear, faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_is_found_again() -> None:
-    """Under Dask's nanny a large block costs page faults each time; with these settings the second one costs hardly any."""
+def test_freed_memory_is_reused() -> None:
+    """Under Dask's nanny each large block costs page faults; with these settings the second one costs hardly any."""
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
     answer = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
     done, dear, cheap = answer.stdout.split()
@@ -47,7 +49,7 @@ def test_freed_memory_is_found_again() -> None:
 
 @pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
 def test_other_systems(error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the allocator is not glibc's nothing is done, and one DEBUG line says so."""
+    """If the allocator is not glibc's, nothing is changed, and one DEBUG line says so."""
 
     def without_mallopt(_: object) -> Any:
         raise error("no mallopt")
@@ -56,5 +58,5 @@ def test_other_systems(error: type[Exception], monkeypatch: pytest.MonkeyPatch, 
     with caplog.at_level(logging.DEBUG, "daskinfer.worker.allocator"):
         assert not retain_freed_memory()
     assert [record.message for record in caplog.records] == [
-        "this system's allocator has no mallopt; freed memory may be costly to get again"
+        "the allocator has no mallopt, so reusing freed memory may be slow"
     ]

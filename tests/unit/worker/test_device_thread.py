@@ -1,3 +1,5 @@
+"""The one thread of a worker that computes: its order, its errors, and the seconds that its device waited."""
+
 from __future__ import annotations
 
 import threading
@@ -12,20 +14,20 @@ from daskinfer.worker import device_thread
 from daskinfer.worker.device_thread import DeviceThread
 from tests.conftest import wait_until
 
-NEVER = float("inf")  # a task that is not there yet: nobody waited for it
-ALWAYS = 0.0  # a task that was there before the clock began
+NEVER = float("inf")  # when a task arrives for which the device never waited
+ALWAYS = 0.0  # when a task arrives that is older than the clock
 
 
 @pytest.fixture
 def thread() -> Iterator[DeviceThread]:
-    """A device thread, ended with the test."""
+    """Make a device thread, ended with the test."""
     made = DeviceThread()
     yield made
     made.close()
 
 
 class Busy:
-    """A device thread that is held up until ``go``, and things to run that come one after the other meanwhile."""
+    """A device thread that is busy until ``go`` is set, and functions that are queued one after the other meanwhile."""
 
     def __init__(self, thread: DeviceThread, pool: ThreadPoolExecutor) -> None:
         self.thread, self.pool, self.go = thread, pool, threading.Event()
@@ -34,9 +36,9 @@ class Busy:
         assert begun.wait(30)
         self.n_waiting = 0
 
-    def add(self, compute: Callable[[], Any], there_since: float = NEVER) -> Future[tuple[Any, float]]:
-        """Something more to run, which is in the line when this returns."""
-        future = self.pool.submit(self.thread.run, compute, there_since)
+    def add(self, compute: Callable[[], Any], arrived_at: float = NEVER) -> Future[tuple[Any, float]]:
+        """Submit another function; it is in the queue when this returns."""
+        future = self.pool.submit(self.thread.run, compute, arrived_at)
         self.n_waiting += 1
         wait_until(lambda: self.thread._executor._work_queue.qsize() == self.n_waiting)
         return future
@@ -44,29 +46,29 @@ class Busy:
 
 @pytest.fixture
 def busy(thread: DeviceThread) -> Iterator[Busy]:
-    """A device thread that has something to do."""
+    """Make a device thread that is busy."""
     with ThreadPoolExecutor(8) as pool:
         made = Busy(thread, pool)
         yield made
         made.go.set()
 
 
-def test_gives_what_was_computed(thread: DeviceThread) -> None:
-    """The caller gets the value, computed in the device's own thread, the same one each time."""
+def test_the_result_is_returned(thread: DeviceThread) -> None:
+    """The caller gets the value, which is computed in the device's own thread, the same one each time."""
     names = {thread.run(lambda: threading.current_thread().name, NEVER)[0] for _ in range(3)}
     assert len(names) == 1
     assert next(iter(names)).startswith("daskinfer-device")
 
 
 def test_the_thread_starts_when_it_is_needed() -> None:
-    """A device thread that never has anything to run is no thread."""
+    """Until it has something to run, no thread is started."""
     before = threading.active_count()
     DeviceThread()
     assert threading.active_count() == before
 
 
 def test_one_at_a_time(busy: Busy) -> None:
-    """Nothing begins before what is computed has ended."""
+    """No function starts before the previous one has ended."""
     computing: list[int] = []
     most: list[int] = []
 
@@ -83,7 +85,7 @@ def test_one_at_a_time(busy: Busy) -> None:
 
 
 def test_first_come_first_served(busy: Busy) -> None:
-    """What came first is computed first."""
+    """Functions run in the order in which they are submitted."""
     order: list[int] = []
     waiting = [busy.add(lambda i=i: order.append(i)) for i in range(6)]
     busy.go.set()
@@ -93,27 +95,27 @@ def test_first_come_first_served(busy: Busy) -> None:
 
 
 def test_errors_come_back(thread: DeviceThread) -> None:
-    """What fails raises where it was asked for, and the next thing runs all the same."""
+    """An error is raised in the caller, and the next function runs all the same."""
     with pytest.raises(ZeroDivisionError, match="division"):
         thread.run(lambda: 1 / 0, NEVER)
     assert thread.run(lambda: "well", NEVER)[0] == "well"
 
 
-def test_a_device_that_stood_still_has_waited(thread: DeviceThread) -> None:
-    """Time in which a task was there and nothing was computed counts."""
+def test_an_idle_device_has_waited(thread: DeviceThread) -> None:
+    """Time in which a task had arrived and nothing was computed counts."""
     thread.run(int, NEVER)
     assert thread.run(int, ALWAYS)[1] > 0
 
 
-def test_nobody_waited_for_a_task_that_was_not_there(thread: DeviceThread) -> None:
-    """Time before a task came to the worker does not count."""
+def test_a_device_does_not_wait_for_a_task_that_has_not_arrived(thread: DeviceThread) -> None:
+    """Time before a task arrived at the worker does not count."""
     assert thread.run(int, NEVER)[1] == 0
 
 
-def test_a_device_that_computed_has_not_waited(busy: Busy) -> None:
-    """Time in which another task was computed does not count, a failed one included."""
+def test_a_busy_device_has_not_waited(busy: Busy) -> None:
+    """Time in which another task was computed does not count, even if that failed."""
     failing = busy.add(lambda: 1 / 0)
-    second = busy.add(time.perf_counter, there_since=ALWAYS)
+    second = busy.add(time.perf_counter, arrived_at=ALWAYS)
     busy.go.set()
     (ended, _), (began, waited) = busy.first.result(), second.result()
     assert isinstance(failing.exception(), ZeroDivisionError)
@@ -121,7 +123,7 @@ def test_a_device_that_computed_has_not_waited(busy: Busy) -> None:
 
 
 def test_each_worker_has_its_own() -> None:
-    """Workers in one process have one thread each, and keep it."""
+    """Workers in one process have one device thread each, and keep it."""
     first, second = device_thread.get_device_thread("tcp://a"), device_thread.get_device_thread("tcp://b")
     try:
         assert first is not second
@@ -131,8 +133,8 @@ def test_each_worker_has_its_own() -> None:
         device_thread.close_device_thread("tcp://b")
 
 
-def test_close_lets_the_worker_have_a_new_one() -> None:
-    """After its end a worker that asks again has a thread again; closing a worker without one does nothing."""
+def test_a_worker_gets_a_new_thread_after_close() -> None:
+    """A worker whose thread was closed gets a new one; closing a worker without a thread does nothing."""
     first = device_thread.get_device_thread("tcp://a")
     name = first.run(threading.current_thread, NEVER)[0]
     device_thread.close_device_thread("tcp://a")
@@ -142,8 +144,8 @@ def test_close_lets_the_worker_have_a_new_one() -> None:
     device_thread.close_device_thread("tcp://a")
 
 
-def test_close_lets_what_waits_be_done(busy: Busy) -> None:
-    """What is in the line when a device thread is closed is computed."""
+def test_close_runs_what_is_queued(busy: Busy) -> None:
+    """Functions in the queue of a device thread that is closed are still run."""
     waiting = busy.add(lambda: "done")
     busy.thread.close()
     busy.go.set()

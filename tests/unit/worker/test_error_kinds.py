@@ -1,4 +1,4 @@
-"""What kind of trouble an exception is, and what is said of the rows."""
+"""What kind of error an exception is, and the message that names its rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from daskinfer.errors import ChunkError, ModelError, OptionError
-from daskinfer.worker.error_kinds import BadRowsError, annotate_errors, is_out_of_memory, is_sticky
+from daskinfer.scheduling.retry import ErrorKind
+from daskinfer.worker.error_kinds import BadRowsError, annotate_errors, classify_error, is_out_of_memory, is_sticky
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = [
@@ -20,8 +21,8 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_memory_is_short(error: Exception) -> None:
-    """Whoever lacks memory, it is known here, and again by the message that comes from a worker."""
+def test_out_of_memory(error: Exception) -> None:
+    """Out of memory is recognized on any device, and again in the message that comes from a worker."""
     assert is_out_of_memory(error)
     with pytest.raises(ChunkError, match="rows 3:9 on cpu failed") as caught, annotate_errors(CPU, 3, 9):
         raise error
@@ -29,13 +30,13 @@ def test_memory_is_short(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("shapes differ"), KeyError("MemoryError: ")])
-def test_memory_is_not_short(error: Exception) -> None:
-    """What only sounds like it is no lack of memory."""
+def test_not_out_of_memory(error: Exception) -> None:
+    """An error that only sounds like it is not out of memory."""
     assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
-    ("said", "sticky"),
+    ("message", "sticky"),
     [
         ("CUDA error: an illegal memory access was encountered", True),
         ("CUDA error: device-side assert triggered", True),
@@ -52,16 +53,32 @@ def test_memory_is_not_short(error: Exception) -> None:
         ("device-side assert triggered", False),
     ],
 )
-def test_a_device_is_broken(said: str, sticky: bool) -> None:
-    """CUDA's errors after which nothing works any more are told from all others."""
-    assert is_sticky(RuntimeError(said)) is sticky
+def test_sticky_errors(message: str, sticky: bool) -> None:
+    """CUDA errors after which the process cannot use the device any more are told from all others."""
+    assert is_sticky(RuntimeError(message)) is sticky
 
 
 @pytest.mark.parametrize(
-    ("error", "advice"), [("CUDA error: misaligned address", "start another"), ("busy", r"Repeat the call\.")]
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: misaligned address"), ErrorKind.STICKY),
+        (RuntimeError("CUDA out of memory"), ErrorKind.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: misaligned address; CUDA out of memory"), ErrorKind.STICKY),
+        (MemoryError(), ErrorKind.OUT_OF_MEMORY),
+        (ChunkError("rows 0:4 on cpu failed: MemoryError: "), ErrorKind.OUT_OF_MEMORY),
+        (RuntimeError("shapes differ"), ErrorKind.OTHER),
+    ],
 )
-def test_what_goes_wrong_is_said_of_the_rows(error: str, advice: str) -> None:
-    """Any exception becomes one with the rows, the device, its kind and what to do."""
+def test_errors_are_classified_for_the_retry_rules(error: Exception, kind: ErrorKind) -> None:
+    """A sticky error is sticky even if memory is short too, and what is neither is OTHER."""
+    assert classify_error(error) is kind
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"), [("CUDA error: misaligned address", "Start a new process"), ("busy", r"Run the call again\.")]
+)
+def test_errors_name_their_rows(error: str, advice: str) -> None:
+    """Any exception becomes one with the rows, the device, its type and what to do."""
     with (
         pytest.raises(ChunkError, match=rf"rows 3:9 on cpu failed: RuntimeError: {error}\. .*{advice}"),
         annotate_errors(CPU, 3, 9),
@@ -70,8 +87,8 @@ def test_what_goes_wrong_is_said_of_the_rows(error: str, advice: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [ModelError, OptionError])
-def test_what_is_nobodys_fault_keeps_its_kind(kind: type[Exception]) -> None:
-    """An answer that is none, or an option that does not fit, is not taken for the rows' fault."""
+def test_errors_of_no_rows_keep_their_type(kind: type[Exception]) -> None:
+    """An unusable output, or an option that does not fit, is not taken for the rows' fault."""
     with pytest.raises(kind, match=r"^rows 3:9 on cpu: no answer$"), annotate_errors(CPU, 3, 9):
         raise kind("no answer")
 
@@ -81,13 +98,14 @@ def test_what_is_nobodys_fault_keeps_its_kind(kind: type[Exception]) -> None:
     [
         (
             ValueError("odd"),
-            r"ValueError: odd\. To see .* di\.predict\(model, x\[105:106\], devices='inline'\); on_error='skip'",
+            r"ValueError: odd\. For the traceback, run di\.predict\(model, x\[105:106\], devices='inline'\) with x as an "
+            r"array, or skip failing rows with on_error='skip'",
         ),
-        (MemoryError("none"), r"MemoryError: none\. A single row does not fit into memory: .*; on_error='skip'"),
+        (MemoryError("none"), r"MemoryError: none\. A single row does not fit into memory: .*, or skip .* on_error='skip'"),
     ],
 )
-def test_rows_at_fault_are_named(cause: Exception, advice: str) -> None:
-    """Rows that fail by themselves are named by their place in the whole input, with the call that shows it."""
+def test_bad_rows_are_named(cause: Exception, advice: str) -> None:
+    """Rows that fail on their own are named by their position in the whole input, with the call that reproduces it."""
     with pytest.raises(ChunkError, match=rf"rows 105:106 on cpu failed: {advice}") as caught, annotate_errors(CPU, 100, 200):
         raise BadRowsError(5, 6) from cause
     assert caught.value.__cause__ is cause

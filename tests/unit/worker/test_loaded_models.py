@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from daskinfer.worker.loaded import LoadedModel
+from daskinfer.models.loaded_model import LoadedModel
 from daskinfer.worker.loaded_models import ModelCache
 
 CPU = torch.device("cpu")
@@ -31,8 +31,8 @@ class Loader:
         return LoadedModel(len, CPU, takes_tensors=False, on_close=lambda: self.closed.append(name))
 
 
-def test_loads_once_whoever_asks() -> None:
-    """Eight threads that race for one model get the one that was loaded."""
+def test_loads_once_for_all_threads() -> None:
+    """Eight threads that race for one model get the same loaded model."""
     cache, loader, barrier = ModelCache(), Loader(), threading.Barrier(8)
 
     def ask(_: int) -> LoadedModel:
@@ -45,7 +45,7 @@ def test_loads_once_whoever_asks() -> None:
 
 
 def test_a_failed_load_is_tried_again() -> None:
-    """The error reaches who asked; the next one loads anew."""
+    """The error reaches its caller; the next caller loads again."""
     cache, loader = ModelCache(), Loader(n_failures=1)
     with pytest.raises(OSError, match="not yet"):
         cache.get("a", loader)
@@ -54,8 +54,8 @@ def test_a_failed_load_is_tried_again() -> None:
     assert (loader.n_calls, cache.n_loads) == (2, 1)
 
 
-def test_a_slow_load_keeps_nobody_waiting() -> None:
-    """While one model loads, another is loaded and given."""
+def test_a_slow_load_does_not_block_other_keys() -> None:
+    """While one model loads, another one is loaded and returned."""
     cache, slow, quick = ModelCache(), Loader(), Loader()
     slow.gate.clear()
     with ThreadPoolExecutor(2) as pool:
@@ -67,7 +67,7 @@ def test_a_slow_load_keeps_nobody_waiting() -> None:
 
 
 def test_the_least_recently_used_is_closed() -> None:
-    """Room is made by closing the model that was asked for longest ago."""
+    """The model whose last use is longest ago is closed to make room."""
     cache, loader = ModelCache(max_models=2), Loader()
     for key in ("a", "b", "a", "c"):
         cache.get(key, lambda key=key: loader(key))
@@ -84,7 +84,7 @@ def test_room_is_made_before_loading() -> None:
 
 
 def test_evicted_is_loaded_again() -> None:
-    """A model that was dropped is loaded when it is asked for again."""
+    """An evicted model is loaded again on its next use."""
     cache, loader = ModelCache(max_models=1), Loader()
     for key in ("a", "b", "a"):
         cache.get(key, lambda key=key: loader(key))
@@ -92,7 +92,7 @@ def test_evicted_is_loaded_again() -> None:
 
 
 def test_a_running_model_is_closed_after_its_chunk() -> None:
-    """A model whose lock is held is not closed until it is let go."""
+    """A model whose lock is held is closed only after the lock is released."""
     cache, loader = ModelCache(), Loader()
     model = cache.get("a", loader)
     with ThreadPoolExecutor(1) as pool:
@@ -105,17 +105,17 @@ def test_a_running_model_is_closed_after_its_chunk() -> None:
 
 
 def test_clear_closes_all_even_if_one_fails(caplog: pytest.LogCaptureFixture) -> None:
-    """A close that raises is logged, and keeps neither the others open nor the caller from going on."""
+    """A close that raises is logged; the other models are still closed, and the caller goes on."""
     cache, loader = ModelCache(), Loader()
     cache.get("bad", lambda: LoadedModel(len, CPU, takes_tensors=False, on_close=lambda: [].pop()))
     cache.get("good", lambda: loader("good"))
     with caplog.at_level(logging.WARNING, "daskinfer"):
         cache.clear()
-    assert "could not be closed" in caplog.text
+    assert "closing a model failed" in caplog.text
     assert loader.closed == ["good"]
     assert "bad" not in cache
 
 
 def test_a_model_without_close_needs_none() -> None:
-    """Closing what cannot be closed does nothing."""
+    """Closing a model without close() does nothing."""
     LoadedModel(len, CPU, takes_tensors=False).close()

@@ -1,3 +1,5 @@
+"""Running out of memory: the batch size is halved, memory is freed first, and the model remembers."""
+
 from __future__ import annotations
 
 import gc
@@ -24,7 +26,7 @@ ERRORS = {
 
 
 class Greedy(nn.Module):
-    """Writes into its input, then runs out of memory above ``limit`` rows."""
+    """A model that writes into its input, then runs out of memory above ``limit`` rows."""
 
     def __init__(self, limit: int, error: Callable[[], Exception] = ERRORS["torch"], n_failures: int = 1000) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class Greedy(nn.Module):
 
 @pytest.fixture
 def _no_collector() -> Iterator[None]:
-    """Free by counting references only."""
+    """Let reference counting alone free memory."""
     gc.disable()
     yield
     gc.enable()
@@ -54,30 +56,30 @@ def _no_collector() -> Iterator[None]:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_out_of_memory(error: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Out of memory, the micro-batch is halved until it fits, and the same rows are run again."""
+    """Out of memory, the batch size is halved until it fits, and the same rows run again."""
     net = Greedy(3, ERRORS[error])
     with caplog.at_level(logging.WARNING, "daskinfer.worker.model_runner"):
-        answer = run(net, X, batch_size=8)
-    np.testing.assert_array_equal(answer.arrays[0], (X + 1) * 2)
-    assert (answer.batch_size, net.sizes[:3]) == (2, [8, 4, 2])
-    assert caplog.messages == [f"cpu: out of memory at micro-batch {n}; going on with {n // 2}" for n in (8, 4)]
+        output = run(net, X, batch_size=8)
+    np.testing.assert_array_equal(output.arrays[0], (X + 1) * 2)
+    assert (output.batch_size, net.sizes[:3]) == (2, [8, 4, 2])
+    assert caplog.messages == [f"cpu: out of memory at batch_size={n}; continuing with {n // 2}" for n in (8, 4)]
 
 
 def test_out_of_memory_midway() -> None:
-    """Rows that fail after others went well are run again with them, from the original input."""
+    """If later rows of a chunk fail, the whole chunk runs again from the original input."""
 
     def fail(x: torch.Tensor) -> Any:
         x.add_(1)
         raise MemoryError
 
-    answer = run(Do(Changing(lambda x: x.add_(1), fail, lambda x: x.add_(1))), X)
-    np.testing.assert_array_equal(answer.arrays[0], X + 1)
-    assert answer.batch_size == 2
+    output = run(Do(Changing(lambda x: x.add_(1), fail, lambda x: x.add_(1))), X)
+    np.testing.assert_array_equal(output.arrays[0], X + 1)
+    assert output.batch_size == 2
 
 
 @pytest.mark.usefixtures("_no_collector")
 def test_out_of_memory_frees_first() -> None:
-    """The tensors of a failed attempt are gone before the next one starts."""
+    """The tensors of a failed attempt are freed before the next one starts."""
     net = Greedy(1)
     run(net, X, batch_size=8)
     assert net.sizes[:4] == [8, 4, 2, 1]
@@ -86,7 +88,7 @@ def test_out_of_memory_frees_first() -> None:
 
 @pytest.mark.usefixtures("_no_collector")
 def test_out_of_memory_frees_cycles() -> None:
-    """They are gone even where the network caught the error and so tied a knot with its own frame."""
+    """They are freed even if the model caught the error, and so made a reference cycle with its own frame."""
     net = Greedy(1)
 
     def catch(x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ def test_out_of_memory_frees_cycles() -> None:
 
 
 def test_out_of_memory_is_remembered() -> None:
-    """A model goes on with what it could hold, for later chunks too."""
+    """Later chunks use the batch size that fitted, too."""
     net = Greedy(4)
     model = load(net)
     run(model, X, batch_size=8)
@@ -113,7 +115,7 @@ def test_out_of_memory_is_remembered() -> None:
 
 
 def test_out_of_memory_is_remembered_by_the_shape_of_a_row() -> None:
-    """Rows of another shape are not held back by what did not fit."""
+    """A batch size that did not fit does not limit rows of another shape."""
     net = Greedy(4)
     model = load(net)
     run(model, X, batch_size=8)
@@ -122,7 +124,7 @@ def test_out_of_memory_is_remembered_by_the_shape_of_a_row() -> None:
 
 
 def test_out_of_memory_bytes() -> None:
-    """With the smaller micro-batch the bytes are those of a run that began with it."""
+    """With the reduced batch size the bytes are those of a run that began with it."""
     torch.manual_seed(0)
     linear = nn.Linear(3, 5)
     tight = nn.Sequential(Greedy(4), linear)
@@ -131,13 +133,13 @@ def test_out_of_memory_bytes() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_out_of_memory_at_one_row(batch_size: int) -> None:
-    """Where a single row does not fit, the error says so."""
+    """If a single row does not fit, the error says so."""
     with pytest.raises(ChunkError, match=r"OutOfMemoryError: .* A single row does not fit into memory"):
         run(Greedy(0), X, batch_size=batch_size)
 
 
 def test_out_of_memory_in_preprocess() -> None:
-    """A preprocess that runs out of memory gets fewer rows, as they were."""
+    """A preprocess that runs out of memory gets fewer rows, unchanged."""
 
     def greedy(x: np.ndarray) -> np.ndarray:
         x += 1
@@ -148,8 +150,8 @@ def test_out_of_memory_in_preprocess() -> None:
     np.testing.assert_array_equal(result(nn.Identity(), X, batch_size=8, preprocess=greedy), X + 1)
 
 
-def test_other_errors_are_looked_for_at_the_same_micro_batch() -> None:
-    """A failure that is no lack of memory shrinks nothing: rows are halved to find those at fault, and the shape stays."""
+def test_other_errors_do_not_reduce_the_batch_size() -> None:
+    """For any other error the bad rows are found by bisection, and the shape of the micro-batch stays."""
     net = Greedy(0, lambda: RuntimeError("shapes do not match"))
     with pytest.raises(ChunkError, match="shapes do not match"):
         run(net, X)
