@@ -1,151 +1,133 @@
-"""The functions that users call: each validates, assembles and hands over, nothing else."""
+"""The functions that users call: each resolves the devices, builds a job and passes it to a run.
+
+``map_blocks`` is in ``lazy``: it passes a graph to Dask instead of a job to a run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Any, Unpack
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, Unpack, overload
 
+import numpy as np
 from distributed import Client
 
-from daskinfer import lazy
-from daskinfer.cluster import process_cluster
+from daskinfer._keywords import PlanKeywords, PredictKeywords, RunKeywords, StreamKeywords
+from daskinfer.cluster.placement import resolve_placement
+from daskinfer.cluster.process_cluster import default_cluster
+from daskinfer.core.files import remove_stale_scratch
+from daskinfer.diagnostics.events import EventBus
 from daskinfer.diagnostics.progress import Progress, make_event_bus
-from daskinfer.errors import ErrorCollector, OptionError
-from daskinfer.execution.ordering import ReorderBuffer
-from daskinfer.execution.run import Run
-from daskinfer.execution.sinks import collect_output, stream_output, warn_of_failed_rows
+from daskinfer.diagnostics.report import RunReport
+from daskinfer.errors import ErrorCollector
+from daskinfer.execution.result_buffers import result_pool
+from daskinfer.execution.run import Run, make_complete_report, measure_throughput
+from daskinfer.execution.sinks import ArraySink, StorageSink, StreamSink, warn_of_failed_rows
+from daskinfer.execution.worker_setup import get_device_ids
 from daskinfer.hardware.device_spec import DeviceTable, find_local_devices
-from daskinfer.hardware.discovery import inspect_machine
-from daskinfer.models.model import as_model
-from daskinfer.options import OptionFields, Options, is_trusted, merge_options
-from daskinfer.planning.build_job import (
-    DeviceWeights,
-    build_job,
-    get_output_spec,
-    keep_bfloat16,
-    make_even_chunks,
-)
-from daskinfer.planning.inputs import Inputs
-from daskinfer.scheduling.batching import check_batch_size, choose_batch_size
-from daskinfer.worker.model_runner import ModelRunConfig
-
-# Options that are followed while daskinfer computes.
-_EXECUTION_OPTIONS = ("on_error", "fill_value", "max_failed_rows", "prefetch", "retries", "chunk_timeout", "restart_workers")
+from daskinfer.options import CallKeywords, read_keywords, with_options
+from daskinfer.planning.build_job import ModelLike, RunArguments, StrPath, build_job, build_storage_job
+from daskinfer.planning.inputs import InputLike
+from daskinfer.planning.job import InferenceJob, ResumeState
+from daskinfer.planning.plan import Plan
+from daskinfer.planning.resume import count_missing_rows, make_resume_notes
+from daskinfer.storage.outputs import open_outputs
 
 
+# Written by python -m tests.support.write_types:
+@overload
 def predict(
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputLike,
     *,
-    devices: str | Sequence[str] = "auto",
-    device_weights: DeviceWeights = "auto",
-    batch_size: int | str = "auto",
-    client: Client | None = None,
-    progress: Progress = None,
-    return_report: bool = False,
-    options: Options | None = None,
-    **fields: Unpack[OptionFields],
-) -> Any:
-    """Apply a network to an array on every device, and give the answers in the input's order.
+    return_report: Literal[True],
+    **keywords: Unpack[PredictKeywords],
+) -> tuple[Any, RunReport]: ...
+@overload
+def predict(
+    model: ModelLike,
+    x: InputLike,
+    *,
+    return_report: Literal[False] = False,
+    **keywords: Unpack[PredictKeywords],
+) -> Any: ...
+@overload
+def predict(
+    model: ModelLike,
+    x: InputLike,
+    *,
+    return_report: bool,
+    **keywords: Unpack[PredictKeywords],
+) -> Any: ...
+# (end of what is written)
+@with_options
+def predict(model: ModelLike, x: InputLike, **keywords: Any) -> Any:
+    """Apply a model to an array on all devices and return its outputs in the order of the input.
 
     Parameters
     ----------
     model
-        A module, a function of ndarrays, an object with ``load(device)`` and ``__call__(batch)``, a :class:`Model`, the
-        path of a ``.pt2`` program (with ``trust=True``), or ``"pkg.mod:make"``.
+        A torch module, a function of ndarrays, an object with ``load(device)`` and ``__call__(batch)``, a :class:`Model`,
+        the path of a ``.pt2`` program (with ``trust=True``), or ``"pkg.mod:make"``, a factory that workers import.
     x
         The input, (n, ...): a numpy array, list of numbers, torch tensor, memmap, dask array or path (``.npy``, ``.zarr``).
-        A dict gives named ports (``net(image=…, meta=…)``), a tuple positional ones, each of the same length n.
-    devices
-        A string or list: "auto" (every GPU, or where there is none one CPU worker per core), "cuda", "cuda:1",
-        "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4", comma-joined; "inline" computes in this process.
-    device_weights
-        The share of rows that each device gets: a list in the devices' order, a mapping by device or kind, "even", or
-        "auto": measured while it runs, from a prior by kind on, which the plan shows as assumed. 0 leaves a device out.
-    batch_size
-        Rows of a micro-batch; "auto" begins with what the size of a row and the smallest share say, and where there is
-        enough to do measures which one pays on each kind of device.
-    client
-        A Dask client, whose workers are then the devices. None: the current client if there is one and ``devices`` is
-        "auto", else a local cluster that is started once per process and kept for the next call (see :func:`close_device_thread`).
-    progress
-        What is shown while it runs: None: a bar where a person looks on (a terminal, a notebook); True: always, without a
-        terminal as a line every few seconds; False: nothing; a function: it is called with each event (``events``).
-    return_report
-        True: return (answer, :class:`RunReport`).
-    options, **fields
-        How the network is run: an :class:`Options`, or its fields as keywords.
+        A dict gives named ports (``model(image=…, meta=…)``), a tuple positional ones, each with the same n rows.
 
     Returns
     -------
-    ndarray, or the network's structure of them
-        (n, ...), in the input's order; torch tensors on the CPU where an input was a tensor. bfloat16 answers come back
+    ndarray, or ndarrays in the structure of the model's output
+        (n, ...), in the order of the input; torch tensors on the CPU if an input was a tensor. bfloat16 outputs are returned
         as float32.
 
     Raises
     ------
     DaskInferError
-        Before anything starts: whatever cannot work, all reasons at once. Later: a chunk that failed, with its rows, or
-        ``Interrupted``, a KeyboardInterrupt; what is done then is in ``error.partial.answer`` where ``error.partial.done``.
+        Before anything starts: everything that cannot work, in one error. Later: a chunk that failed, with its rows, or
+        ``Interrupted``, a KeyboardInterrupt. Rows computed until then are in ``error.partial.output``, wherever
+        ``error.partial.done`` is True.
 
     Examples
     --------
     >>> import daskinfer as di, torch
-    >>> net = torch.nn.Linear(3, 2)
+    >>> model = torch.nn.Linear(3, 2)
     >>> x = torch.ones(1000, 3)
-    >>> bool(torch.allclose(di.predict(net, x, devices=["cpu", "cpu"], device_weights=[1, 3]), net(x)))
+    >>> bool(torch.allclose(di.predict(model, x, devices=["cpu", "cpu"], device_weights=[1, 3]), model(x)))
     True
     >>> di.close()
     """
-    work = build_job(
-        model,
-        x,
-        devices=devices,
-        device_weights=device_weights,
-        batch_size=batch_size,
-        client=client,
-        options=options,
-        fields=fields,
-    )
-    answer, report = collect_output(work, Run(work.make_job(), make_event_bus(progress)))
-    if return_report:
-        return answer, report
+    given = read_keywords("predict", keywords)
+    call = _Call(given)
+    job = call.build(model, x)
+    sink = ArraySink(job, _choose_allocator(job))
+    report = Run(job, call.client, _make_event_bus(job, given.progress)).into(sink)
+    if given.return_report:
+        return sink.output, report
     warn_of_failed_rows(report.failed_rows)
-    return answer
+    return sink.output
 
 
-def stream(
-    model: Any,
-    x: Any,
-    *,
-    devices: str | Sequence[str] = "auto",
-    device_weights: DeviceWeights = "auto",
-    batch_size: int | str = "auto",
-    client: Client | None = None,
-    progress: Progress = None,
-    options: Options | None = None,
-    **fields: Unpack[OptionFields],
-) -> Generator[Any, None, None]:
-    """Apply a network to an array on every device, and give the answers block by block, in the input's order.
+@with_options
+def stream(model: ModelLike, x: InputLike, **keywords: Unpack[StreamKeywords]) -> Generator[Any, None, None]:
+    """Apply a model to an array on all devices and yield its outputs block by block, in the order of the input.
 
-    A block comes as soon as it and all before it are there. The devices work ahead, by a bounded number of rows, and stand
-    still while nobody asks for the next block. Closing the iterator, or leaving its loop, cancels the rest and frees
-    everything.
+    A block is yielded as soon as it and all blocks before it are computed. The devices work ahead by a bounded number of
+    rows, and pause while no further block is requested. Closing the iterator, or leaving its loop, cancels the remaining
+    chunks and frees everything.
 
     Parameters
     ----------
-    model, x, devices, device_weights, batch_size, client, progress, options, **fields
+    model, x
         As for :func:`predict`.
 
     Returns
     -------
-    generator of ndarrays, or of the network's structure of them
-        (n, ...) each, one after the other all rows of the input; torch tensors on the CPU where an input was a tensor.
+    generator of ndarrays, or of ndarrays in the structure of the model's output
+        Blocks (m, ...) that together hold all rows of the input; torch tensors on the CPU if an input was a tensor.
 
     Raises
     ------
     DaskInferError
-        At once: whatever cannot work, all reasons at once. While it runs: a chunk that failed, with its rows.
+        When it is called: everything that cannot work, in one error. While it runs: a chunk that failed, with its rows.
 
     Examples
     --------
@@ -153,99 +135,130 @@ def stream(
     >>> sum(len(block) for block in di.stream(np.sqrt, np.arange(1000.0), devices="inline"))
     1000
     """
-    work = build_job(
-        model,
-        x,
-        devices=devices,
-        device_weights=device_weights,
-        batch_size=batch_size,
-        client=client,
-        options=options,
-        fields=fields,
-    )
-    call = work.make_job()
-    order = ReorderBuffer(call.max_rows_ahead)
-    return stream_output(work, Run(call, make_event_bus(progress), order.get_row_limit), order)
+    given = read_keywords("stream", keywords)
+    call = _Call(given)
+    job = call.build(model, x)
+    sink = StreamSink(job.max_rows_ahead)
+    blocks = Run(job, call.client, _make_event_bus(job, given.progress), sink.get_row_limit).stream(sink)
+    return _build_blocks(job, blocks)
 
 
-def map_blocks(
-    model: Any,
-    x: Any,
-    *,
-    batch_size: int | str = "auto",
-    options: Options | None = None,
-    **fields: Unpack[OptionFields],
-) -> Any:
-    """Apply a network lazily: dask arrays in, dask arrays out; nothing is computed and no row is read.
+@with_options
+def run(
+    model: ModelLike, source: InputLike, target: StrPath | Mapping[str, StrPath], **keywords: Unpack[RunKeywords]
+) -> RunReport:
+    """Apply a model from storage to storage: workers read their rows and write their outputs.
 
-    The result is plain Dask: slice it, reduce it, store it, compute it on any scheduler or none. Several outputs share one
-    hidden block per chunk: ``dask.compute(y["a"], y["b"])`` runs the network once, two separate ``.compute()`` twice.
+    Repeating the call resumes it: however and whenever a run ended, the final output is the same array. A folder
+    ``….daskinfer`` beside the output records what it is computed from, and which rows are done with which checksum;
+    ``daskinfer verify`` checks the output against it.
 
     Parameters
     ----------
     model
         As for :func:`predict`.
-    x
-        As for :func:`predict`; a dask array keeps its chunks on axis 0, and may have several chunks on later axes.
-    batch_size
-        Rows of a micro-batch; "auto" goes by the size of a row.
-    options, **fields
-        As for :func:`predict`, but for those on faults and reading ahead, which are refused: Dask computes this one.
+    source
+        The path of a ``.npy`` or ``.zarr`` array, (n, ...), or anything else that :func:`predict` takes.
+    target
+        The path of the output, ``.npy`` or ``.zarr``; a mapping from output name to path if the model has several outputs.
+        An output appears under its path once it is complete. An existing one is resumed if it belongs to the same call, and
+        refused otherwise.
 
     Returns
     -------
-    dask array, or the network's structure of them
-        (n, ...), with the input's chunks on axis 0.
+    RunReport
+        Rows, seconds and the statistics of each device in this call; ``rows_before`` counts rows of earlier calls.
 
     Raises
     ------
     DaskInferError
-        Whatever cannot work, all reasons at once.
+        Before anything starts: everything that cannot work, in one error; an existing output of another model, input or
+        options; an output that another run is writing. Later: a chunk that failed, with its rows; the rows done until then
+        stay stored for the next call.
 
     Examples
     --------
-    >>> import dask.array as da, daskinfer as di, torch
-    >>> lazy = di.map_blocks(torch.nn.Linear(3, 2), da.ones((1000, 3), chunks=(100, 3), dtype="float32"))
-    >>> lazy
-    dask.array<output, shape=(1000, 2), dtype=float32, chunksize=(100, 2), chunktype=numpy.ndarray>
-    >>> lazy.mean(axis=0).compute().shape
-    (2,)
+    >>> import daskinfer as di, numpy as np, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     x, y = os.path.join(folder, "x.npy"), os.path.join(folder, "y.zarr")
+    ...     np.save(x, np.arange(10.0))
+    ...     di.run(np.sqrt, x, y, devices="inline").rows
+    10
     """
-    refusals = ErrorCollector()
-    with refusals.collect():
-        inputs = Inputs.from_value(x)
-        inputs.check_sizes(inspect_machine().memory_nbytes)
-    with refusals.collect():
-        given = merge_options(options, fields)
-    with refusals.collect():
-        asked = check_batch_size(batch_size)
-    with refusals.collect():
-        recipe = as_model(model, trust=is_trusted(options, fields)).make_loader()
-    refusals.raise_if_any()
-    _refuse_execution_options(given)
-    given = keep_bfloat16(given, inputs)
-    promise = get_output_spec(recipe, inputs, given)
-    size = asked or choose_batch_size(inputs.n_rows, inputs.row_nbytes, [1.0])
-    row_chunks = inputs.row_chunks or make_even_chunks(inputs, promise.row_nbytes, size)
-    blocks = lazy.build_blocks(
-        inputs.make_dask_arrays(row_chunks), recipe, ModelRunConfig(inputs.ports, size, given, promise.outputs)
-    )
-    return lazy.build_outputs(blocks, promise.structure, promise.outputs)
+    given = read_keywords("run", keywords)
+    call = _Call(given)
+    job = call.build_storage(model, source, target, overwrite=given.overwrite)
+    assert job.output_request is not None  # a run's
+    remove_stale_scratch()  # an earlier attempt may have left it, and this call may need no workers, which remove it too
+    with open_outputs(job.output_request, overwrite=given.overwrite) as outputs:
+        if outputs.header.inherited_config != job.output_request.headers[0].inherited_config:
+            # Another shard created the output, and with it chose the batch size and the write-units.
+            job = call.build_storage(model, source, target, overwrite=False)
+        job = replace(job, resume=ResumeState(outputs.targets, outputs.done, outputs.n_failed, outputs.row_range))
+        if outputs.has_missing_rows:
+            computing = Run(job, call.client, _make_event_bus(job, given.progress))
+            report = computing.into(StorageSink(outputs, lambda: computing.batch))
+        else:
+            report = make_complete_report(job)
+        outputs.finish()
+    return replace(report, rows_before=outputs.n_rows_before, **outputs.failure_fields)
 
 
-def _refuse_execution_options(options: Options) -> None:
-    """Refuse what would have no effect: options that are followed while daskinfer computes, where Dask does."""
-    usual = Options()
-    for name in _EXECUTION_OPTIONS:
-        if (asked := getattr(options, name)) != getattr(usual, name):
-            raise OptionError(
-                f"{name}={asked!r} was given to map_blocks, whose chunks Dask computes, without a report; it may be "
-                f"{getattr(usual, name)!r}. Leave it out, or use predict, stream or run."
-            )
+@with_options
+def plan(
+    model: ModelLike,
+    x: InputLike,
+    *,
+    target: StrPath | Mapping[str, StrPath] | None = None,
+    **keywords: Unpack[PlanKeywords],
+) -> Plan:
+    """Return what a call would compute on which device, in which chunks and with how many bytes, without computing it.
+
+    Parameters
+    ----------
+    model, x
+        As for :func:`predict`.
+    target
+        As for :func:`run`: plan a run to storage, where nothing is changed; notes say what is already stored. None: plan
+        a predict.
+
+    Returns
+    -------
+    Plan
+        Prints as a table, and displays as HTML in a notebook.
+
+    Raises
+    ------
+    DaskInferError
+        Everything that cannot work, in one error.
+
+    Examples
+    --------
+    >>> import daskinfer as di, numpy as np
+    >>> plan = di.plan(np.sqrt, np.ones(100), devices=["cpu", "cpu"], device_weights=[3, 1], batch_size=5)
+    >>> [(d.device, d.n_rows) for d in plan.devices]
+    [('cpu:0', 75), ('cpu:1', 25)]
+    """
+
+    def build() -> InferenceJob:
+        if target is None:
+            return call.build(model, x)
+        return call.build_storage(model, x, target, overwrite=given.overwrite)
+
+    given = read_keywords("plan", keywords)
+    call = _Call(given)
+    job = build()
+    request = job.output_request
+    if given.probe and (count_missing_rows(request, overwrite=given.overwrite) if request else job.n_rows):
+        measure_throughput(job, call.client)
+        job = build()  # again, with the measured weights
+    found = job.plan
+    notes = make_resume_notes(request, found, overwrite=given.overwrite) if request else ()
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def devices() -> DeviceTable:
-    """What this machine has: its GPUs as NVML sees them, and the CPU.
+    """Return the devices of this machine: its GPUs as NVML reports them, and the CPU.
 
     Returns
     -------
@@ -262,13 +275,54 @@ def devices() -> DeviceTable:
 
 
 def close() -> None:
-    """End the cluster that ``predict`` kept for this process, with what else is kept for the next call.
+    """Shut down the local cluster of this process, and free everything else that is kept for the next call.
 
-    A call that still runs in another thread is not disturbed; the cluster ends with it.
+    A call that is still running in another thread is not disturbed; the cluster shuts down after it.
 
     Examples
     --------
     >>> import daskinfer as di
     >>> di.close()
     """
-    process_cluster.default_cluster.close()
+    default_cluster.close()
+
+
+class _Call:
+    """The keywords that all functions share, with the devices resolved; errors are collected until the job is built."""
+
+    def __init__(self, given: CallKeywords) -> None:
+        self._errors, self._shard = ErrorCollector(), given.shard
+        resolved = self._errors.attempt(resolve_placement, given.devices, given.client)
+        self.client: Client | None = resolved[1] if resolved else None
+        placement = resolved[0] if resolved else None
+        self._arguments = RunArguments(placement, given.device_weights, given.batch_size, given.options, given.fields)
+
+    def build(self, model: ModelLike, x: InputLike) -> InferenceJob:
+        """Build the job of a call whose output is returned."""
+        return build_job(model, x, self._arguments, errors=self._errors)
+
+    def build_storage(
+        self, model: ModelLike, source: InputLike, target: StrPath | Mapping[str, StrPath], *, overwrite: bool
+    ) -> InferenceJob:
+        """Build the job of a call whose output is stored."""
+        shard, errors = self._shard, self._errors
+        return build_storage_job(model, source, target, self._arguments, overwrite=overwrite, shard=shard, errors=errors)
+
+
+def _make_event_bus(job: InferenceJob, progress: Progress) -> EventBus:
+    return make_event_bus(progress, on_dashboard=not job.placement.is_inline)
+
+
+def _choose_allocator(job: InferenceJob) -> Any:
+    """Return the function that allocates the output: buffers are reused as long as the default cluster runs."""
+    is_kept = not job.placement.is_external and default_cluster.is_running(get_device_ids(job.placement))
+    return result_pool.empty if is_kept else np.empty
+
+
+def _build_blocks(job: InferenceJob, blocks: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Put each block into the structure of the model's output."""
+    try:
+        for arrays in blocks:
+            yield job.build_output(arrays)
+    finally:
+        blocks.close()

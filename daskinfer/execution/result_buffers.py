@@ -1,9 +1,9 @@
-"""Memory of answers, kept for the next call once the caller has let go of it.
+"""Memory of outputs, reused by the next call once the caller has dropped them.
 
-Fresh memory is dear: the system empties every page of it, and under a virtual machine the host may have to find it first. To
-fill 80 MB took 13 to 205 ms, 10 where the pages had been used before (measured, 2 cores); meanwhile the workers wait for the
-core. So the larger arrays that ``predict`` gives lie in blocks that come back here when the last view of one is gone, as
-long as our cluster is kept; what a worker frees is kept as well (``allocator``).
+Allocating fresh pages is expensive: the system clears each of them, and in a virtual machine the host may have to find it
+first. Filling 80 MB took 13 to 205 ms with fresh pages, and 10 ms with used ones (measured, 2 cores), while the workers
+wait for the core. So the larger arrays that ``predict`` returns are allocated in blocks, which return to this pool when the
+last view is dropped, as long as the managed cluster is kept. Workers keep freed memory too (``worker.allocator``).
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from typing import Any
 
 import numpy as np
 
+from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.core.arrays import Array
 
-MIN_NBYTES = 1 << 20  # smaller ones come from the heap, whose pages are warm; arbitrary
-MAX_NBYTES = 512 << 20  # of a block that is kept; arbitrary, who frees more means to have it back
-MAX_FREE_BLOCKS = 2  # blocks: a network of two outputs is common; arbitrary
-MAX_WASTE = 2  # a block serves an array of half its size, not of less; arbitrary
+MIN_NBYTES = 1 << 20  # smaller arrays come from the heap, whose pages are in use already; arbitrary
+MAX_NBYTES = 512 << 20  # of a block that is kept; arbitrary, a caller who drops more wants it freed
+MAX_FREE_BLOCKS = 2  # arbitrary, models with two outputs are common
+MAX_WASTE = 2  # a block is used for arrays of at least half its size; arbitrary
 
 
 class ResultBufferPool:
-    """Blocks of memory for arrays that a caller gets, and gives back by letting go of them.
+    """Blocks of memory for arrays that a caller gets, and returns by dropping them.
 
-    Note: threads share it. A block comes back in whichever thread drops the last reference, at any instant, so there is no
-    lock: all that is done with the blocks here is one operation of a deque.
+    Note: threads share it. A block returns in whichever thread drops the last reference, at any moment, so there is no lock:
+    every access to the blocks is a single operation of a deque.
 
     Examples
     --------
-    >>> memory = ResultBufferPool()
-    >>> first = memory.empty((1 << 20,), np.dtype("float32"))
-    >>> place = first.ctypes.data
+    >>> pool = ResultBufferPool()
+    >>> first = pool.empty((1 << 20,), np.dtype("float32"))
+    >>> address = first.ctypes.data
     >>> del first
-    >>> memory.empty((1 << 19, 2), np.dtype("float32")).ctypes.data == place
+    >>> pool.empty((1 << 19, 2), np.dtype("float32")).ctypes.data == address
     True
     """
 
@@ -45,30 +46,30 @@ class ResultBufferPool:
         self._n_releases = 0
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-        """An array of this shape and dtype with any content; numbers only."""
+        """Return an array of this shape and dtype, of numbers, with arbitrary content."""
         n_items = prod(shape)
         nbytes = n_items * dtype.itemsize
         if not MIN_NBYTES <= nbytes <= MAX_NBYTES:
             return np.empty(shape, dtype)
         block = self._take_block(nbytes)
-        # Through a memoryview: NumPy lets a view of a view name what lies below both, unless that is no array. So every
-        # view keeps this one alive.
+        # Through a memoryview: NumPy makes the array at the bottom the base of a view of a view, unless the bottom is no
+        # array. So every view keeps this array alive, not only the block.
         array = np.frombuffer(memoryview(block), dtype, n_items)  # type: ignore[arg-type]  # any array is a buffer
         weakref.finalize(array, self._return_block, block, self._n_releases).atexit = False
         return array.reshape(shape)
 
     def release(self) -> None:
-        """Let go of every block, now or once its array is gone."""
+        """Free every block, now or once its array is dropped."""
         self._n_releases += 1
         self._free.clear()
 
     def _return_block(self, block: Array, n_releases: int) -> None:
-        """Take a block back that was lent after so many releases."""
+        """Keep a block for the next array, unless the pool was released since the block was given out."""
         if n_releases == self._n_releases:
             self._free.append(block)
 
     def _take_block(self, nbytes: int) -> Array:
-        """A block of at least so many bytes, of those that came back or a new one."""
+        """Return a block of at least so many bytes: one that was returned, or a new one."""
         for _ in range(MAX_FREE_BLOCKS):
             try:
                 block = self._free.popleft()
@@ -81,3 +82,4 @@ class ResultBufferPool:
 
 
 result_pool = ResultBufferPool()
+default_cluster.add_release_callback(result_pool.release)

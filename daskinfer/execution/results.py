@@ -1,43 +1,28 @@
-"""What a task brought back: from shared memory, or by Dask's comms."""
+"""Tasks in flight, and how their results are fetched: from shared memory, or through Dask's comms."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Future
 
 from daskinfer.core.arrays import Array
-from daskinfer.core.chunks import Chunk, ChunkStats, RowFailure, StoredPart
+from daskinfer.core.chunks import Chunk, ChunkResult
 from daskinfer.errors import SchedulerLost
 from daskinfer.transport.shared_memory import Slot
 
-FETCH_SECONDS = 60.0  # that an answer may take from its worker to this process; arbitrary
-
-
-@dataclass(frozen=True)
-class ChunkResult:
-    """A chunk with its answer, (n, *shape) per output, none where it went into files; valid until the next is asked for.
-
-    ``written`` is what was written of each target, ``failures`` the rows without an answer, in order, ``attempts`` how often
-    it was tried.
-    """
-
-    chunk: Chunk
-    arrays: Sequence[Array]
-    stats: ChunkStats
-    written: tuple[tuple[StoredPart, ...], ...] = ()
-    failures: tuple[RowFailure, ...] = ()
-    attempts: int = 1
+FETCH_SECONDS = 60.0  # that results may take from their worker to this process; arbitrary
 
 
 @dataclass
 class InFlightTask:
-    """A task on its way: its chunks, its slot if any, and where in it each chunk's answer goes (None: it comes back).
+    """A task in flight: its chunks, its slot if any, and where in the slot the outputs of each chunk go.
 
-    ``alone``: nothing else may be in flight on its device. ``submitted_at`` by ``time.monotonic()``; ``dependencies`` is what Dask
-    brings with it. ``hung``: it took too long, and its worker was ended for it.
+    An entry of ``output_refs`` is None if the outputs of that chunk come back through Dask. ``alone``: nothing else may be
+    in flight on its device. ``submitted_at`` is by ``time.monotonic()``; ``dependencies`` are the futures whose results Dask
+    brings to the worker. ``hung``: it took too long, and its worker was killed for it.
     """
 
     chunks: tuple[Chunk, ...]
@@ -50,57 +35,58 @@ class InFlightTask:
 
     @property
     def row_label(self) -> str:
-        """The rows, as messages name them."""
+        """The rows of the task, as messages name them."""
         return f"rows {self.chunks[0].start}:{self.chunks[-1].stop}"
 
 
 class ResultNotReadyError(Exception):
-    """An answer is there no more, or not yet; its task is still on its way."""
+    """A result is not available any more, or not yet; its task is still in flight."""
 
 
 class DependencyLostError(Exception):
-    """What Dask had to bring with a task ended with a worker."""
+    """A dependency of a task was lost with the worker that held it."""
 
 
 def fetch_results(future: Future, task: InFlightTask) -> list[ChunkResult]:
-    """The chunks of a task that has ended, with their answers, wherever these are; or what it raised.
+    """Return the results of a task that has ended, with their arrays from wherever they are; or raise what it raised.
 
     Raises
     ------
-    UnfetchedError, NeedsLostError
-        Where a worker ended before the answer was here.
+    ResultNotReadyError, DependencyLostError
+        If a worker died before its results were fetched, or with a dependency of the task.
     SchedulerLost
-        Where the task was cancelled.
+        If the task was cancelled.
     """
-    blocks = _fetch_via_dask(future, task)
-    noted = task.slot.read_header() if task.slot is not None else None
-    found = []
-    for i, (chunk, block) in enumerate(zip(task.chunks, noted or blocks or (), strict=True)):
-        places = task.output_refs[i]
-        if places is not None and task.slot is not None:
-            arrays = [place.array(task.slot.pool.memory) for place in places]
+    results = _fetch_via_dask(future, task)
+    header = task.slot.read_header() if task.slot is not None else None
+    fetched = []
+    for i, result in enumerate(header or results or ()):
+        refs = task.output_refs[i]
+        if refs is not None and task.slot is not None:
+            arrays: Sequence[Array] = [ref.get_array(task.slot.pool.memory) for ref in refs]
         else:
-            arrays = blocks[i].arrays if blocks else []
-        found.append(ChunkResult(chunk, arrays, block.receipt, block.written, block.failures))
-    return found
+            arrays = results[i].arrays if results else []
+        fetched.append(replace(result, arrays=arrays))
+    return fetched
 
 
-def _fetch_via_dask(future: Future, task: InFlightTask) -> Sequence[Any] | None:
-    """What came back; nothing is fetched where all of the answer is in shared memory."""
-    if future.status == "finished" and task.slot is not None and None not in task.output_refs and task.slot.has_header:
+def _fetch_via_dask(future: Future, task: InFlightTask) -> Sequence[ChunkResult] | None:
+    """Return what the task returned through Dask; None, without fetching, if all of it is in shared memory."""
+    in_memory = task.slot is not None and None not in task.output_refs and task.slot.has_header
+    if future.status == "finished" and in_memory:
         return None
     if future.status == "cancelled":
-        if future.client.status == "running" and any(needed.status != "finished" for needed in task.dependencies):
+        if future.client.status == "running" and any(d.status != "finished" for d in task.dependencies):
             raise DependencyLostError
         raise SchedulerLost(
-            f"the task of {task.row_label} was cancelled, and not by this call: the scheduler was lost, or somebody did. "
-            "Look whether the scheduler still runs, and repeat the call."
+            f"the task for {task.row_label} was cancelled externally (scheduler lost, or cancelled by another client). "
+            "Check that the scheduler is running, and repeat the call."
         )
     try:
-        blocks: Sequence[Any] | None = future.result(timeout=FETCH_SECONDS)
+        results: Sequence[ChunkResult] | None = future.result(timeout=FETCH_SECONDS)
     except TimeoutError as error:
-        # Asked for while its worker ended: Dask would wait until it is computed again, here or nowhere.
+        # Requested while its worker died: Dask would wait until it is computed again, perhaps forever.
         if future.status != "error":
             raise ResultNotReadyError from error
         raise
-    return blocks
+    return results

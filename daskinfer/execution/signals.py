@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM while a call computes: what is in flight ends, nothing more begins; twice stops at once.
+"""Ctrl-C and SIGTERM while a call computes: chunks in flight finish and no more start; a second signal stops at once.
 
-Before the first chunk is on its way, while workers start or measure, there is nothing to keep: once is enough.
+Before the first chunk was submitted, while workers start or batch sizes are tuned, there is nothing to finish: one signal is
+enough.
 
-The handlers are set while a call runs in the main thread, and only where the program has set none of its own.
+The handlers are installed while a call runs in the main thread, and only for signals that the program does not handle
+itself.
 """
 
 from __future__ import annotations
@@ -19,52 +21,52 @@ from daskinfer.errors import Interrupted
 
 logger = logging.getLogger(__name__)
 
-# By signal: the handler that stands for "nobody has asked for anything else".
+# By signal: the handler of a program that has installed none.
 _DEFAULT_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Drainable(Protocol):
-    """What can be asked to begin nothing more; ``started_at`` is None until anything was in flight."""
+    """A run that can be told to start no further chunk; ``started_at`` is None until one was in flight."""
 
     draining: bool
     started_at: float | None
 
 
 class StopNow(KeyboardInterrupt):
-    """The second signal, on its way out. No ``Exception``: nobody takes it for what a row, a read or a write raised."""
+    """Raised by the second signal. Not an ``Exception``: no handler takes it for an error of a row, a read or a write."""
 
 
 @contextlib.contextmanager
 def drain_on_signal(run: Drainable) -> Iterator[None]:
-    """Let the first signal drain ``run``, and raise once it has ended.
+    """Drain ``run`` at the first signal, and raise once it has ended.
 
     Raises
     ------
     Interrupted
-        On leaving, where a signal came; at the second one at once.
+        When the context ends, if a signal was received; at a second signal at once.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def handle_signal(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         run.draining = True
         name = signal.Signals(number).name
-        if len(came) > 1:
+        if len(received) > 1:
             raise StopNow
-        if run.started_at is None:  # workers that are starting take seconds to end
-            logger.warning("%s: no chunk is on its way yet; what was started is ended", name)
+        if run.started_at is None:  # workers that are starting take seconds to shut down
+            logger.warning("%s received before any chunk was submitted; shutting down workers", name)
             raise StopNow
-        logger.warning("%s: what is in flight is ended; once more stops at once", name)
+        logger.warning("%s received: finishing in-flight chunks; send it again to abort", name)
 
     with contextlib.suppress(StopNow), _install_handler(handle_signal):
         yield
-    if came and run.draining:
-        raise make_interrupted(came[0]) from None
+    if received and run.draining:
+        raise make_interrupted(received[0]) from None
 
 
 @contextlib.contextmanager
 def convert_keyboard_interrupt() -> Iterator[None]:
-    """Say Ctrl-C as ``Interrupted``, where a call drains nothing since its caller has all that was done."""
+    """Convert Ctrl-C into ``Interrupted``, for a call that need not drain: its caller already has every finished block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -72,23 +74,21 @@ def convert_keyboard_interrupt() -> Iterator[None]:
 
 
 def make_interrupted(number: int) -> Interrupted:
-    """What is raised after a signal."""
+    """Make the error that is raised after a signal."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return Interrupted(f"{name} ended the call before all rows had an answer.", number)
+    return Interrupted(f"{name} ended the call before all rows had an output.", number)
 
 
 @contextlib.contextmanager
 def _install_handler(handler: signal._HANDLER) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
-    before = {
-        number: signal.getsignal(number) for number, usual in _DEFAULT_HANDLERS.items() if signal.getsignal(number) == usual
-    }
+    before = {n: default for n, default in _DEFAULT_HANDLERS.items() if signal.getsignal(n) == default}
     for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
+        for number, default in before.items():
+            signal.signal(number, default)

@@ -1,4 +1,8 @@
-"""What a call that computes does with its chunks as they end: keeps them, sums their receipts up, gives them on in order."""
+"""Sinks take the results of a call: into arrays, into stored outputs, or to a caller who consumes them in order.
+
+The arrays of a result may be views of shared memory that the next task overwrites, so a sink copies what it needs before
+``write`` returns.
+"""
 
 from __future__ import annotations
 
@@ -6,174 +10,156 @@ import functools
 import logging
 import platform
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
 
-from daskinfer.cluster.process_cluster import default_cluster
-from daskinfer.core.row_ranges import Range, Ranges, subtract_ranges
-from daskinfer.diagnostics.events import EventBus, PlannedDevice, RunEnded, RunStarted
-from daskinfer.diagnostics.report import RunAggregator, RunReport
-from daskinfer.errors import DaskInferError, Partial
-from daskinfer.execution.ordering import ReorderBuffer
-from daskinfer.execution.result_buffers import result_pool
-from daskinfer.execution.results import ChunkResult
-from daskinfer.execution.signals import convert_keyboard_interrupt, drain_on_signal
-from daskinfer.execution.worker_setup import device_ids
+from daskinfer.core.arrays import Array
+from daskinfer.core.chunks import BatchConfig, ChunkResult
+from daskinfer.errors import DaskInferError, PartialOutput
 from daskinfer.options import Options
-from daskinfer.planning.build_job import PreparedJob
+from daskinfer.planning.job import InferenceJob
+from daskinfer.storage.outputs import OutputSet
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN_ROWS = 5  # rows that a warning names; arbitrary
+_MAX_SHOWN_ROWS = 5  # that a warning lists; arbitrary
 
 
-class RunLike(Protocol):
-    """``driver.Run``: a call that computes while it is iterated over."""
+class Sink(Protocol):
+    """Takes the results of a call, in any order."""
 
-    started_at: float | None
-    draining: bool
-    events: EventBus
+    def write(self, result: ChunkResult) -> None:
+        """Store or copy a result; its arrays are not valid afterwards."""
+
+    def abort(self, error: DaskInferError) -> None:
+        """Add to the error that ends the call what was done before it."""
+
+
+class ArraySink:
+    """Collects the whole output in memory.
+
+    Parameters
+    ----------
+    job
+        The call.
+    empty
+        Allocates an array of a shape and dtype.
+    """
+
+    def __init__(self, job: InferenceJob, empty: Callable[[Sequence[int], np.dtype[Any]], Array] = np.empty) -> None:
+        self._job = job
+        self._arrays = [empty((job.n_rows, *o.shape[1:]), o.dtype) for o in job.output_spec.outputs]
+        self._done = np.zeros(job.n_rows, bool)
 
     @property
-    def missing(self) -> Ranges: ...
+    def output(self) -> Any:
+        """The output, in the structure of the model's output."""
+        return self._job.build_output(self._arrays)
 
-    def __iter__(self) -> Generator[ChunkResult, None, None]: ...
+    def write(self, result: ChunkResult) -> None:
+        rows = slice(result.chunk.start, result.chunk.stop)
+        for array, computed in zip(self._arrays, result.arrays, strict=True):
+            array[rows] = computed
+        self._done[rows] = True
+        for failure in result.failures:
+            self._done[failure.start : failure.stop] = False
 
-
-def compute_chunks(
-    work: PreparedJob, write: Callable[[ChunkResult], None], run: RunLike, row_range: Range | None = None
-) -> RunReport:
-    """Compute every chunk, give each to ``copy_result``, and sum the events up; ``rows`` are the call's part, None: all."""
-    tally = RunAggregator()
-    run.events.add(tally)
-    called = time.perf_counter()
-    with _emit_run_events(work, run, row_range), drain_on_signal(run), closing(iter(run)) as found:
-        for finished in found:
-            write(finished)
-    began = run.started_at or called
-    return tally.make_report(seconds=time.perf_counter() - began, start_seconds=began - called, facts=_collect_facts(work))
-
-
-def build_complete_report(work: PreparedJob) -> RunReport:
-    """The report of a run whose output is complete."""
-    tally = RunAggregator()
-    tally(_make_run_started(work, "", everything := (0, work.layout.n_rows), [everything]))
-    return tally.make_report(seconds=0.0, facts=_collect_facts(work))
+    def abort(self, error: DaskInferError) -> None:
+        for array in self._arrays:  # rows that were not computed hold arbitrary values
+            array[~self._done] = _choose_fill_value(array.dtype, self._job.run_config.options)
+        error.partial = PartialOutput(self.output, self._done)
+        n_done, n_rows = int(self._done.sum()), len(self._done)
+        error.add_note(f"{n_done:,} of {n_rows:,} rows have an output: .partial.output, where .partial.done is True.")
 
 
-def collect_output(work: PreparedJob, run: RunLike) -> tuple[Any, RunReport]:
-    """The whole answer, in memory; what ends it early carries what was done."""
-    # Memory is kept as long as the cluster is.
-    empty = (
-        result_pool.empty
-        if work.placement.client is None and default_cluster.is_running(device_ids(work.placement))
-        else np.empty
-    )
-    arrays = [empty((work.inputs.n_rows, *o.shape[1:]), o.dtype) for o in work.output_spec.outputs]
-    done = np.zeros(work.inputs.n_rows, bool)
+class StorageSink:
+    """Commits to stored outputs the results that workers, or this process, have written.
 
-    def copy_result(finished: ChunkResult) -> None:
-        rows = slice(finished.chunk.start, finished.chunk.stop)
-        for array, found in zip(arrays, finished.arrays, strict=True):
-            array[rows] = found
-        done[rows] = True
-        for failure in finished.failures:
-            done[failure.start : failure.stop] = False
+    Parameters
+    ----------
+    outputs
+        The open outputs, locked by this run.
+    get_batch
+        Returns the batch configuration in use, which is recorded with the results.
+    """
 
-    try:
-        report = compute_chunks(work, copy_result, run)
-    except DaskInferError as error:
-        for array in arrays:  # what is there is nobody's answer
-            array[~done] = _choose_fill_value(array.dtype, work.run_config.options)
-        error.partial = Partial(work.build_result(arrays), done)
-        error.add_note(f"{int(done.sum()):,} of {len(done):,} rows have an answer: .partial.answer, where .partial.done.")
-        raise
-    return work.build_result(arrays), report
+    def __init__(self, outputs: OutputSet, get_batch: Callable[[], BatchConfig]) -> None:
+        self._outputs, self._get_batch = outputs, get_batch
+
+    def write(self, result: ChunkResult) -> None:
+        self._outputs.commit(result, self._get_batch())
+
+    def abort(self, error: DaskInferError) -> None:
+        """Do nothing: committed rows are kept, and ``open_outputs`` adds to the error how to continue."""
+
+
+class StreamSink:
+    """Puts results into the order of their rows; early ones are held back.
+
+    How many is bounded: no chunk starts ``max_rows_ahead`` rows or more after the first missing row. If the caller stops
+    consuming blocks, the devices stop once their windows are full.
+
+    Parameters
+    ----------
+    max_rows_ahead
+        Rows that devices may be ahead of the first missing row.
+    """
+
+    def __init__(self, max_rows_ahead: int) -> None:
+        self._max_rows_ahead = max_rows_ahead
+        self._next_row = 0
+        self._early: dict[int, tuple[int, list[Array]]] = {}  # by first row: the row after the last, and the arrays
+
+    def get_row_limit(self) -> int:
+        """Return the first row at which no chunk may start yet."""
+        return self._next_row + self._max_rows_ahead
+
+    def write(self, result: ChunkResult) -> None:
+        self._early[result.chunk.start] = result.chunk.stop, [np.array(array) for array in result.arrays]
+
+    def pop_ready(self) -> Iterator[list[Array]]:
+        """Yield each chunk's arrays, (n, *shape), whose earlier rows have all been yielded."""
+        while self._next_row in self._early:
+            self._next_row, arrays = self._early.pop(self._next_row)
+            yield arrays
+
+    def abort(self, error: DaskInferError) -> None:
+        """Do nothing: the caller has received every block before the one that failed."""
 
 
 def _choose_fill_value(dtype: np.dtype[Any], options: Options) -> float:
-    """What stands where there is no answer: as for rows that are skipped, else NaN, or 0 where a dtype has no NaN."""
-    if options.on_error == "skip" and options.fill_value is not None:  # which every output can hold
+    """Return the value of rows without output: that of skipped rows, else NaN, or 0 if the dtype has no NaN."""
+    if options.on_error == "skip" and options.fill_value is not None:  # every output can hold it
         return options.fill_value
     return np.nan if dtype.kind in "fc" else 0
 
 
-def stream_output(work: PreparedJob, run: RunLike, reorder_buffer: ReorderBuffer) -> Generator[Any, None, None]:
-    """The answer block by block, in order."""
-    tally = RunAggregator()
-    run.events.add(tally)
-    with _emit_run_events(work, run, None), convert_keyboard_interrupt(), closing(iter(run)) as finished:
-        for arrays in reorder_buffer.iter_blocks(finished):
-            yield work.build_result(arrays)
-    warn_of_failed_rows(tally.make_report(seconds=0.0, facts={}).failed_rows)
-
-
 def warn_of_failed_rows(failed_rows: Sequence[int]) -> None:
-    """Say in the log which rows have no answer, where nobody gets a report."""
+    """Warn which rows have no output; for callers who get no report."""
     if failed_rows:
-        named = ", ".join(f"{row:,}" for row in failed_rows[:_MAX_SHOWN_ROWS]) + (
-            ", …" if len(failed_rows) > _MAX_SHOWN_ROWS else ""
-        )
-        logger.warning(
-            "%s rows have no answer (%s); predict(…, return_report=True) says why", f"{len(failed_rows):,}", named
-        )
+        named = ", ".join(f"{row:,}" for row in failed_rows[:_MAX_SHOWN_ROWS])
+        named += ", …" if len(failed_rows) > _MAX_SHOWN_ROWS else ""
+        n_failed = f"{len(failed_rows):,}"
+        logger.warning("%s rows have no output (%s); predict(…, return_report=True) says why", n_failed, named)
 
 
-@contextmanager
-def _emit_run_events(work: PreparedJob, run: RunLike, row_range: Range | None) -> Iterator[None]:
-    """Tell when the run begins, and how it ends."""
-    tell, error = run.events, ""
-    part = (0, work.layout.n_rows) if row_range is None else row_range
-    tell(_make_run_started(work, tell.run, part, list(subtract_ranges(part, run.missing))))
-    try:
-        yield
-    except GeneratorExit:
-        error = "closed before its end"
-        raise
-    except BaseException as raised:
-        error = f"{type(raised).__name__}: {raised}"
-        raise
-    finally:
-        tell(RunEnded(tell.run, time.time(), error))
-
-
-def _make_run_started(work: PreparedJob, run_id: str, row_range: Range, done: Ranges) -> RunStarted:
-    plan, kinds = work.make_plan(), [device.kind for device in work.placement.devices]
-    devices = tuple(PlannedDevice(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
-    return RunStarted(
-        run_id,
-        time.time(),
-        plan.model,
-        plan.inputs,
-        plan.outputs,
-        row_range,
-        tuple(done),
-        plan.batch_size,
-        devices,
-        dict(work.run_config.by_kind),
-        work.run_config.channels_last,
-    )
-
-
-def _collect_facts(work: PreparedJob) -> dict[str, str]:
-    """What a report says of what was computed, beside what the events say."""
+def collect_facts(job: InferenceJob) -> dict[str, str]:
+    """Collect what a report says about the computation beyond what the events say."""
     facts = dict(_collect_environment())
-    if work.output_request is not None:
-        header = work.output_request.headers[0]
-        facts["stored in"] = ", ".join(work.output_request.paths)
-        facts["network's fingerprint"] = header.model
-        facts["input's fingerprint"] = "; ".join(f"{port}: {dict(mark)}" for port, mark in header.input.items())
+    if job.output_request is not None:
+        header = job.output_request.headers[0]
+        facts["stored in"] = ", ".join(job.output_request.paths)
+        facts["model fingerprint"] = header.model
+        facts["input fingerprint"] = "; ".join(f"{port}: {dict(mark)}" for port, mark in header.input.items())
     return facts
 
 
 @functools.cache
 def _collect_environment() -> Mapping[str, str]:
-    """Versions and machine, which reading takes milliseconds."""
+    """Collect the versions and the machine; cached, since it takes milliseconds."""
     versions = [f"{name} {_get_version(name)}" for name in ("daskinfer", "torch", "dask", "distributed", "numpy")]
     # Not platform.platform(), which starts a process.
     machine = f"{platform.node()}, {platform.system()} {platform.release()} {platform.machine()}"
@@ -181,5 +167,5 @@ def _collect_environment() -> Mapping[str, str]:
 
 
 def _get_version(name: str) -> str:
-    """As the loaded package says it; to read what was installed takes 3 ms."""
+    """Return the version that the loaded package states; reading the installed metadata takes 3 ms."""
     return str(getattr(sys.modules.get(name), "__version__", None) or metadata.version(name))

@@ -1,4 +1,4 @@
-"""The client's side of a task: where its rows come from, and where its answers go."""
+"""Builds tasks in the client: where the rows of a task come from, and where its outputs go."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from daskinfer.core.arrays import Array, RemoteArray
 from daskinfer.core.chunks import Chunk
 from daskinfer.execution.dask_inputs import DaskBlocks
 from daskinfer.planning.inputs import Inputs
-from daskinfer.transport.routing import RowRouter
-from daskinfer.transport.row_sources import ChunkInput, FileRows, RowSource, Task, TaskResources
+from daskinfer.transport.row_sources import ChunkInput, FileRows, RowRouter, RowSource, Task, TaskResources
 from daskinfer.transport.shared_memory import ALIGN, Slot, compute_slot_nbytes
 
-MAX_INLINE_CONTEXT_NBYTES = 1 << 20  # a larger order goes to the cluster once instead of with each task; arbitrary
+MAX_INLINE_SPEC_NBYTES = 1 << 20  # a larger spec is sent to the cluster once instead of with each task; arbitrary
 
 
-class ContextPublisher:
-    """The order of a call as its tasks take it; a large one is sent once, and again where it ended with its workers."""
+class SpecPublisher:
+    """Returns the spec of a call as a task takes it: inline, or a future of it if it is large.
 
-    def __init__(self, client: Client, context: bytes) -> None:
-        self._client, self._context = client, context
+    A large spec is sent to the cluster once, and again if the workers that held it have died.
+    """
+
+    def __init__(self, client: Client, spec: bytes) -> None:
+        self._client, self._spec = client, spec
         self._future: Future | None = None
 
     def __call__(self) -> Any:
-        if len(self._context) <= MAX_INLINE_CONTEXT_NBYTES:
-            return self._context
+        if len(self._spec) <= MAX_INLINE_SPEC_NBYTES:
+            return self._spec
         if self._future is None or self._future.status != "finished":
-            self._future = self._client.scatter(self._context, broadcast=True, hash=False)
+            self._future = self._client.scatter(self._spec, broadcast=True, hash=False)
         return self._future
 
 
@@ -43,11 +45,11 @@ class TaskBuilder:
     inputs
         The ports and their arrays.
     outputs
-        One empty array (0, *shape) per output that comes back; none where workers write them to files.
+        One empty array (0, *shape) per output that comes back; empty if workers write the outputs to files.
     row_chunks
-        How the rows are cut, where dask arrays are among the inputs: a chunk's ``index`` counts these.
+        Rows of each chunk if any input is a dask array: the ``index`` of a chunk counts these.
     client
-        Who computes a dask array that cannot be computed block by block. None: this process.
+        Computes dask arrays that cannot be computed block by block. None: this process computes them.
     """
 
     def __init__(self, inputs: Inputs, outputs: Sequence[Array], row_chunks: Sequence[int], client: Client | None) -> None:
@@ -57,7 +59,7 @@ class TaskBuilder:
         self._blocks = DaskBlocks(lazy, client) if lazy else None
 
     def compute_slot_nbytes(self, n_rows: int, n_chunks: int) -> int:
-        """Bytes of shared memory that a task of so many rows in so many chunks needs at most."""
+        """Return the most bytes of shared memory that a task of so many rows in so many chunks needs."""
         inputs = [array for array in self._arrays if isinstance(array, np.ndarray)]
         n_leaves, row_nbytes = self._blocks.compute_leaf_sizes() if self._blocks else (0, 0)
         arrays = [*inputs, *self._outputs]
@@ -67,26 +69,28 @@ class TaskBuilder:
     def build_task(
         self, chunks: Sequence[Chunk], slot: Slot | None, workers: Sequence[str] = (), *, reads_process_memory: bool = False
     ) -> tuple[Task, list[Future]]:
-        """A task of these chunks and the futures that Dask has to bring with it.
+        """Build a task of these chunks; return it with the futures that Dask has to bring with it.
 
-        Rows in memory stay there if the worker ``reads`` them, else they are put into the slot; without a slot they are
-        sent to one of ``workers`` (addresses; none: to any).
+        Rows in memory stay there if the worker ``reads_process_memory``, else they are copied into the slot; without a slot
+        they are sent to one of ``workers`` (addresses; empty: to any).
         """
-        way = RowRouter(self._client, slot, workers, reads_process_memory)
-        pieces = tuple(
-            ChunkInput(chunk, tuple(self._make_row_sources(chunk, way)), self._reserve_outputs(chunk, slot))
+        router = RowRouter(self._client, slot, workers, reads_process_memory)
+        chunk_inputs = tuple(
+            ChunkInput(chunk, tuple(self._make_row_sources(chunk, router)), self._reserve_outputs(chunk, slot))
             for chunk in chunks
         )
         if slot is None:
-            return Task(pieces), way.dependencies
-        return Task(pieces, slot.pool.ref, slot.header_offset), way.dependencies
+            return Task(chunk_inputs), router.dependencies
+        return Task(chunk_inputs, slot.pool.ref, slot.header_offset), router.dependencies
 
     def read_rows(self, chunk: Chunk) -> list[Array | RemoteArray]:
-        """The rows of each port in this process, (n, ...)."""
-        way = RowRouter()
-        parts = self._make_row_sources(chunk, way)
-        within = TaskResources(dependency_results=[future.result() for future in way.dependencies])
-        return [part.read_rows(within) for part in parts]
+        """Read the rows of each port, (n, ...), in this process."""
+        if self._blocks is None:
+            return [array[chunk.start : chunk.stop] for array in self._arrays]
+        router = RowRouter()
+        sources = self._make_row_sources(chunk, router)
+        resources = TaskResources(dependency_results=[future.result() for future in router.dependencies])
+        return [source.read_rows(resources) for source in sources]
 
     def _make_row_sources(self, chunk: Chunk, router: RowRouter) -> list[RowSource]:
         blocks = iter(self._blocks.make_row_sources(chunk.index, router) if self._blocks else ())
@@ -95,8 +99,8 @@ class TaskBuilder:
     def _reserve_outputs(self, chunk: Chunk, slot: Slot | None) -> Any:
         if slot is None or not self._outputs:
             return None
-        places = tuple(slot.allocate((chunk.n_rows, *o.shape[1:]), o.dtype) for o in self._outputs)
-        return None if None in places else places
+        refs = tuple(slot.allocate((chunk.n_rows, *o.shape[1:]), o.dtype) for o in self._outputs)
+        return None if None in refs else refs
 
 
 def _make_row_source(array: Any, chunk: Chunk, router: RowRouter) -> RowSource:

@@ -1,311 +1,244 @@
-"""From what a user typed to a plan that can run: everything is looked at, all that cannot work is said at once.
+"""Build a job from what a user typed: check every argument, and report all problems at once.
 
-Nothing starts here: no cluster, no task, and no row is read.
+Nothing starts here: no cluster and no task, and no row is read. Devices are resolved beforehand (``cluster.placement``),
+since that may ask the workers of a cluster.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from distributed import Client
 
-from daskinfer.cluster.placement import Placement, resolve_placement
-from daskinfer.core.arrays import Array
-from daskinfer.core.chunks import Chunk
+from daskinfer.core.chunks import BatchConfig
 from daskinfer.errors import ErrorCollector, InputError, OutputExists, PlanError
 from daskinfer.hardware.discovery import inspect_machine
-from daskinfer.models.model import ModelLoader, as_model
-from daskinfer.options import OptionFields, Options, is_trusted, merge_options
+from daskinfer.models.fingerprint import compute_fingerprint
+from daskinfer.models.loaders import ModelLoader
+from daskinfer.models.model import Model, as_model
+from daskinfer.options import Options, is_trusted, merge_options
 from daskinfer.planning.input_fingerprint import compute_input_fingerprint
-from daskinfer.planning.inputs import Inputs
-from daskinfer.planning.job import InferenceJob, make_history_key
-from daskinfer.planning.output_spec import OutputSpec, check_fill_value, infer_output_spec
-from daskinfer.planning.plan import Plan, find_memory_problems, make_device_plans
+from daskinfer.planning.inputs import InputLike, Inputs
+from daskinfer.planning.job import InferenceJob, Placement, make_history_key
+from daskinfer.planning.output_spec import OutputSpec, check_fill_value, infer_output_spec, output_specs
 from daskinfer.scheduling.batching import align_batch_size, check_batch_size, choose_batch_size, read_cell_rows
-from daskinfer.scheduling.chunking import ChunkLayout, assign_chunks, fit_chunk_nbytes, make_chunks, resolve_weights
+from daskinfer.scheduling.chunking import ChunkLayout, assign_chunks, fit_chunk_nbytes, make_chunks
 from daskinfer.scheduling.throughput_history import history
-from daskinfer.storage.formats import Target, check_output_path
-from daskinfer.storage.manifest import Header, compute_shard_rows
-from daskinfer.storage.output_request import ExistingOutput, OutputRequest, check_shard, collect_result_options
-from daskinfer.storage.paths import not_ours_error, read_header
+from daskinfer.scheduling.weights import resolve_weights
+from daskinfer.storage.formats import check_output_path
+from daskinfer.storage.manifest import RESULT_OPTIONS, Header, compute_shard_rows
+from daskinfer.storage.output_request import ExistingOutput, OutputRequest, check_shard
+from daskinfer.storage.paths import make_unmanaged_output_error, read_header
 from daskinfer.worker.model_runner import ModelRunConfig
 
 StrPath = str | os.PathLike[str]
 DeviceWeights = str | Sequence[float] | Mapping[str, float]
+ModelLike = Model | torch.nn.Module | Callable[..., Any] | StrPath
 
-# Bytes of output in a write-unit (a store's chunk): large enough for a disk, small enough to balance; arbitrary.
+# Bytes of output in a write-unit (a chunk of a store): large enough for a disk, small enough to balance; arbitrary.
 WRITE_UNIT_NBYTES = 1 << 20
-# Write-units in the smallest share: every share is met to within 1/64 of it; arbitrary.
+# Write-units in the smallest share: each device's rows differ from its share by at most 1/64 of it; arbitrary.
 MIN_WRITE_UNITS = 32
 
 
 @dataclass(frozen=True)
-class PreparedJob:
-    """A call that can run: what is computed, where, in which chunks; ``output_request`` is what it stores, where it has a target."""
+class RunArguments:
+    """How a call is to run, as typed by the user; each public function takes these as keywords.
 
-    model_name: str
-    inputs: Inputs
-    loader: ModelLoader
-    output_spec: OutputSpec
-    run_config: ModelRunConfig
-    placement: Placement
-    weights: tuple[float, ...]
-    balanced: bool
-    tunable: bool
-    layout: ChunkLayout
-    output_request: OutputRequest | None = None
+    ``options`` are merged with ``fields``, which win. ``placement`` is None if the devices cannot be used; the caller's
+    error collector then holds the reason.
+    """
 
-    def make_plan(self) -> Plan:
-        """The plan as people read it, with the speeds that are known."""
-        speeds = history.get_or_create(make_history_key(self.loader, self.inputs, self.run_config.options)).speeds
-        devices = self.placement.devices
-        outputs = zip(self.output_spec.structure.names, self.output_spec.outputs, strict=True)
-        return Plan(
-            devices=make_device_plans(
-                self.layout,
-                names=[d.name for d in devices],
-                labels=[d.label for d in devices],
-                weights=self.weights,
-                row_in_nbytes=self.inputs.row_nbytes,
-                row_out_nbytes=self.output_spec.row_nbytes,
-                model_nbytes=self.loader.nbytes,
-                speeds=[speeds.get(d.name, 0.0) for d in devices],
-            ),
-            layout=self.layout,
-            weights_assumed=self.balanced and len(self.weights) > 1 and not all(speeds.get(d.name) for d in devices),
-            balanced=self.balanced,
-            notes=self._make_notes(),
-            model=self.model_name,
-            inputs=self.inputs.describe(),
-            outputs=tuple(f"{name}: {(self.inputs.n_rows, *o.shape[1:])} {o.dtype}" for name, o in outputs),
-        )
+    placement: Placement | None
+    device_weights: DeviceWeights = "auto"
+    batch_size: int | str = "auto"
+    options: Options | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
-    def _make_notes(self) -> tuple[str, ...]:
-        if not self.placement.can_choose_executor:
-            return ()
-        return (
-            f"CPUs: {len(self.placement.devices)} x 1 thread, or this process with all of torch's threads where that is "
-            "faster; what is measured decides",
-        )
-
-    def make_job(
-        self,
-        targets: Sequence[Target] = (),
-        done: Sequence[tuple[int, int]] = (),
-        n_failed: int = 0,
-        row_range: tuple[int, int] | None = None,
-    ) -> InferenceJob:
-        """What the driver computes.
-
-        ``targets`` are files that the workers write to, ``done`` row ranges that they hold, ``n_failed`` of these rows
-        without an answer, ``part`` (start, stop) the call's part of the input, None: all of it.
-        """
-        start, stop = row_range or (0, self.layout.n_rows)
-        return InferenceJob(
-            inputs=self.inputs,
-            loader=self.loader,
-            run_config=self.run_config,
-            placement=self.placement,
-            weights=self.weights,
-            layout=self.layout,
-            balanced=self.balanced,
-            prefetch=self.run_config.options.prefetch,
-            row_nbytes=self.inputs.row_nbytes + self.output_spec.row_nbytes,
-            chunk_nbytes=fit_chunk_nbytes(self.placement.memory_limits, self.loader.nbytes),
-            targets=tuple(targets),
-            tunable=self.tunable,
-            done=tuple(done),
-            part_rows=stop - start,
-            n_failed=n_failed,
-        )
-
-    def build_result(self, arrays: Sequence[Array]) -> Any:
-        """Arrays in the form of the network's answer; tensors where the input was one."""
-        return self.output_spec.structure.rebuild(
-            [torch.from_numpy(a) for a in arrays] if self.inputs.has_tensors else arrays
-        )
-
-    def find_problems(self) -> list[str]:
-        """Sentences on what does not fit into memory."""
-        row_nbytes = self.inputs.row_nbytes + self.output_spec.row_nbytes
-        limits = self.placement.memory_limits
-        return find_memory_problems(
-            self.make_plan().devices, self.layout, limits, row_nbytes=row_nbytes, model_nbytes=self.loader.nbytes
-        )
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the devices get rows according to their measured throughput."""
+        return isinstance(self.device_weights, str) and self.device_weights == "auto"
 
 
 def build_job(
-    model: Any,
-    x: Any,
+    model: ModelLike,
+    x: InputLike,
+    arguments: RunArguments,
     *,
-    devices: str | Sequence[str],
-    device_weights: DeviceWeights,
-    batch_size: int | str,
-    client: Client | None,
-    options: Options | None,
-    fields: OptionFields,
-    refusals: ErrorCollector | None = None,
+    errors: ErrorCollector | None = None,
     existing_output: ExistingOutput | None = None,
-) -> PreparedJob:
-    """Look at every argument, find out what the answer looks like, and lay the rows out.
+) -> InferenceJob:
+    """Check every argument, infer what the output looks like, and cut the rows into chunks.
 
-    ``find_problems`` may hold errors that the caller has found already. ``into`` cuts at the write-units of a store.
+    ``errors`` may already hold errors that the caller collected. With ``existing_output``, every chunk is made of whole
+    write-units of the store.
 
     Raises
     ------
     DaskInferError
-        The one thing that cannot work, or a PlanError with all of them.
+        The only problem, or a PlanError that lists all of them.
     """
-    refusals = refusals or ErrorCollector()
-    given: dict[str, Any] = {}
-    with refusals.collect():
-        given["inputs"] = Inputs.from_value(x)
-    with refusals.collect():
-        given["options"] = merge_options(options, fields)
-    with refusals.collect():
-        given["batch_size"] = check_batch_size(batch_size)
-    with refusals.collect():
-        given["placement"] = placement = resolve_placement(devices, client)
-        names, kinds = [d.name for d in placement.devices], [d.kind for d in placement.devices]
-        given["weights"] = resolve_weights(device_weights, names, kinds)
-    with refusals.collect():
-        # Before the network is tried on made-up rows: these would be as large as the file declares.
-        if inputs := given.pop("inputs", None):
-            inputs.check_sizes(_get_memory_budget(given))
-            given["inputs"] = inputs
-    with refusals.collect():
-        given["model"] = as_model(model, trust=is_trusted(options, fields))
-        given["recipe"] = given["model"].make_loader()
-    with refusals.collect():
-        _add_output_spec(given)
-    refusals.raise_if_any()
-    balanced = isinstance(device_weights, str) and device_weights == "auto"
-    return _prepare_job(given, balanced=balanced, existing_output=existing_output)
+    errors, fields = errors or ErrorCollector(), arguments.fields
+    inputs = errors.attempt(Inputs.from_value, x)
+    options = errors.attempt(merge_options, arguments.options, fields)
+    batch_size = errors.attempt(check_batch_size, arguments.batch_size)
+    weights = errors.attempt(_resolve_weights, arguments)
+    if inputs is not None and not errors.succeeds(inputs.check_sizes, _get_memory_budget(arguments.placement, weights)):
+        inputs = None  # never try the model on rows of the size that a file merely declares
+    checked = errors.attempt(as_model, model, trust=is_trusted(arguments.options, fields))
+    loader = errors.attempt(checked.make_loader) if checked is not None else None
+    if inputs is not None and options is not None and loader is not None:
+        options = keep_bfloat16(options, inputs)
+        output_spec = errors.attempt(_check_output, loader, inputs, options)
+    errors.raise_if_any()
+    # No error was collected, so every attempt above returned its value.
+    assert inputs is not None and options is not None and loader is not None and checked is not None
+    assert output_spec is not None and arguments.placement is not None and weights is not None
+    builder = _LayoutBuilder(inputs, output_spec, loader, options, arguments.placement, weights, batch_size, existing_output)
+    job = builder.build(checked.name, balanced=arguments.is_balanced)
+    if problems := job.find_problems():
+        raise PlanError(problems)
+    return job
 
 
-def _add_output_spec(resolved: dict[str, Any]) -> None:
-    """Find out what the answer looks like, where there is all that this takes."""
-    if {"inputs", "options", "recipe"} <= resolved.keys():
-        resolved["options"] = keep_bfloat16(resolved["options"], resolved["inputs"])
-        resolved["promise"] = get_output_spec(resolved["recipe"], resolved["inputs"], resolved["options"])
-        check_fill_value(resolved["options"], resolved["promise"])
+def _resolve_weights(arguments: RunArguments) -> tuple[float, ...] | None:
+    if arguments.placement is None:
+        return None
+    devices = arguments.placement.devices
+    return resolve_weights(arguments.device_weights, [d.name for d in devices], [d.kind for d in devices])
 
 
-def _prepare_job(resolved: dict[str, Any], *, balanced: bool, existing_output: ExistingOutput | None) -> PreparedJob:
-    inputs: Inputs = resolved["inputs"]
-    wanted: OutputSpec = resolved["promise"]
-    placement: Placement = resolved["placement"]
-    recipe: ModelLoader = resolved["recipe"]
-    weights: tuple[float, ...] = resolved["weights"]
-    automatic = align_batch_size(inputs.unit_rows or 1, choose_batch_size(inputs.n_rows, inputs.row_nbytes, weights))
-    begun = existing_output.header if existing_output is not None else None
-    if begun is not None and resolved["batch_size"] not in (None, begun.batch_size):
-        begun = None  # which is refused when the output is opened
-    batch_size = resolved["batch_size"] or (begun.batch_size if begun else automatic)
-    # After the micro-batch, which must not change from call to call.
-    weights = (_get_measured_weights(resolved) if balanced else None) or weights
-    chunk_nbytes = fit_chunk_nbytes(placement.memory_limits, recipe.nbytes)
-    # Into a store a dask array is cut anew: two chunks in one write-unit would be written over each other.
-    if inputs.row_chunks is not None and existing_output is None:
-        layout = assign_chunks(inputs.row_chunks, weights, batch_size=batch_size)
-    else:
-        layout = _make_layout(
-            inputs, wanted, weights, batch_size, chunk_nbytes, existing_output and replace(existing_output, header=begun)
-        )
-    job = ModelRunConfig(inputs.ports, batch_size, resolved["options"], wanted.outputs)
-    if begun is not None:
-        job = replace(job, by_kind=dict(begun.by_kind), channels_last=begun.channels_last)
-    work = PreparedJob(
-        resolved["model"].name,
-        inputs,
-        recipe,
-        wanted,
-        job,
-        placement,
-        weights,
-        balanced,
-        # Shards do not know of one another's measurements, and a run that goes on computes the same bytes.
-        resolved["batch_size"] is None and begun is None and (existing_output is None or existing_output.shard is None),
-        layout,
-    )
-    if sentences := work.find_problems():
-        raise PlanError(sentences)
-    return work
-
-
-def _make_layout(
-    inputs: Inputs,
-    output_spec: OutputSpec,
-    weights: Sequence[float],
-    batch_size: int,
-    chunk_nbytes: int,
-    existing_output: ExistingOutput | None,
-) -> ChunkLayout:
-    """Cut the rows at cells that cut neither what is read in one go nor, into a store, what is written so."""
-    row_nbytes = inputs.row_nbytes + output_spec.row_nbytes
-    limits = {"row_nbytes": row_nbytes, "chunk_nbytes": chunk_nbytes}
-    cell_rows = read_cell_rows(batch_size, inputs.unit_rows or 1, inputs.n_rows, **limits)
-    n_rows, n_shards = (
-        inputs.n_rows,
-        existing_output.shard[1] if existing_output is not None and existing_output.shard else 1,
-    )
-    if existing_output is not None:
-        cell_rows = _choose_write_unit_rows(
-            n_rows // n_shards, cell_rows, output_spec, weights, chunk_nbytes // max(1, row_nbytes)
-        )
-        cell_rows = existing_output.header.unit_rows if existing_output.header else cell_rows
-    if existing_output is None or existing_output.shard is None:
-        return make_chunks(n_rows, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
-    # The devices share the rows of this shard, not only those of all: each part is laid out by itself.
-    chunks: list[Chunk] = []
-    start, stop = compute_shard_rows(n_rows, cell_rows, existing_output.shard)
-    for first, last in ((0, start), (start, stop), (stop, n_rows)):
-        part = make_chunks(last - first, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
-        chunks += [replace(c, index=len(chunks) + c.index, start=first + c.start, stop=first + c.stop) for c in part.chunks]
-    return ChunkLayout(n_rows, batch_size, cell_rows, tuple(chunks))
-
-
-def _get_memory_budget(resolved: Mapping[str, Any]) -> int:
-    """Bytes of the device with the least memory of those that get rows; this machine's where none is known."""
-    shares = zip(resolved["placement"].memory_limits, resolved["weights"], strict=True) if "weights" in resolved else ()
+def _get_memory_budget(placement: Placement | None, weights: Sequence[float] | None) -> int:
+    """Return the memory in bytes of the smallest device that gets rows; that of this machine if none is known."""
+    shares = zip(placement.memory_limits, weights, strict=True) if placement and weights else ()
     return min((limit for limit, weight in shares if limit and weight), default=0) or inspect_machine().memory_nbytes
 
 
-def _get_measured_weights(resolved: dict[str, Any]) -> tuple[float, ...] | None:
-    """Each device's speed as its weight, the slowest 1, where all were measured for this network."""
-    known = history.get_or_create(make_history_key(resolved["recipe"], resolved["inputs"], resolved["options"])).speeds
-    speeds = tuple(known.get(device.name, 0.0) for device in resolved["placement"].devices)
-    return tuple(speed / min(speeds) for speed in speeds) if all(speeds) else None
+def _check_output(loader: ModelLoader, inputs: Inputs, options: Options) -> OutputSpec:
+    spec = get_output_spec(loader, inputs, options)
+    check_fill_value(options, spec)
+    return spec
+
+
+@dataclass(frozen=True)
+class _LayoutBuilder:
+    """Chooses the batch size and cuts the rows, once every argument has been checked.
+
+    ``batch_size`` is None for "auto". An output that is continued determines both, unless the user asked for another batch
+    size: that is refused when the output is opened.
+    """
+
+    inputs: Inputs
+    output_spec: OutputSpec
+    loader: ModelLoader
+    options: Options
+    placement: Placement
+    weights: tuple[float, ...]
+    batch_size: int | None
+    existing_output: ExistingOutput | None
+
+    def build(self, model_name: str, *, balanced: bool) -> InferenceJob:
+        batch = self._choose_batch_config()
+        # After the batch size: it must not depend on measurements, or it would change from call to call.
+        weights = (self._get_measured_weights() if balanced else None) or self.weights
+        chunk_nbytes = fit_chunk_nbytes(self.placement.memory_limits, self.loader.nbytes)
+        return InferenceJob(
+            model_name=model_name,
+            inputs=self.inputs,
+            loader=self.loader,
+            output_spec=self.output_spec,
+            run_config=ModelRunConfig(self.inputs.ports, batch, self.options, self.output_spec.outputs),
+            placement=self.placement,
+            weights=weights,
+            layout=self._make_layout(weights, batch.batch_size, chunk_nbytes),
+            balanced=balanced,
+            tunable=self._is_tunable(),
+            chunk_nbytes=chunk_nbytes,
+        )
+
+    @property
+    def _header(self) -> Header | None:
+        """The header of an output that is continued, else None."""
+        header = self.existing_output and self.existing_output.header
+        return header if header and self.batch_size in (None, header.batch_size) else None
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.existing_output is not None and self.existing_output.shard is not None
+
+    def _is_tunable(self) -> bool:
+        """Return whether the batch size may be tuned.
+
+        Shards do not know each other's measurements, and a run that resumes must compute the same bytes.
+        """
+        return self.batch_size is None and self._header is None and not self._is_sharded
+
+    def _choose_batch_config(self) -> BatchConfig:
+        if header := self._header:
+            return BatchConfig(self.batch_size or header.batch_size, dict(header.by_kind), header.channels_last)
+        inputs = self.inputs
+        automatic = choose_batch_size(inputs.n_rows, inputs.row_nbytes, self.weights)
+        return BatchConfig(self.batch_size or align_batch_size(inputs.unit_rows or 1, automatic))
+
+    def _get_measured_weights(self) -> tuple[float, ...] | None:
+        """Return each device's throughput as its weight, the slowest 1, if all were measured for this model."""
+        speeds = history.get_or_create(make_history_key(self.loader, self.inputs, self.options)).speeds
+        known = tuple(speeds.get(device.name, 0.0) for device in self.placement.devices)
+        return tuple(speed / min(known) for speed in known) if all(known) else None
+
+    def _make_layout(self, weights: Sequence[float], batch_size: int, chunk_nbytes: int) -> ChunkLayout:
+        """Cut the rows at cells, so that no unit that is read at once is split, nor, for a store, one that is written."""
+        inputs, existing, n_rows = self.inputs, self.existing_output, self.inputs.n_rows
+        # A dask array that goes to a store is cut again: two chunks in one write-unit would overwrite each other.
+        if inputs.row_chunks is not None and existing is None:
+            return assign_chunks(inputs.row_chunks, weights, batch_size=batch_size)
+        row_nbytes = inputs.row_nbytes + self.output_spec.row_nbytes
+        limits = {"row_nbytes": row_nbytes, "chunk_nbytes": chunk_nbytes}
+        cell_rows = read_cell_rows(batch_size, inputs.unit_rows or 1, n_rows, **limits)
+        if existing is not None:
+            n_shards = existing.shard[1] if existing.shard else 1
+            max_rows = chunk_nbytes // max(1, row_nbytes)
+            cell_rows = _choose_write_unit_rows(n_rows // n_shards, cell_rows, self.output_spec, weights, max_rows)
+            cell_rows = self._header.unit_rows if self._header else cell_rows
+        if existing is None or existing.shard is None:
+            return make_chunks(n_rows, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
+        # The devices share the rows of this shard, not just the rows of all shards: cut each part on its own.
+        start, stop = compute_shard_rows(n_rows, cell_rows, existing.shard)
+        parts = [
+            make_chunks(last - first, weights, batch_size=batch_size, cell_rows=cell_rows, **limits)
+            for first, last in ((0, start), (start, stop), (stop, n_rows))
+        ]
+        return ChunkLayout.concatenate(parts)
 
 
 def keep_bfloat16(options: Options, inputs: Inputs) -> Options:
-    """Cast ports that came as bfloat16 tensors back to it in the worker, unless told otherwise."""
+    """Have workers cast ports that were bfloat16 tensors back to bfloat16, unless ``dtype`` is set."""
     if not inputs.bfloat16_ports or options.dtype is not None:
         return options
     return replace(options, dtype=dict.fromkeys(inputs.bfloat16_ports, "bfloat16"))
 
 
 def get_output_spec(loader: ModelLoader, inputs: Inputs, options: Options) -> OutputSpec:
-    """What the answer to these inputs looks like; found out once per network, and again where functions stand around it."""
-    if options.output is not None or options.preprocess is not None or options.postprocess is not None:
+    """Return the output spec for these inputs, from a cache unless ``output``, ``preprocess`` or ``postprocess`` is set."""
+
+    def infer() -> OutputSpec:
         return infer_output_spec(loader, inputs.ports, inputs.make_empty_arrays(), options)
-    known = history.get_or_create(make_history_key(loader, inputs, options))
-    known.output_spec = found = known.output_spec or infer_output_spec(
-        loader, inputs.ports, inputs.make_empty_arrays(), options
-    )
-    return cast(OutputSpec, found)
+
+    if options.output is not None or options.preprocess is not None or options.postprocess is not None:
+        return infer()
+    return output_specs.get_or_infer(make_history_key(loader, inputs, options), infer)
 
 
 def _choose_write_unit_rows(
     n_rows: int, cell_rows: int, output_spec: OutputSpec, weights: Sequence[float], max_rows: int
 ) -> int:
-    """Rows of a store's chunk: whole cells of about ``WRITE_UNIT_NBYTES``, few enough to meet every share.
+    """Return the rows of a store's chunk: whole cells of about ``WRITE_UNIT_NBYTES``, few enough to meet every share.
 
-    ``max_rows`` are those of a task: a unit is computed whole.
+    ``max_rows`` is the limit of one task, since a unit is computed in one task.
     """
     by_size = WRITE_UNIT_NBYTES // max(1, output_spec.row_nbytes)
     smallest = min(weight for weight in weights if weight > 0) / sum(weights)
@@ -314,93 +247,107 @@ def _choose_write_unit_rows(
 
 
 def build_storage_job(
-    model: Any,
-    source: Any,
+    model: ModelLike,
+    source: InputLike,
     target: StrPath | Mapping[str, StrPath],
+    arguments: RunArguments,
     *,
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
-    **arguments: Any,
-) -> PreparedJob:
-    """The work of a run to storage, with what it wants to store, in the order of the network's outputs.
+    errors: ErrorCollector | None = None,
+) -> InferenceJob:
+    """Build the job of a run to storage; its ``output_request`` lists the paths in the order of the model's outputs.
 
-    An output that was begun, unless it is to be made ``overwrite``, says the micro-batch and the write-units.
+    An existing output determines the batch size and the write-units, unless it is overwritten.
 
     Raises
     ------
     DaskInferError
-        As :func:`build_job`; where an output's path cannot be used, or does not belong to an output.
+        As for :func:`build_job`; also if a path cannot be used, or an output has no path.
     """
-    refusals = ErrorCollector()
-    part, paths = None, dict[str, str]()
-    with refusals.collect():
-        part = check_shard(shard, overwrite=overwrite)
-    for name, path in target.items() if isinstance(target, Mapping) else [("", target)]:
-        with refusals.collect():
-            paths[name] = _check_output_path(path, source, overwrite=overwrite)
-    into = ExistingOutput.from_paths([] if overwrite else list(paths.values()), part)
-    work = build_job(model, source, refusals=refusals, existing_output=into, **arguments)
-    names = work.output_spec.structure.names
-    if isinstance(target, Mapping) and set(paths) != set(names):
-        raise InputError(
-            f"the outputs named are {', '.join(map(str, target)) or 'nothing'}; the network's are {', '.join(names)}. "
-            "Give each a path."
-        )
-    if not isinstance(target, Mapping) and len(names) != 1:
-        raise InputError(
-            f"one output path was given; the network has {len(names)} outputs ({', '.join(names)}). "
-            f"Give each a path: {{{', '.join(f'{n!r}: …' for n in names)}}}."
-        )
-    ordered = tuple(paths[name] for name in names) if isinstance(target, Mapping) else (paths[""],)
-    wanted = OutputRequest(
-        ordered, _make_headers(work, part), check_batch_size(arguments["batch_size"]), part, _should_retry_failed_rows(work)
-    )
+    errors = errors or ErrorCollector()
+    part = errors.attempt(check_shard, shard, overwrite=overwrite)
+    by_name = target if isinstance(target, Mapping) else {"": target}
+    paths: dict[str, str] = {}
+    for name, path in by_name.items():
+        if (checked := errors.attempt(_check_output_path, path, source, overwrite=overwrite)) is not None:
+            paths[name] = checked
+    existing = ExistingOutput.from_paths([] if overwrite else list(paths.values()), part)
+    job = build_job(model, source, arguments, errors=errors, existing_output=existing)
+    names = job.output_spec.structure.names
+    ordered = _order_paths(target, paths, names)
+    retry_failed_rows = job.run_config.options.on_error == "raise"
+    batch_size = check_batch_size(arguments.batch_size)
+    request = OutputRequest(ordered, _make_headers(job, part), batch_size, part, retry_failed_rows)
     if not overwrite:
-        wanted.check_existing_outputs()
-    return replace(work, output_request=wanted)
+        request.check_existing_outputs()
+    return replace(job, output_request=request)
 
 
-def _make_headers(job: PreparedJob, shard: tuple[int, int] | None) -> tuple[Header, ...]:
-    """What each output is made of."""
+def _order_paths(target: StrPath | Mapping[str, StrPath], paths: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the outputs' paths in the order of the model's outputs."""
+    if isinstance(target, Mapping):
+        if set(paths) != set(names):
+            raise InputError(
+                f"target must have one path for each output of the model ({', '.join(names)}), got paths for "
+                f"{', '.join(map(str, target)) or 'none'}."
+            )
+        return tuple(paths[name] for name in names)
+    if len(names) != 1:
+        raise InputError(
+            f"the model has {len(names)} outputs ({', '.join(names)}), got one path. "
+            f"Pass a path for each: {{{', '.join(f'{n!r}: …' for n in names)}}}."
+        )
+    return (paths[""],)
+
+
+def _make_headers(job: InferenceJob, shard: tuple[int, int] | None) -> tuple[Header, ...]:
+    """Make the header of each output: which model, input and options it is computed from, and in which units."""
     same: dict[str, Any] = {
         "model": job.loader.compute_fingerprint(),
         "input": compute_input_fingerprint(job.inputs),
         "options": collect_result_options(job.run_config.options),
         "unit_rows": job.layout.cell_rows,
-        "batch_size": job.run_config.batch_size,
-        "by_kind": dict(job.run_config.by_kind),
-        "channels_last": job.run_config.channels_last,
+        **job.run_config.batch.to_dict(),
         "shards": shard[1] if shard else 0,
     }
     outputs = zip(job.output_spec.structure.names, job.output_spec.outputs, strict=True)
-    return tuple(
-        Header(output=name, shape=(job.inputs.n_rows, *o.shape[1:]), dtype=o.dtype.str, **same) for name, o in outputs
-    )
+    return tuple(Header(output=name, shape=(job.n_rows, *o.shape[1:]), dtype=o.dtype.str, **same) for name, o in outputs)
 
 
-def _should_retry_failed_rows(job: PreparedJob) -> bool:
-    return job.run_config.options.on_error == "raise"
+def collect_result_options(options: Options) -> dict[str, Any]:
+    """Return the options that change the result, as a manifest stores them."""
+    return {name: _serialize_option(getattr(options, name)) for name in RESULT_OPTIONS}
 
 
-def _check_output_path(path: StrPath, source: Any, *, overwrite: bool) -> str:
-    for read in _get_source_paths(source):
-        if os.path.commonpath([os.path.abspath(path), os.path.abspath(read)]) == os.path.abspath(read):
+def _serialize_option(value: Any) -> Any:
+    if callable(value):
+        return compute_fingerprint(value)
+    if isinstance(value, Mapping):
+        return {str(key): _serialize_option(item) for key, item in value.items()}
+    # As text, since NaN is not equal to itself.
+    return repr(value) if isinstance(value, float) else value
+
+
+def _check_output_path(path: StrPath, source: InputLike, *, overwrite: bool) -> str:
+    for source_path in _get_source_paths(source):
+        if os.path.commonpath([os.path.abspath(path), os.path.abspath(source_path)]) == os.path.abspath(source_path):
             raise OutputExists(
-                f"the output {os.fspath(path)!r} lies inside the input {os.fspath(read)!r}; an input is never written to. "
+                f"output path {os.fspath(path)!r} is inside the input {os.fspath(source_path)!r}, which is never modified. "
                 "Choose another path."
             )
     path = check_output_path(path)
     if os.path.lexists(path) and not overwrite and read_header(path) is None:
-        raise not_ours_error(path)
+        raise make_unmanaged_output_error(path)
     return path
 
 
-def _get_source_paths(source: Any) -> list[StrPath]:
+def _get_source_paths(source: InputLike) -> list[StrPath]:
     ports = source.values() if isinstance(source, Mapping) else source if isinstance(source, tuple) else [source]
     return [port for port in ports if isinstance(port, str | os.PathLike)]
 
 
 def make_even_chunks(inputs: Inputs, row_out_nbytes: int, batch_size: int) -> tuple[int, ...]:
-    """The chunks of a lazy array that nobody has cut yet: whole micro-batches of equal size."""
+    """Return the row chunks for a lazy array that has none yet: of equal size, in whole batches."""
     layout = make_chunks(inputs.n_rows, [1.0], batch_size=batch_size, row_nbytes=inputs.row_nbytes + row_out_nbytes)
     return layout.row_chunks

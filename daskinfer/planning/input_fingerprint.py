@@ -1,15 +1,17 @@
-"""By what a later run knows that it has the same input: cheap where the input lies in files, exact where it is in memory.
+"""Fingerprint of an input, to detect that it changed between runs: cheap for files, exact for arrays in memory.
 
 ::
 
-    .npy, memmap   shape, dtype, bytes and time of change of the file; of a memmap that nobody can write to
-    .zarr          shape, dtype, the metadata's bytes, how many files there are, and when last one came, went or was replaced
-    in memory      a SHA-256 of the bytes, also of other memmaps: a change of mode "c" never reaches the file, and of one
-                   that does a tmpfs does not note the time
-    dask array     its name, which Dask makes of what it computes, and its chunks
+    .npy, memmap   shape, dtype, size and modification time of the file; for a memmap only if it is read-only
+    .zarr          shape, dtype, the bytes of the metadata, the number of files, and the time at which a file was last added,
+                   removed or replaced
+    in memory      a SHA-256 of the bytes; other memmaps too, since a change in mode "c" never reaches the file, and a tmpfs
+                   does not update the modification time for one that does
+    dask array     its name, which Dask derives from what it computes, and its chunks
 
-Paths do not count: an input that was moved is the same. What is not noticed: bytes of a file that change while its time of
-change is set back; bytes of a Zarr chunk that change in place, not by a new file; what a dask array reads by name.
+Paths do not count: an input that was moved is the same input. Not detected: a file whose bytes changed and whose
+modification time was set back; a Zarr chunk that was changed in place instead of replaced; changes in what a dask array
+reads by name.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from daskinfer.core.arrays import Array
 from daskinfer.planning.inputs import Inputs
 from daskinfer.storage.formats import compute_stat_fingerprint, npy
 
-_HASH_BLOCK_NBYTES = 64 << 20  # hashed at once, of arrays that lie in pieces
+_HASH_BLOCK_NBYTES = 64 << 20  # hashed at once, so that an array that is not contiguous is copied in blocks; arbitrary
 
 
 def compute_input_fingerprint(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """What a manifest keeps of an input, by port."""
+    """Return the fingerprint of an input as a manifest stores it: a record for each port."""
     named = zip(inputs.ports.names, inputs.arrays, strict=True)
     return {
         name: {"shape": list(a.shape), "dtype": np.dtype(a.dtype).str, **_compute_array_fingerprint(a)} for name, a in named
@@ -40,22 +42,22 @@ def _compute_array_fingerprint(array: Any) -> dict[str, Any]:
         return {"name": array.name, "chunks": hashlib.sha256(repr(array.chunks).encode()).hexdigest()}
     if not isinstance(array, np.ndarray):
         return compute_stat_fingerprint(array.path)
-    mapped = _find_memmap(array)
-    if mapped is not None and mapped.mode == "r":
-        view = {"at": array.ctypes.data - mapped.ctypes.data, "strides": list(array.strides), "offset": mapped.offset}
-        return npy.compute_stat_fingerprint(str(mapped.filename)) | view
+    memmap = _find_memmap(array)
+    if memmap is not None and memmap.mode == "r":
+        view = {"at": array.ctypes.data - memmap.ctypes.data, "strides": list(array.strides), "offset": memmap.offset}
+        return npy.compute_stat_fingerprint(str(memmap.filename)) | view
     return {"sha256": _compute_sha256(array)}
 
 
 def _find_memmap(array: Array) -> np.memmap[Any, Any] | None:
-    """The memmap of a file that the array is part of."""
+    """Return the memmap that the array is a view of, the outermost if there are several; None if there is none."""
     base: Any = array
-    found = None
+    memmap = None
     while isinstance(base, np.ndarray):
         if isinstance(base, np.memmap) and base.filename is not None:
-            found = base  # the last: it holds all of the file's
+            memmap = base  # keep the last one: it covers all rows of the file
         base = base.base
-    return found
+    return memmap
 
 
 def _compute_sha256(array: Array) -> str:

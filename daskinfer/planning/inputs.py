@@ -1,37 +1,42 @@
-"""What users hand over as input, brought to one form: ports, each an array that dask can cut.
+"""Bring what users pass as input to one form: ports, each an array that can be cut into chunks of rows.
 
 ::
 
-    numpy array, memmap       as it is
-    list of numbers           an array; Python floats become float32, as in torch
-    torch tensor              an array of the same memory where it lies on the CPU; answers are then tensors
-    dask array                as it is, with its own chunks on axis 0
-    path (.npy, .zarr)        read where the work is done
+    numpy array, memmap       used as it is
+    list of numbers           converted to an array; Python floats become float32, as in torch
+    torch tensor              an array that shares its memory if it is on the CPU; outputs are then tensors
+    dask array                used as it is, with its own chunks on axis 0
+    path (.npy, .zarr)        opened here, and read by the workers
     dict, tuple               one of these per port
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import dask
 import dask.array as da
 import numpy as np
 import torch
 
-from daskinfer.core.arrays import NUMERIC_KINDS, Array, ArraySource, tensor_to_numpy
+from daskinfer.core.arrays import NUMERIC_KINDS, Array, ArraySource
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.core.pytree import Ports
 from daskinfer.errors import InputError
 from daskinfer.storage.formats import open_source
+from daskinfer.worker.tensors import tensor_to_numpy
 
-MAX_INPUT_NBYTES = 1 << 48  # 256 TiB of rows: a plan lists every chunk, 4 million of 64 MiB; arbitrary
+MAX_INPUT_NBYTES = 1 << 48  # 256 TiB of rows: a plan lists every chunk, here 4 million of 64 MiB; arbitrary
 
-# Python's numbers have no precision of their own: read as torch reads them.
+# The types that a port may have, and an input: one port, or several by name or by position.
+ArrayLike: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor | da.Array | Sequence[Any] | str | os.PathLike[str]"
+InputLike: TypeAlias = "ArrayLike | Mapping[str, ArrayLike] | tuple[ArrayLike, ...]"
+
+# Python's numbers have no precision of their own: convert them as torch does.
 _DEFAULT_DTYPES = {"float64": np.float32, "complex128": np.complex64}
 
 
@@ -39,8 +44,8 @@ _DEFAULT_DTYPES = {"float64": np.float32, "complex128": np.complex64}
 class Inputs:
     """The ports of one input and their arrays, all with the same number of rows.
 
-    ``has_tensors`` says that a port was a torch tensor; ``bfloat16_ports`` names the ports whose numbers NumPy could only hold as
-    float32.
+    ``has_tensors``: at least one port was a torch tensor. ``bfloat16_ports`` names the ports that were bfloat16, which NumPy
+    can hold only as float32.
     """
 
     ports: Ports
@@ -49,26 +54,26 @@ class Inputs:
     bfloat16_ports: tuple[str, ...]
 
     @classmethod
-    def from_value(cls, value: Any) -> Inputs:
-        """Bring an input of any of the forms above to this one.
+    def from_value(cls, value: InputLike) -> Inputs:
+        """Convert an input of any form listed in the module's docstring.
 
         Raises
         ------
         InputError, SourceMissing
-            Where a port cannot be read as an array of numbers with rows, or ports differ in length.
+            If a port cannot be read as an array of numbers with rows, or ports differ in length.
         """
         ports = Ports.from_input(value)
         if not ports.names:
-            raise InputError("the input has no ports; it needs at least one array. Pass an array, or a dict of arrays.")
-        given = ports.split(value)
-        arrays = tuple(_make_port_array(name, array) for name, array in zip(ports.names, given, strict=True))
+            raise InputError("the input has no ports. Pass an array, or a dict or tuple with at least one array.")
+        named_values = list(zip(ports.names, ports.split(value), strict=True))
+        arrays = tuple(_make_port_array(name, port_value) for name, port_value in named_values)
         _check_lengths(ports, arrays)
-        tensors = [(n, g) for n, g in zip(ports.names, given, strict=True) if isinstance(g, torch.Tensor)]
-        return cls(ports, arrays, bool(tensors), tuple(n for n, t in tensors if t.dtype == torch.bfloat16))
+        tensors = [(name, port_value) for name, port_value in named_values if isinstance(port_value, torch.Tensor)]
+        return cls(ports, arrays, bool(tensors), tuple(name for name, t in tensors if t.dtype == torch.bfloat16))
 
     @property
     def n_rows(self) -> int:
-        """Rows of every port."""
+        """Rows of the input, the same for every port."""
         return int(self.arrays[0].shape[0])
 
     @property
@@ -78,68 +83,69 @@ class Inputs:
 
     @property
     def row_chunks(self) -> tuple[int, ...] | None:
-        """The first axis's chunks where a dask array brings its own, else None."""
+        """Chunks on axis 0 of the first dask array among the ports; None if there is none."""
         return next((a.chunks[0] for a in self.arrays if isinstance(a, da.Array)), None)
 
     @property
     def unit_rows(self) -> int | None:
-        """Rows that are read or computed in one go, of all ports together; None where any can be read alone."""
+        """Rows that are read or computed at once, as whole units of all ports; None if each row can be read on its own."""
         units = [unit for a in self.arrays if (unit := _get_unit_rows(a))]
         return lcm(*units) if units else None
 
     @property
     def paths(self) -> list[str]:
-        """Files that are read."""
+        """Paths of the ports that are files or stores."""
         return [a.path for a in self.arrays if hasattr(a, "path")]
 
     def check_sizes(self, max_nbytes: int) -> None:
-        """Refuse what declares more than ``nbytes`` in one piece, or more rows than can be planned; nothing is read.
+        """Refuse a row or chunk that declares more than ``max_nbytes``, and more rows than can be planned; read nothing.
 
         Raises
         ------
         InputError
-            Which says how much it is, and of what.
+            With the port, its declared size and the limit.
         """
         for name, array in zip(self.ports.names, self.arrays, strict=True):
             row_nbytes = _compute_nbytes(array.shape[1:], array.dtype)
-            pieces = {"row": array.shape[1:], "chunk": getattr(array, "chunk_shape", ())}
-            for piece, shape in pieces.items():
-                if _compute_nbytes(shape, array.dtype) > max_nbytes:
+            label = f"{name}{_format_location(array)}"
+            unit_shapes = {"row": array.shape[1:], "chunk": getattr(array, "chunk_shape", ())}
+            for unit, shape in unit_shapes.items():
+                if (nbytes := _compute_nbytes(shape, array.dtype)) > max_nbytes:
                     raise InputError(
-                        f"a {piece} of {name}{_format_location(array)} takes {format_nbytes(_compute_nbytes(shape, array.dtype))} "
-                        f"({tuple(shape)} {array.dtype}) and has to be read whole; the smallest device has "
-                        f"{format_nbytes(max_nbytes)}. Store it in smaller ones, or use devices with more memory."
+                        f"a {unit} of {label} takes {format_nbytes(nbytes)} ({tuple(shape)} {array.dtype}) and must be read "
+                        f"whole; the smallest device has {format_nbytes(max_nbytes)}. Store it in smaller {unit}s, or use "
+                        "devices with more memory."
                     )
             if array.shape[0] * max(1, row_nbytes) > MAX_INPUT_NBYTES:
                 raise InputError(
-                    f"{name}{_format_location(array)} has {array.shape[0]:,} rows of {format_nbytes(row_nbytes)}; one call takes at most "
-                    f"{format_nbytes(MAX_INPUT_NBYTES)}. Cut it into parts."
+                    f"{label} has {array.shape[0]:,} rows of {format_nbytes(row_nbytes)}; one call takes at most "
+                    f"{format_nbytes(MAX_INPUT_NBYTES)}. Split it over several calls."
                 )
 
     def make_empty_arrays(self) -> list[Array]:
-        """One empty array per port with its shape and dtype; nothing is read."""
+        """Return an empty array (0, ...) per port with its row shape and dtype; read nothing."""
         return [np.empty((0, *a.shape[1:]), a.dtype) for a in self.arrays]
 
     def describe(self) -> tuple[str, ...]:
-        """A line per port."""
+        """Return a line per port: its name, shape and dtype."""
         return tuple(f"{n}: {tuple(a.shape)} {a.dtype}" for n, a in zip(self.ports.names, self.arrays, strict=True))
 
     def make_dask_arrays(self, row_chunks: Sequence[int]) -> list[da.Array]:
-        """One dask array per port, cut into these chunks; a file is read chunk by chunk where it is needed.
+        """Return a dask array per port, cut into these chunks; the task that needs a chunk of a file reads it.
 
-        A file's is 1-d, of dtype object, and its chunks are the rows, (n, ...): taking the later axes off afterwards would
-        be a task more per chunk.
+        The dask array of a file is 1-d, of dtype object, and its chunks hold whole rows, (n, ...): dropping the later axes
+        afterwards would cost one more task per chunk.
         """
         return [self.make_dask_array(array, row_chunks) for array in self.arrays]
 
     @staticmethod
     def make_dask_array(array: Any, row_chunks: Sequence[int]) -> da.Array:
-        """One port's dask array, as :meth:`make_dask_arrays` gives it."""
+        """Return the dask array of one port, as :meth:`make_dask_arrays` does."""
         return _convert_to_dask(array, tuple(row_chunks))
 
 
 def _compute_nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
-    """In Python's numbers: what a file declares may be more than NumPy can count."""
+    """Return the bytes of an array, as a Python int: a file may declare more than NumPy can count."""
     return prod(map(int, shape)) * dtype.itemsize
 
 
@@ -148,25 +154,26 @@ def _format_location(array: Any) -> str:
 
 
 def _get_unit_rows(array: Any) -> int | None:
-    """A store's chunk or shard; of a dask array its first chunk, where all but the last are alike."""
+    """Return the rows of a store's chunk or shard, or of a dask array's chunk if all but the last are equal; else None."""
     if not isinstance(array, da.Array):
         return getattr(array, "unit_rows", None)
-    first, *others = array.chunks[0]
-    return first if all(size == first for size in others[:-1]) and (not others or others[-1] <= first) else None
+    first, *rest = array.chunks[0]
+    return first if all(size == first for size in rest[:-1]) and (not rest or rest[-1] <= first) else None
 
 
 def _make_port_array(name: str, value: Any) -> Any:
     array = _convert_to_array(name, value)
     if array.dtype.kind not in NUMERIC_KINDS:
         raise InputError(
-            f"{name} holds {array.dtype}; numbers are needed (bool, int, float or complex). Convert it, or encode it first."
+            f"{name} must hold numbers (bool, int, float or complex), got dtype {array.dtype}. Convert or encode it first."
         )
     if array.ndim == 0:
-        raise InputError(f"{name} is 0-d; its first axis has to be the examples'. Pass {name}[None] for one example.")
+        single_row = f"{name}[None]" if hasattr(value, "ndim") else f"[{name}]"
+        raise InputError(f"{name} is 0-d, but its first axis must be the rows. Pass {single_row} for a single row.")
     if isinstance(array, da.Array) and any(np.isnan(size) for axis in array.chunks for size in axis):
         raise InputError(
-            f"{name} is a dask array with unknown chunks; where each row lies has to be known. "
-            "Call .compute_chunk_sizes() on it first."
+            f"{name} is a dask array with unknown chunk sizes, so its rows cannot be located. "
+            f"Call {name}.compute_chunk_sizes() first."
         )
     return array
 
@@ -178,12 +185,12 @@ def _convert_to_array(name: str, value: Any) -> Any:
         return value
     _check_supported_type(name, value)
     try:
-        # Of a memmap, a view: a memmap itself is pickled whole with every chunk.
+        # np.asarray turns a memmap into a plain view: a memmap itself is pickled whole with every chunk.
         array = tensor_to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"{name} cannot be read as an array: {str(error).rstrip('.')}. Its rows have to be numbers in one shape; "
-            "convert it first."
+            f"{name} cannot be read as an array: {str(error).rstrip('.')}. "
+            "Convert it so that every row holds numbers in the same shape."
         ) from error
     if array.dtype.name not in _DEFAULT_DTYPES or not isinstance(value, list) or _has_arrays(value):
         return array
@@ -191,12 +198,13 @@ def _convert_to_array(name: str, value: Any) -> Any:
 
 
 def _check_supported_type(name: str, value: Any) -> None:
-    """Refuse what NumPy would take at a price: dask values would be computed here, a mask would be dropped."""
+    """Refuse what NumPy would convert with a side effect: dask values would be computed here, a mask would be dropped."""
     if isinstance(value, np.ma.MaskedArray):
-        raise InputError(f"{name} is a masked array; a network sees no mask. Pass {name}.filled(…).")
+        raise InputError(f"{name} is a masked array, and models cannot see its mask. Pass {name}.filled(0), for example.")
     if any(dask.is_dask_collection(item) for item in (value if isinstance(value, list) else [value])):
+        kind = "list of dask collections" if isinstance(value, list) else f"dask {type(value).__name__}"
         raise InputError(
-            f"{name} is or holds a dask {type(value).__name__}; one dask array is needed. "
+            f"{name} must be a single dask array, got a {kind}. "
             "Pass the .data of an xarray DataArray, .to_dask_array(lengths=True) of a DataFrame, or dask.array.stack(…)."
         )
 
@@ -208,14 +216,14 @@ def _has_arrays(value: list[Any]) -> bool:
 def _check_lengths(ports: Ports, arrays: Sequence[Any]) -> None:
     lengths = {name: int(array.shape[0]) for name, array in zip(ports.names, arrays, strict=True)}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{name} has {n:,} rows" for name, n in lengths.items())
-        raise InputError(f"{said}; all ports need as many. Cut them to one length.")
+        listed = ", ".join(f"{name} has {n:,} rows" for name, n in lengths.items())
+        raise InputError(f"{listed}; all ports must have the same number of rows.")
 
 
 def _convert_to_dask(array: Any, row_chunks: tuple[int, ...]) -> da.Array:
     if isinstance(array, da.Array):
         return array if array.chunks[0] == row_chunks else array.rechunk({0: row_chunks})
-    # No name from the content: hashing an array costs more than cutting it.
+    # Derive no name from the content: hashing an array costs more than cutting it.
     if not isinstance(array, np.ndarray):
         meta = np.empty(0, object)
         return da.from_array(_RowArray(array), chunks=(row_chunks,), name=False, inline_array=True, asarray=False, meta=meta)
@@ -226,7 +234,7 @@ def _convert_to_dask(array: Any, row_chunks: tuple[int, ...]) -> da.Array:
 
 
 class _RowArray:
-    """A source as a 1-d array whose elements are whole rows."""
+    """Presents a source as a 1-d array whose elements are whole rows."""
 
     dtype = np.dtype(object)
     ndim = 1

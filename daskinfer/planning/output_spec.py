@@ -1,23 +1,25 @@
-"""What a network's answer looks like, found out on the client before any task runs and without reading any row.
+"""Infer what a model's output looks like, in the client, before any task runs and without reading a row.
 
-A ladder, first match wins:
+The first step that applies decides:
 
-1. ``output=`` says it.
-2. Weights above ``FAKE_TENSOR_MIN_NBYTES``, no pre- or postprocessing: fake tensors, which compute shapes only.
-   Only where the input's dtypes are the network's own: fake tensors compute where real ones refuse to mix.
-3. A run of two made-up rows (zeros) on a copy on the CPU, through the same code that runs the chunks.
+1. ``output=`` states it.
+2. Weights above ``FAKE_TENSOR_MIN_NBYTES``, and neither pre- nor postprocessing: fake tensors, which compute shapes only.
+   Used only if the input's dtypes are the model's own, since fake tensors accept mixed dtypes that real ones reject.
+3. A run on two rows of zeros, with a copy of the model on the CPU, through the same code that computes the chunks.
 4. An error that names ``output=``.
 
-Fake tensors come before the run only for large networks: the first fake tensor of a process costs 1.1 s of imports, two
-real rows of a small CNN 0.01 s (measured on 2 cores).
+Fake tensors come before the run only for large models: the first fake tensor of a process costs 1.1 s of imports, two real
+rows of a small CNN 0.01 s (measured on 2 cores).
 
-Two rows, not one, since a network that drops the rows' axis, or one exported for a single row, then shows itself.
+Two rows, not one: this exposes a model that drops the row axis, or one that was exported for a single row.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -25,23 +27,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskinfer.core.arrays import Array, tensor_to_numpy
+from daskinfer.core.arrays import Array
+from daskinfer.core.chunks import BatchConfig
 from daskinfer.core.pytree import Ports, PyTreeSpec, call_with, flatten
 from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
-from daskinfer.models.model import ModelLoader
+from daskinfer.models.loaded_model import LoadedModel
+from daskinfer.models.loaders import ModelLoader
 from daskinfer.options import Options
-from daskinfer.worker.loaded import LoadedModel
+from daskinfer.scheduling.throughput_history import MAX_RECORDS
 from daskinfer.worker.model_runner import ModelRunConfig, make_autocast_context, run_model
+from daskinfer.worker.tensors import tensor_to_numpy
 
 logger = logging.getLogger(__name__)
 
-FAKE_TENSOR_MIN_NBYTES = 256 << 20  # of weights; arbitrary: some seconds of real work on a CPU
+FAKE_TENSOR_MIN_NBYTES = 256 << 20  # of weights; arbitrary: a run of such a model takes some seconds on a CPU
 N_DUMMY_ROWS = 2
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What every answer will look like: one empty array (0, *shape) per output, and the structure they stand in."""
+    """What a model's output looks like: one empty array (0, *shape) per output, and the structure that holds them."""
 
     structure: PyTreeSpec
     outputs: tuple[Array, ...]
@@ -52,30 +57,69 @@ class OutputSpec:
         return sum(int(np.prod(o.shape[1:])) * o.dtype.itemsize for o in self.outputs)
 
 
+class OutputSpecCache:
+    """Keeps the output specs that were used last, by history key (``planning.job.make_history_key``).
+
+    It holds as many as the throughput history has records. Note: threads share it. The lock guards the table and is not held
+    while a spec is inferred, since that runs the model.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._specs: OrderedDict[Hashable, OutputSpec] = OrderedDict()
+
+    def get_or_infer(self, key: Hashable, infer: Callable[[], OutputSpec]) -> OutputSpec:
+        """Return the spec for ``key``; infer and keep it if it is not known yet.
+
+        Examples
+        --------
+        >>> cache, spec = OutputSpecCache(), OutputSpec(flatten(np.empty((0, 2)))[1], (np.empty((0, 2)),))
+        >>> [cache.get_or_infer("model", infer).row_nbytes for infer in (lambda: spec, lambda: 1 / 0)]
+        [16, 16]
+        """
+        with self._lock:
+            spec = self._specs.get(key)
+        spec = spec or infer()
+        with self._lock:
+            self._specs[key] = spec
+            self._specs.move_to_end(key)
+            if len(self._specs) > MAX_RECORDS:
+                self._specs.popitem(last=False)
+        return spec
+
+    def clear(self) -> None:
+        """Forget all specs."""
+        with self._lock:
+            self._specs.clear()
+
+
+output_specs = OutputSpecCache()
+
+
 def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
-    """Find out what the answer looks like.
+    """Infer what the model's output looks like.
 
     Parameters
     ----------
-    recipe
-        How to load the network.
-    ports, rows
+    loader
+        Loads the model.
+    ports, empty_arrays
         The input's form, and one array per port whose ``shape[1:]`` and dtype are the input's (rows are not read).
     options
-        How the network is run.
+        How the model is run.
 
     Raises
     ------
     InputError
-        Where the network does not take the input's dtype but would take its own.
+        If the model rejects the input's dtype but accepts its own.
     OptionError
-        Where ``dtype=`` names a port that there is not, or a dtype that the network cannot be given.
+        If ``dtype=`` names a port that does not exist, or a dtype that cannot be passed to the model.
     ModelError
-        Where the answer is not arrays of one entry per row, or cannot be found out.
+        If the output is not made of arrays with one entry per row, or cannot be inferred.
     """
     _check_ports(ports, options)
     if options.output is not None:
-        logger.debug("the answer's shape is given by output=")
+        logger.debug("output spec taken from output=")
         return _parse_output_option(options.output)
     model = loader.load(torch.device("cpu"))
     try:
@@ -91,18 +135,18 @@ def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[
 
 
 def _parse_output_option(output: Any) -> OutputSpec:
-    """What ``output=`` says, without its rows."""
+    """Return the spec that ``output=`` states; its rows are dropped."""
     try:
         arrays, structure = flatten(output)
     except TypeError as error:
         raise ModelError(
-            f"output= holds a {error}; it may hold arrays of any number of rows, in the structure of the model's answer. "
-            "Pass something like np.empty((0, 10), 'float32')."
+            f"output= must hold arrays in the structure of the model's output, got a {error}. "
+            "Pass for example output=np.empty((0, 10), 'float32')."
         ) from None
     if any(len(array.shape) == 0 for array in arrays) or not arrays:
         raise ModelError(
-            "output= holds an array without axes, or none; its first axis is the rows'. "
-            "Pass something like np.empty((0, 10), 'float32')."
+            "output= must hold at least one array, each with rows as its first axis. "
+            "Pass for example output=np.empty((0, 10), 'float32')."
         )
     return OutputSpec(structure, tuple(np.empty((0, *array.shape[1:]), _get_numpy_dtype(array.dtype)) for array in arrays))
 
@@ -114,12 +158,12 @@ def _get_numpy_dtype(dtype: Any) -> np.dtype[Any]:
 def _should_use_fake_tensors(
     loader: ModelLoader, model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options
 ) -> bool:
-    net, plain = model.run, options.preprocess is None and options.postprocess is None
-    if not plain or not isinstance(net, torch.nn.Module) or loader.nbytes <= FAKE_TENSOR_MIN_NBYTES:
+    module, has_steps = model.run, options.preprocess is not None or options.postprocess is not None
+    if has_steps or not isinstance(module, torch.nn.Module) or loader.nbytes <= FAKE_TENSOR_MIN_NBYTES:
         return False
     dtypes = [options.get_cast_dtype(name) or port.dtype.name for name, port in zip(ports.names, empty_arrays, strict=True)]
-    indexed = any(isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) for part in net.modules())
-    return {*dtypes} <= {*_get_model_dtypes(net), *(("int32", "int64") if indexed else ())}
+    has_embedding = any(isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag) for layer in module.modules())
+    return {*dtypes} <= {*_get_model_dtypes(module), *(("int32", "int64") if has_embedding else ())}
 
 
 def _get_model_dtypes(module: torch.nn.Module) -> list[str]:
@@ -133,25 +177,26 @@ def _infer_from_model(
         try:
             return _infer_from_fake_tensors(model, ports, empty_arrays, options)
         except Exception as error:
-            logger.debug("fake tensors do not do for this network (%s); two rows are run", error)
+            logger.debug("fake tensors failed (%s); running the model on %d rows of zeros instead", error, N_DUMMY_ROWS)
     try:
         return _infer_from_zeros(model, ports, empty_arrays, options)
     except ChunkError as error:
         _check_input_dtype(model, ports, empty_arrays, options)
-        made_up = ", ".join(
-            f"{n}: {(N_DUMMY_ROWS, *r.shape[1:])} {r.dtype}" for n, r in zip(ports.names, empty_arrays, strict=True)
+        port_specs = ", ".join(
+            f"{name}: {(N_DUMMY_ROWS, *port.shape[1:])} {port.dtype}"
+            for name, port in zip(ports.names, empty_arrays, strict=True)
         )
         raise ModelError(
-            f"the model failed on {N_DUMMY_ROWS} made-up rows of zeros ({made_up}): {error.__cause__!r}; what its answer looks "
-            "like has to be known before it runs. If it is right with your rows, pass output=np.empty((0, …), dtype)."
+            f"the model failed on {N_DUMMY_ROWS} rows of zeros ({port_specs}), from which its output is inferred: "
+            f"{error.__cause__!r}. If it works on real rows, pass output=np.empty((0, …), dtype)."
         ) from error.__cause__
 
 
 def _infer_from_zeros(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
-    made_up = [np.zeros((N_DUMMY_ROWS, *port.shape[1:]), port.dtype) for port in empty_arrays]
-    options = replace(options, on_error="raise", nan_is_failure=False)  # made-up rows are nobody's
-    answer = run_model(model, made_up, 0, ModelRunConfig(ports, N_DUMMY_ROWS, options))
-    return OutputSpec(answer.structure, tuple(array[:0] for array in answer.arrays))
+    dummy_rows = [np.zeros((N_DUMMY_ROWS, *port.shape[1:]), port.dtype) for port in empty_arrays]
+    options = replace(options, on_error="raise", nan_is_failure=False)  # the failure options are for the user's rows
+    output = run_model(model, dummy_rows, 0, ModelRunConfig(ports, BatchConfig(N_DUMMY_ROWS), options))
+    return OutputSpec(output.structure, tuple(array[:0] for array in output.arrays))
 
 
 def _infer_from_fake_tensors(
@@ -168,7 +213,7 @@ def _infer_from_fake_tensors(
         ]
         arrays, structure = flatten(call_with(model.run, ports.join(tensors)))
     if not arrays or any(len(array.shape) == 0 or array.shape[0] != N_DUMMY_ROWS for array in arrays):
-        raise ValueError("its answer has not one entry per row")  # the real run then says it in full
+        raise ValueError("output does not have one entry per row")  # the run on real tensors then raises the full message
     return OutputSpec(structure, tuple(np.empty((0, *map(int, a.shape[1:])), _get_numpy_dtype(a.dtype)) for a in arrays))
 
 
@@ -179,46 +224,48 @@ def _get_torch_dtype(name: str) -> torch.dtype:
 
 
 def _check_ports(ports: Ports, options: Options) -> None:
-    if not isinstance(options.dtype, Mapping) or options.preprocess is not None:  # preprocess may make ports of its own
+    if not isinstance(options.dtype, Mapping) or options.preprocess is not None:  # preprocess may return other ports
         return
     if unknown := [name for name in options.dtype if name not in ports.names]:
         raise OptionError(
-            f"dtype names the port {', '.join(map(repr, unknown))}; the input's are {', '.join(map(repr, ports.names))}. "
-            "Name one of these."
+            f"dtype names unknown port {', '.join(map(repr, unknown))}; the input has {', '.join(map(repr, ports.names))}"
         )
 
 
 def _check_input_dtype(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> None:
-    """Where the network runs once the input has its own dtype, say that this is what to change."""
+    """Raise an error that names the ``dtype=`` to pass, if the model runs on an input of its own dtype."""
     if not isinstance(model.run, torch.nn.Module) or options.dtype is not None:
         return
-    for own in _get_model_dtypes(model.run):
-        for dtype in _iter_casts(own, ports, empty_arrays):
+    for model_dtype in _get_model_dtypes(model.run):
+        for dtype in _iter_casts(model_dtype, ports, empty_arrays):
             try:
                 _infer_from_zeros(model, ports, empty_arrays, replace(options, dtype=dtype))
             except ChunkError:
                 continue
-            given = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, empty_arrays, strict=True))
-            raise InputError(f"{given}, the net is {own}: pass dtype={dtype!r} (--dtype)") from None
+            port_dtypes = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, empty_arrays, strict=True))
+            raise InputError(f"{port_dtypes}, but the model is {model_dtype}. Pass dtype={dtype!r} (--dtype).") from None
 
 
 def _iter_casts(model_dtype: str, ports: Ports, empty_arrays: Sequence[Array]) -> Iterator[str | dict[str, str]]:
-    """Ways to cast the input to ``own``: all ports, then those of fewer and fewer dtypes; a complex one would lose half."""
-    given = {name: port.dtype for name, port in zip(ports.names, empty_arrays, strict=True)}
-    castable = {dtype for dtype in given.values() if dtype.kind != "c" and dtype.name != model_dtype}
+    """Yield values of ``dtype=`` that cast ports to the model's dtype: all ports first, then those of fewer dtypes.
+
+    Complex ports are never cast, since they would lose their imaginary part.
+    """
+    port_dtypes = {name: port.dtype for name, port in zip(ports.names, empty_arrays, strict=True)}
+    castable = {dtype for dtype in port_dtypes.values() if dtype.kind != "c" and dtype.name != model_dtype}
     for n in range(len(castable), 0, -1):
         for dtypes in combinations(sorted(castable, key=str), n):
-            names = [name for name, dtype in given.items() if dtype in dtypes]
-            yield model_dtype if len(names) == len(given) else dict.fromkeys(names, model_dtype)
+            names = [name for name, dtype in port_dtypes.items() if dtype in dtypes]
+            yield model_dtype if len(names) == len(port_dtypes) else dict.fromkeys(names, model_dtype)
 
 
 def check_fill_value(options: Options, output_spec: OutputSpec) -> None:
-    """See that every output can hold what stands where rows failed.
+    """Check that every output can hold the fill value, if failed rows are skipped.
 
     Raises
     ------
     OptionError
-        Where one cannot, and rows that fail are to be skipped.
+        If an output's dtype cannot hold it.
     """
     if options.on_error == "raise":
         return
@@ -226,8 +273,8 @@ def check_fill_value(options: Options, output_spec: OutputSpec) -> None:
         if not _can_hold(output.dtype, options.fill_value):
             value = "NaN" if options.fill_value is None else repr(options.fill_value)
             raise OptionError(
-                f"the output {name} is {output.dtype}, which cannot hold {value} where rows fail; fill_value has to be one "
-                "of its numbers. Pass fill_value=0 (--fill-value), for example."
+                f"fill_value must fit the dtype {output.dtype} of output {name}, got {value}. "
+                "Pass for example fill_value=0 (--fill-value 0)."
             )
 
 

@@ -1,6 +1,6 @@
-"""A plan as people and programs read it: what each device would do, in how many bytes, and what cannot fit.
+"""A plan as people and programs read it: what each device would do, how many bytes that takes, and what does not fit.
 
-Made from a ``planner.ChunkLayout``; decides nothing about the rows.
+Made from a ``scheduling.chunking.ChunkLayout``; decides nothing about the rows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from daskinfer.scheduling.chunking import ChunkLayout
 class DevicePlan:
     """One device's part of a plan.
 
-    ``share`` is a fraction of all rows. ``peak_nbytes`` is the network and its largest chunk, input and output, the
-    last micro-batch padded to the full shape; what passes between layers is not in it. It is 0 without a chunk.
-    ``rows_per_second`` is the device's speed where it was measured, else 0.
+    ``share`` is a fraction of all rows. ``peak_nbytes`` covers the model and the device's largest chunk, input and output,
+    with the last micro-batch padded to the full shape, but not the activations between layers; it is 0 without a chunk.
+    ``rows_per_second`` is the measured throughput of the device, 0 if it is unknown.
     """
 
     device: str
@@ -47,30 +47,30 @@ def make_device_plans(
     model_nbytes: int,
     speeds: Sequence[float] = (),
 ) -> tuple[DevicePlan, ...]:
-    """Sum a layout up per device.
+    """Summarize a layout per device.
 
     Parameters
     ----------
     layout
         Which rows form which chunk.
     names, labels, weights
-        Of each device, in the order that ``layout``'s chunks count them in.
+        Of each device, in the order to which the positions in ``layout.devices`` refer.
     row_in_nbytes, row_out_nbytes
         Bytes of one row of all inputs, and of all outputs.
     model_nbytes
-        Bytes of the network on a device.
+        Bytes of the model on a device.
     speeds
-        Rows/s of each device; 0 where that is unknown, nothing where all are.
+        Throughput of each device in rows/s, 0 if unknown; empty if all are unknown.
 
     Returns
     -------
     tuple of DevicePlan
-        One per device, also for those without rows.
+        One per device, including devices without rows.
 
     Examples
     --------
-    >>> from daskinfer.scheduling.chunking import lay_out
-    >>> layout = lay_out(8, [1.0], batch_size=2)
+    >>> from daskinfer.scheduling.chunking import make_chunks
+    >>> layout = make_chunks(8, [1.0], batch_size=2)
     >>> one = make_device_plans(
     ...     layout, names=["cpu:0"], labels=["CPU"], weights=[1.0], row_in_nbytes=8, row_out_nbytes=4, model_nbytes=9
     ... )[0]
@@ -78,9 +78,9 @@ def make_device_plans(
     (8, 4, 64, 32, 33)
     """
     row_nbytes = row_in_nbytes + row_out_nbytes
-    n_chunks = Counter(chunk.device_index for chunk in layout.chunks)
-    n_rows_of = layout.rows_per_device(len(names))
-    parts = zip(names, labels, weights, n_rows_of, layout.largest_chunks(len(names)), strict=True)
+    n_chunks = Counter(layout.devices)
+    device_rows = layout.rows_per_device(len(names))
+    columns = zip(names, labels, weights, device_rows, layout.largest_chunks(len(names)), strict=True)
     return tuple(
         DevicePlan(
             device=name,
@@ -94,35 +94,35 @@ def make_device_plans(
             peak_nbytes=model_nbytes + layout.padded_rows(largest) * row_nbytes if largest else 0,
             rows_per_second=speeds[index] if speeds else 0.0,
         )
-        for index, (name, label, weight, n_rows, largest) in enumerate(parts)
+        for index, (name, label, weight, n_rows, largest) in enumerate(columns)
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would run where, in which chunks, with how many bytes; printed as a table, in notebooks as HTML.
+    """What a call would compute on which device, in which chunks and with how many bytes; displays as a table.
 
     Parameters
     ----------
     devices
         One record per device, in the order of ``device_weights``.
     layout
-        The chunks: rows ``start:stop`` each, and the position of their device.
+        The chunks, rows ``start:stop`` each, and the position of each chunk's device.
     weights_assumed
-        Whether the weights are a prior that no run has measured yet.
+        Whether the weights are a prior, since no run has measured the devices yet.
     model
-        A short name of the network.
+        A short name of the model.
     inputs, outputs
         One line per port, like ``"x: (200000, 1, 8, 8) float32"``.
     notes
-        Whatever else is worth knowing before it runs, a sentence each.
+        Anything else worth knowing before it runs, a sentence each.
     balanced
-        Whether devices get rows by their measured speed while it runs; else exactly the layout's chunks.
+        Whether devices get rows according to their throughput while it runs; if not, exactly the layout's chunks.
 
     Examples
     --------
-    >>> from daskinfer.scheduling.chunking import lay_out
-    >>> layout = lay_out(1000, [3.0, 1.0], batch_size=10)
+    >>> from daskinfer.scheduling.chunking import make_chunks
+    >>> layout = make_chunks(1000, [3.0, 1.0], batch_size=10)
     >>> devices = make_device_plans(
     ...     layout,
     ...     names=["cuda:0", "cpu:0"],
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Expected seconds, workers there and loaded; None where not all devices that get rows were measured."""
+        """Expected seconds once workers have loaded the model; None unless every device that gets rows was measured."""
         working = [device for device in self.devices if device.n_rows]
         if not working or not all(device.rows_per_second for device in working):
             return None
@@ -174,7 +174,7 @@ class Plan:
 
     @property
     def n_chunks(self) -> int:
-        """Chunks on all devices together."""
+        """Chunks of all devices together."""
         return len(self.layout.chunks)
 
     @property
@@ -188,7 +188,7 @@ class Plan:
         return sum(device.output_nbytes for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain strings, numbers, lists and dicts; a chunk is ``[start, stop, position of its device]``."""
+        """Return the plan as plain strings, numbers, lists and dicts; a chunk is ``[start, stop, device position]``."""
         return {
             "model": self.model,
             "inputs": list(self.inputs),
@@ -200,7 +200,7 @@ class Plan:
             "output_nbytes": self.output_nbytes,
             "weights_assumed": self.weights_assumed,
             "devices": [asdict(device) for device in self.devices],
-            "chunks": [[chunk.start, chunk.stop, chunk.device_index] for chunk in self.layout.chunks],
+            "chunks": [[c.start, c.stop, device] for c, device in zip(self.layout.chunks, self.layout.devices, strict=True)],
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
@@ -209,7 +209,7 @@ class Plan:
         table = format_text_table(self._get_column_names(), [*self._format_device_cells(), self._format_total_cells()])
         return "\n".join([*self._format_header_lines(), "", table, *(f"note: {note}" for note in self.notes)])
 
-    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+    __repr__ = __str__  # shown at the interpreter's prompt, and in a notebook without HTML
 
     def _repr_html_(self) -> str:
         head = "<br>".join(html.escape(line) for line in self._format_header_lines())
@@ -257,42 +257,42 @@ class Plan:
         return ["total", "", "", *speed, "", f"{self.n_rows:,}", f"{self.n_chunks:,}", "", *nbytes, ""]
 
 
-_TIME_CAVEAT = "by the speeds measured, once workers run; more where storage, or other work, holds them up"
+_TIME_CAVEAT = "at the measured throughput, once workers run; longer if storage or other programs slow it down"
 
 
 def find_memory_problems(
     devices: Sequence[DevicePlan], layout: ChunkLayout, limits: Sequence[int], *, row_nbytes: int, model_nbytes: int
 ) -> list[str]:
-    """Say which devices a plan cannot fit on, in sentences, worst offender first.
+    """Return a sentence for each device on which a plan does not fit, the one that lacks most memory first.
 
     Parameters
     ----------
     devices, layout
-        As ``make_device_plans`` made the one of the other.
+        A layout, and what ``make_device_plans`` returned for it.
     limits
-        Free bytes of each device; a limit of 0 is unknown and never refused.
+        Free bytes of each device; 0 means unknown, and is never refused.
     row_nbytes
         Bytes of one row of all inputs and outputs.
     model_nbytes
-        Bytes of the network on a device.
+        Bytes of the model on a device.
 
     Returns
     -------
     list of str
-        One entry per device whose largest chunk does not fit; empty when all fit.
+        One entry per device whose largest chunk does not fit; empty if all fit.
 
     Examples
     --------
-    >>> from daskinfer.scheduling.chunking import lay_out
-    >>> layout = lay_out(1000, [1.0], batch_size=250)
+    >>> from daskinfer.scheduling.chunking import make_chunks
+    >>> layout = make_chunks(1000, [1.0], batch_size=250)
     >>> plan = make_device_plans(
     ...     layout, names=["cuda:0"], labels=[""], weights=[1.0], row_in_nbytes=1000, row_out_nbytes=24, model_nbytes=0
     ... )
-    >>> sentence = find_memory_problems(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
-    >>> sentence.removesuffix(" Use batch_size=200 or less (--batch-size).")
+    >>> problem = find_memory_problems(plan, layout, [200 << 10], row_nbytes=1024, model_nbytes=0)[0]
+    >>> problem.removesuffix(" Use batch_size=200 or less (--batch-size).")
     'chunk 0 (rows 0:250) needs 250.0 KiB on cuda:0 at batch_size=250; 200.0 KiB is free.'
     """
-    found = []
+    problems = []
     for device, limit, chunk in zip(devices, limits, layout.largest_chunks(len(devices)), strict=True):
         if chunk and 0 < limit < device.peak_nbytes:
             sentence = (
@@ -300,16 +300,16 @@ def find_memory_problems(
                 f"on {device.device} at batch_size={layout.batch_size}; {format_nbytes(limit)} is free. "
                 f"{_suggest_fix(layout, device.device, limit - model_nbytes, row_nbytes)}"
             )
-            found.append((device.peak_nbytes - limit, sentence))
-    return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
+            problems.append((device.peak_nbytes - limit, sentence))
+    return [sentence for _, sentence in sorted(problems, key=lambda problem: -problem[0])]
 
 
 def _suggest_fix(layout: ChunkLayout, device: str, nbytes: int, row_nbytes: int) -> str:
     rows = nbytes // max(1, row_nbytes)
     if rows < 1:
-        return f"Not even one row fits beside the network: leave {device} out, or use one with more memory."
+        return f"Not even one row fits beside the model: leave {device} out, or use a device with more memory."
     if rows >= layout.cell_rows:
-        return f"Cut the input into chunks of {rows} rows or less."
+        return f"Rechunk the input to chunks of {rows} rows or fewer."
     if layout.cell_rows > layout.batch_size:
-        return f"Use an output whose write-units (its chunks or shards) hold {rows} rows or less."
+        return f"Use an output whose write-units (chunks or shards) hold {rows} rows or fewer."
     return f"Use batch_size={rows} or less (--batch-size)."

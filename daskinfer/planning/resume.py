@@ -1,6 +1,6 @@
-"""What a run would find at its output, and do about it, for those who only plan it.
+"""For a plan: what a run would find at its output paths, and how it would resume.
 
-Reads the output's manifest, and takes no lock: a run that starts meanwhile is not disturbed.
+Only the manifests are read, and no lock is taken, so that a run that starts in the meantime is not disturbed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from daskinfer.core.row_ranges import intersect_ranges, subtract_ranges
 from daskinfer.planning.plan import Plan
 from daskinfer.storage.manifest import CommitState, Header, compute_shard_rows, parse_lines
 from daskinfer.storage.output_request import OutputRequest
-from daskinfer.storage.paths import COMPLETE, existing_header, format_receipts_name, get_manifest_path, read_record
+from daskinfer.storage.paths import COMPLETE, format_receipts_name, get_manifest_path, read_existing_header, read_record
 
 
 def count_missing_rows(output_request: OutputRequest, *, overwrite: bool) -> int:
-    """Rows of a run's part that its outputs lack."""
+    """Return how many rows of a run, or of its shard, are not stored yet."""
     header = output_request.headers[0]
     done = [] if overwrite else [_read_done_ranges(path, output_request) for path in output_request.paths]
     stored = intersect_ranges(done, header.n_rows) if done else []
@@ -24,42 +24,43 @@ def count_missing_rows(output_request: OutputRequest, *, overwrite: bool) -> int
 
 
 def _find_row_range(output_request: OutputRequest, header: Header) -> tuple[int, int]:
-    """The run's part of the rows; an output that was begun says how they are cut."""
-    found = next((old for path in output_request.paths if (old := existing_header(path)) is not None), header)
-    return compute_shard_rows(header.n_rows, found.unit_rows, output_request.shard)
+    """Return the rows (start, stop) of the run's shard; an existing output determines the units in which they are cut."""
+    existing = next((old for path in output_request.paths if (old := read_existing_header(path)) is not None), header)
+    return compute_shard_rows(header.n_rows, existing.unit_rows, output_request.shard)
 
 
 def _read_done_ranges(path: str, output_request: OutputRequest) -> list[tuple[int, int]]:
-    """Rows that are stored at a path, as a run that opens it would see it."""
-    header = existing_header(path)
+    """Return the ranges of rows that are stored at a path, as a run that opens it would find them."""
+    header = read_existing_header(path)
     if header is None:
         return []
     folder = get_manifest_path(path)
     if read_record(folder / COMPLETE):
         return [(0, header.n_rows)]
-    progress = CommitState(header.n_rows, header.unit_rows)
+    state = CommitState(header.n_rows, header.unit_rows)
     try:
-        progress.replay(parse_lines((folder / format_receipts_name(output_request.shard)).read_bytes())[0])
+        state.replay(parse_lines((folder / format_receipts_name(output_request.shard)).read_bytes())[0])
     except FileNotFoundError:
         return []
-    for failure in progress.failures if output_request.retry_failed_rows else ():
-        progress.invalidate(failure.start, failure.stop)
-    return progress.done
+    for failure in state.failures if output_request.retry_failed_rows else ():
+        state.invalidate(failure.start, failure.stop)
+    return state.done
 
 
-def resume_notes(output_request: OutputRequest, plan: Plan, *, overwrite: bool) -> Iterator[str]:
-    """What a run would do about what it finds, a sentence each."""
+def make_resume_notes(output_request: OutputRequest, plan: Plan, *, overwrite: bool) -> Iterator[str]:
+    """Yield the plan's notes on the shard and on an existing output: overwritten, complete or resumed."""
     start, stop = _find_row_range(output_request, output_request.headers[0])
     if output_request.shard is not None:
-        yield f"shard {output_request.shard[0]} of {output_request.shard[1]}: rows {start:,}:{stop:,}; the table is about all rows"
-    where = ", ".join(output_request.paths)
-    if not any(existing_header(path) is not None for path in output_request.paths):
+        index, n_shards = output_request.shard
+        yield f"shard {index} of {n_shards}: rows {start:,}:{stop:,}; the table covers all shards"
+    paths = ", ".join(output_request.paths)
+    if not any(read_existing_header(path) is not None for path in output_request.paths):
         return
-    n_left = count_missing_rows(output_request, overwrite=overwrite)
+    n_missing = count_missing_rows(output_request, overwrite=overwrite)
     if overwrite:
-        yield f"what lies at {where} already is removed first"
-    elif not n_left:
-        yield f"nothing to do: all {stop - start:,} rows are at {where} already"
+        yield f"overwrites the existing output at {paths}"
+    elif not n_missing:
+        yield f"nothing to do: all {stop - start:,} rows are already stored at {paths}"
     else:
-        time = f", about {format_seconds(plan.seconds * n_left / plan.n_rows)}" if plan.seconds is not None else ""
-        yield f"what lies at {where} is continued: {n_left:,} of {stop - start:,} rows are left{time}"
+        time = f", about {format_seconds(plan.seconds * n_missing / plan.n_rows)}" if plan.seconds is not None else ""
+        yield f"resumes {paths}: {n_missing:,} of {stop - start:,} rows left{time}"

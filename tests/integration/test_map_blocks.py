@@ -31,7 +31,7 @@ def _zarr_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def _nothing_computes() -> Any:
-    """Fail where dask computes anything."""
+    """Fail if dask computes anything."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed")
@@ -41,7 +41,7 @@ def _nothing_computes() -> Any:
 
 
 class Unreadable:
-    """A source whose rows nobody may read."""
+    """A source whose rows must not be read."""
 
     shape, dtype, ndim = (20, 3), np.dtype("float32"), 2
 
@@ -49,21 +49,21 @@ class Unreadable:
         raise AssertionError("read")
 
 
-def plain(net: nn.Module, x: np.ndarray) -> np.ndarray:
-    """One plain torch loop, row by row."""
+def run_plainly(model: nn.Module, x: np.ndarray) -> np.ndarray:
+    """Run the model in a plain torch loop, row by row."""
     with torch.no_grad():
-        return torch.cat([net(row[None].clone()) for row in torch.from_numpy(x)]).numpy()
+        return torch.cat([model(row[None].clone()) for row in torch.from_numpy(x)]).numpy()
 
 
-def dense(seed: int = 0) -> nn.Module:
-    """A small network whose weights a seed tells."""
+def make_dense(seed: int = 0) -> nn.Module:
+    """Make a small model with random weights."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)).eval()
 
 
-def calm(lazy: Any, *more: Any) -> Any:
+def compute(lazy: Any) -> Any:
     """Compute in this thread."""
-    return dask.compute(lazy, *more, scheduler="synchronous") if more else lazy.compute(scheduler="synchronous")
+    return lazy.compute(scheduler="synchronous")
 
 
 # Lazy
@@ -72,8 +72,8 @@ def calm(lazy: Any, *more: Any) -> Any:
 @pytest.mark.usefixtures("_nothing_computes")
 @pytest.mark.parametrize("chunks", [(5, 3), (7, 1), (20, 3)])
 def test_lazy_dask_array(chunks: tuple[int, int]) -> None:
-    """A dask array is neither computed nor read for the lazy answer."""
-    lazy = di.map_blocks(dense(), da.from_array(Unreadable(), chunks=chunks))
+    """Building the lazy output neither computes nor reads a dask array."""
+    lazy = di.map_blocks(make_dense(), da.from_array(Unreadable(), chunks=chunks))
     assert (lazy.shape, lazy.dtype, lazy.chunks[0]) == ((20, 2), "float32", da.ones(20, chunks=chunks[0]).chunks[0])
 
 
@@ -82,135 +82,137 @@ def test_lazy_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No row of a file is read."""
     np.save(tmp_path / "x.npy", X)
     monkeypatch.setattr("daskinfer.storage.formats.npy.Source.__getitem__", Unreadable.__getitem__)
-    assert di.map_blocks(dense(), tmp_path / "x.npy").shape == (20, 2)
+    assert di.map_blocks(make_dense(), tmp_path / "x.npy").shape == (20, 2)
 
 
 @pytest.mark.usefixtures("_nothing_computes")
 def test_lazy_steps_on_top() -> None:
-    """What dask does with the answer stays lazy."""
-    lazy = di.map_blocks(dense(), da.from_array(Unreadable(), chunks=(5, 3)))
+    """Dask operations on the output stay lazy."""
+    lazy = di.map_blocks(make_dense(), da.from_array(Unreadable(), chunks=(5, 3)))
     assert da.concatenate([lazy[3:].mean(axis=0), lazy.rechunk((3, 1))[0] + 1]).shape == (4,)
 
 
-# Right for any chunking
+# Correct for any chunking
 
 
 @given(data=st.data(), n=st.integers(0, 20), batch_size=st.integers(1, 8))
 @settings(max_examples=40, deadline=None)
 def test_any_chunking(data: st.DataObject, n: int, batch_size: int) -> None:
-    """Whatever the chunks, empty ones and cuts of later axes too, the bytes are those of one chunk."""
+    """For any chunks, including empty ones and cuts of later axes, the bytes equal those of a single chunk."""
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
     rows = tuple(np.diff([0, *cuts, n]).tolist())
     x = da.from_array(X[:n], chunks=(rows, data.draw(st.sampled_from([(3,), (1, 2), (1, 1, 1)]))))
-    lazy = di.map_blocks(dense(), x, batch_size=batch_size)
+    lazy = di.map_blocks(make_dense(), x, batch_size=batch_size)
     assert lazy.chunks[0] == rows
-    whole = di.map_blocks(dense(), da.from_array(X[:n], chunks=(n or 1, 3)), batch_size=batch_size)
-    assert calm(lazy).tobytes() == calm(whole).tobytes()
+    whole = di.map_blocks(make_dense(), da.from_array(X[:n], chunks=(n or 1, 3)), batch_size=batch_size)
+    assert compute(lazy).tobytes() == compute(whole).tobytes()
     if n:
-        np.testing.assert_allclose(calm(lazy), plain(dense(), X[:n]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(compute(lazy), run_plainly(make_dense(), X[:n]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0,), (4, 0), (4, 0, 2), (1, 3)])
 @pytest.mark.parametrize("make", [np.ones, da.ones])
 def test_shapes_without_numbers(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
-    """An input without rows, or with an axis of no length, has an answer like it."""
-    assert calm(di.map_blocks(np.negative, make(shape))).shape == shape
+    """An input without rows, or with an axis of length 0, has an output of the same shape."""
+    assert compute(di.map_blocks(np.negative, make(shape))).shape == shape
 
 
-def test_rows_look_across_later_chunks() -> None:
-    """A row is whole for the network though its axes are cut."""
+def test_later_chunks_are_merged() -> None:
+    """The model gets whole rows, even if their axes are cut."""
     x = np.arange(2 * 4 * 6, dtype="float32").reshape(2, 4, 6)
     lazy = di.map_blocks(lambda x: x.sum((1, 2)), da.from_array(x, chunks=(1, 3, 2)))
-    np.testing.assert_array_equal(calm(lazy), x.sum((1, 2)))
+    np.testing.assert_array_equal(compute(lazy), x.sum((1, 2)))
 
 
 @pytest.mark.parametrize("later", [(), (2,), (2, 3), (1, 2, 3)])
 def test_outputs_of_any_ndim(later: tuple[int, ...]) -> None:
-    """An answer may have fewer axes than the input, or more."""
+    """An output may have fewer axes than the input, or more."""
     expected = X.reshape(20, -1)[:, 0][(..., *[None] * len(later))] * np.ones(later, "float32")
     lazy = di.map_blocks(lambda x: x[:, 0][(..., *[None] * len(later))] * np.ones(later, "float32"), X, batch_size=3)
-    np.testing.assert_array_equal(calm(lazy), expected, strict=True)
+    np.testing.assert_array_equal(compute(lazy), expected, strict=True)
 
 
-def test_bytes_are_the_same_again() -> None:
-    """Computing twice, in one thread or in several, gives the same bytes."""
-    lazy = di.map_blocks(dense(), da.from_array(X, chunks=(3, 2)), batch_size=4)
-    assert len({calm(lazy).tobytes(), calm(lazy).tobytes(), lazy.compute(scheduler="threads").tobytes()}) == 1
+def test_bytes_are_reproducible() -> None:
+    """Computing twice, in one thread or in several, returns the same bytes."""
+    lazy = di.map_blocks(make_dense(), da.from_array(X, chunks=(3, 2)), batch_size=4)
+    assert len({compute(lazy).tobytes(), compute(lazy).tobytes(), lazy.compute(scheduler="threads").tobytes()}) == 1
 
 
-def test_the_network_as_it_was() -> None:
-    """A network that is trained on afterwards answers as it did when it was handed over; nobody changes it here."""
-    net = dense().train()
-    expected, before = plain(net, X), {k: v.clone() for k, v in net.state_dict().items()}
-    lazy = di.map_blocks(net, X)
-    assert net.training
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+def test_the_model_is_a_copy() -> None:
+    """The outputs come from the model as it was when it was passed, and the caller's is not changed."""
+    model = make_dense().train()
+    expected, before = run_plainly(model, X), {k: v.clone() for k, v in model.state_dict().items()}
+    lazy = di.map_blocks(model, X)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with torch.no_grad():
-        net[0].weight.zero_()
-    np.testing.assert_allclose(calm(lazy), expected, rtol=1e-5, atol=1e-6)
+        model[0].weight.zero_()
+    np.testing.assert_allclose(compute(lazy), expected, rtol=1e-5, atol=1e-6)
 
 
 # Ports, forms, options
 
 
 def test_ports_of_unlike_ndim() -> None:
-    """Ports may have unlike numbers of axes and be cut in unlike ways."""
+    """Ports may differ in their number of axes and in their chunks."""
     x = {"image": da.ones((20, 2, 2), chunks=(6, 1, 2)), "meta": X, "age": X[:, 0].tolist()}
     lazy = di.map_blocks(lambda image, meta, age: image.sum((1, 2)) + meta[:, 0] - age, x)
     assert lazy.chunks == ((6, 6, 6, 2),)
-    np.testing.assert_array_equal(calm(lazy), np.full(20, 4.0), strict=True)
+    np.testing.assert_array_equal(compute(lazy), np.full(20, 4.0), strict=True)
 
 
 def test_dask_ports_with_unlike_chunks() -> None:
-    """Of several dask arrays the first one's chunks on axis 0 count."""
+    """Of several dask arrays, the chunks of the first on axis 0 apply."""
     lazy = di.map_blocks(np.subtract, (da.from_array(X, chunks=(6, 1)), da.from_array(X, chunks=(7, 3))))
     assert lazy.chunks[0] == (6, 6, 6, 2)
-    assert not calm(lazy).any()
+    assert not compute(lazy).any()
 
 
 @pytest.mark.parametrize("form", [torch.from_numpy(X), X.tolist(), list(X), np.asfortranarray(X), X.astype(">f4")])
 def test_forms(form: Any) -> None:
-    """Tensors, lists and arrays of any layout give the same answer, as a dask array."""
-    np.testing.assert_allclose(calm(di.map_blocks(dense(), form)), plain(dense(), X), rtol=1e-5, atol=1e-6)
+    """Tensors, lists and arrays of any memory layout return the same output, as a dask array."""
+    np.testing.assert_allclose(
+        compute(di.map_blocks(make_dense(), form)), run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
 def test_files(tmp_path: Path, suffix: str) -> None:
-    """A file gives the same answer."""
+    """A file returns the same output."""
     if suffix == ".npy":
         np.save(tmp_path / "x.npy", X)
     else:
         zarr.create_array(tmp_path / "x.zarr", shape=X.shape, dtype="f4", chunks=(7, 2))[:] = X
-    lazy = di.map_blocks(dense(), tmp_path / f"x{suffix}", batch_size=2)
-    np.testing.assert_allclose(calm(lazy), plain(dense(), X), rtol=1e-5, atol=1e-6)
+    lazy = di.map_blocks(make_dense(), tmp_path / f"x{suffix}", batch_size=2)
+    np.testing.assert_allclose(compute(lazy), run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_tensors() -> None:
-    """A bfloat16 tensor reaches a bfloat16 network as what it was."""
-    net, x = dense().bfloat16(), torch.from_numpy(X).bfloat16()
+    """A bfloat16 tensor reaches a bfloat16 model as bfloat16."""
+    model, x = make_dense().bfloat16(), torch.from_numpy(X).bfloat16()
     with torch.no_grad():
-        expected = net(x).float().numpy()
-    np.testing.assert_allclose(calm(di.map_blocks(net, x)), expected, rtol=0.02, atol=0.02)
+        expected = model(x).float().numpy()
+    np.testing.assert_allclose(compute(di.map_blocks(model, x)), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("batch_size", [1, 20, 21, 10**4])
 def test_batch_sizes(batch_size: int) -> None:
-    """A micro-batch may be one row or more than there are."""
-    lazy = di.map_blocks(dense(), X, batch_size=batch_size)
-    np.testing.assert_allclose(calm(lazy), plain(dense(), X), rtol=1e-5, atol=1e-6)
+    """A batch may be one row, or larger than the input."""
+    lazy = di.map_blocks(make_dense(), X, batch_size=batch_size)
+    np.testing.assert_allclose(compute(lazy), run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6)
 
 
 def test_options() -> None:
-    """Options count as a record, and as keywords on top of it."""
-    lazy = di.map_blocks(dense(), X, options=di.Options(postprocess=np.negative, dtype="float64"), dtype="float32")
-    np.testing.assert_allclose(calm(lazy), -plain(dense(), X), rtol=1e-5, atol=1e-6)
+    """Options may be a record, and keywords override its fields."""
+    lazy = di.map_blocks(make_dense(), X, options=di.Options(postprocess=np.negative, dtype="float64"), dtype="float32")
+    np.testing.assert_allclose(compute(lazy), -run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6)
 
 
 # Several outputs
 
 
 class Counting(nn.Module):
-    """Writes a byte to a file each time it sees rows; its answer is a dict."""
+    """Writes a byte to a file each time it is called, and returns a dict."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ class Counting(nn.Module):
 
 @pytest.fixture
 def counted(tmp_path: Path) -> tuple[Any, Callable[[], int]]:
-    """A lazy answer of several outputs, 4 chunks of 2 micro-batches each, and how often the network ran for it."""
+    """A lazy output of several arrays in 4 chunks of one batch each, and a function that counts calls of the model."""
     file = tmp_path / "calls"
     lazy = di.map_blocks(Counting(file), da.from_array(X, chunks=(5, 2)), batch_size=5)
     file.write_bytes(b"")
@@ -232,7 +234,7 @@ def counted(tmp_path: Path) -> tuple[Any, Callable[[], int]]:
 
 
 def test_structure(counted: Any) -> None:
-    """Several outputs come in the network's structure, each a dask array."""
+    """Several outputs have the structure of the model's output, each a dask array."""
     (lazy, _) = counted
     (y,) = dask.compute(lazy, scheduler="synchronous")
     np.testing.assert_array_equal(y["sum"], torch.from_numpy(X).sum(1))
@@ -241,25 +243,25 @@ def test_structure(counted: Any) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
-def test_together_once(counted: Any, scheduler: str) -> None:
-    """Computed together, several outputs take one run of the network per micro-batch."""
+def test_computed_together(counted: Any, scheduler: str) -> None:
+    """Computed together, several outputs take one call of the model per batch."""
     lazy, n_calls = counted
     dask.compute(lazy["sum"], lazy["parts"][0].mean(), lazy["parts"][1][0], scheduler=scheduler)
     assert n_calls() == 4
 
 
-def test_apart_twice(counted: Any) -> None:
+def test_computed_separately(counted: Any) -> None:
     """Computed one by one, each output takes a run of its own."""
     lazy, n_calls = counted
-    calm(lazy["sum"])
-    calm(lazy["parts"][0])
+    compute(lazy["sum"])
+    compute(lazy["parts"][0])
     assert n_calls() == 8
 
 
-def test_slice_runs_what_it_needs(counted: Any) -> None:
-    """A slice takes the chunks that it lies in only."""
+def test_slice_computes_only_its_chunks(counted: Any) -> None:
+    """A slice computes only the chunks that contain it."""
     lazy, n_calls = counted
-    np.testing.assert_allclose(calm(lazy["sum"][6:9]), X[6:9].sum(1), rtol=1e-5)
+    np.testing.assert_allclose(compute(lazy["sum"][6:9]), X[6:9].sum(1), rtol=1e-5)
     assert n_calls() == 1
 
 
@@ -267,43 +269,45 @@ def test_slice_runs_what_it_needs(counted: Any) -> None:
 
 
 def test_composable(tmp_path: Path) -> None:
-    """The answer is plain Dask: reduced, sliced, cut anew, put together, kept and stored."""
-    lazy, expected = di.map_blocks(dense(), da.from_array(X, chunks=(6, 3))), plain(dense(), X)
+    """The output is plain Dask: it can be reduced, sliced, rechunked, concatenated, persisted and stored."""
+    lazy, expected = di.map_blocks(make_dense(), da.from_array(X, chunks=(6, 3))), run_plainly(make_dense(), X)
     close = {"rtol": 1e-5, "atol": 1e-6}
-    np.testing.assert_allclose(calm(lazy.mean(axis=0)), expected.mean(axis=0), **close)
-    np.testing.assert_allclose(calm(lazy[::-2, 1]), expected[::-2, 1], **close)
-    np.testing.assert_allclose(calm(lazy[lazy[:, 0] > 0]), expected[expected[:, 0] > 0], **close)
-    np.testing.assert_allclose(calm(lazy.rechunk((3, 1))), expected, **close)
-    np.testing.assert_allclose(calm(da.concatenate([lazy, lazy - 1])), np.concatenate([expected, expected - 1]), **close)
-    np.testing.assert_allclose(calm(lazy.persist(scheduler="synchronous") @ np.ones(2, "f4")), expected.sum(1), **close)
-    np.testing.assert_allclose(np.concatenate(list(map(calm, lazy.blocks))), expected, **close)
+    np.testing.assert_allclose(compute(lazy.mean(axis=0)), expected.mean(axis=0), **close)
+    np.testing.assert_allclose(compute(lazy[::-2, 1]), expected[::-2, 1], **close)
+    np.testing.assert_allclose(compute(lazy[lazy[:, 0] > 0]), expected[expected[:, 0] > 0], **close)
+    np.testing.assert_allclose(compute(lazy.rechunk((3, 1))), expected, **close)
+    np.testing.assert_allclose(compute(da.concatenate([lazy, lazy - 1])), np.concatenate([expected, expected - 1]), **close)
+    np.testing.assert_allclose(compute(lazy.persist(scheduler="synchronous") @ np.ones(2, "f4")), expected.sum(1), **close)
+    np.testing.assert_allclose(np.concatenate(list(map(compute, lazy.blocks))), expected, **close)
     with dask.config.set(scheduler="synchronous"):
         lazy.to_zarr(tmp_path / "y.zarr")
     np.testing.assert_allclose(zarr.open_array(tmp_path / "y.zarr", mode="r")[:], expected, **close)
 
 
-def test_networks_in_a_row() -> None:
-    """A lazy answer is the input of the next network, chunks and all."""
-    lazy = di.map_blocks(nn.Flatten(), di.map_blocks(dense(), da.from_array(X, chunks=(6, 3))), batch_size=4)
+def test_models_in_a_row() -> None:
+    """A lazy output, with its chunks, can be the input of the next model."""
+    lazy = di.map_blocks(nn.Flatten(), di.map_blocks(make_dense(), da.from_array(X, chunks=(6, 3))), batch_size=4)
     assert lazy.chunks[0] == (6, 6, 6, 2)
-    np.testing.assert_allclose(calm(lazy), plain(dense(), X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(compute(lazy), run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_that_dask_made() -> None:
     """The rows may come from any dask graph."""
     x = (da.from_array(X, chunks=(6, 3)) - X.mean(0)).rechunk((4, 2))
-    np.testing.assert_allclose(calm(di.map_blocks(dense(), x)), plain(dense(), X - X.mean(0)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        compute(di.map_blocks(make_dense(), x)), run_plainly(make_dense(), X - X.mean(0)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_chunks_are_not_overwritten() -> None:
-    """A network that works in place does not reach a persisted array's chunks."""
+    """A model that works in place does not change the chunks of a persisted array."""
     x = da.from_array(X.copy(), chunks=(6, 3)).persist(scheduler="synchronous")
-    calm(di.map_blocks(nn.ReLU(inplace=True), x))
-    np.testing.assert_array_equal(calm(x), X)
+    compute(di.map_blocks(nn.ReLU(inplace=True), x))
+    np.testing.assert_array_equal(compute(x), X)
 
 
-class Crowded:
-    """Notes how many threads are inside it at the same time."""
+class ConcurrencyProbe:
+    """Records how many threads call it at the same time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.inside = str(path), 0
@@ -321,8 +325,8 @@ class Crowded:
 
 
 def test_one_chunk_at_a_time(tmp_path: Path) -> None:
-    """Without a cluster torch has all cores, so one chunk at a time is inside the network, whatever dask's threads."""
-    lazy = di.map_blocks(Crowded(tmp_path / "seen"), da.from_array(X, chunks=(1, 3)))
+    """Without a cluster torch uses all cores, so the model runs one chunk at a time, however many threads dask has."""
+    lazy = di.map_blocks(ConcurrencyProbe(tmp_path / "seen"), da.from_array(X, chunks=(1, 3)))
     lazy.compute(scheduler="threads", num_workers=4)
     seen = [line.split(maxsplit=1) for line in (tmp_path / "seen").read_text().splitlines()]
     assert {inside for inside, _ in seen} == {"1"}
@@ -330,60 +334,62 @@ def test_one_chunk_at_a_time(tmp_path: Path) -> None:
 
 
 def test_torch_threads_stay() -> None:
-    """Computing leaves this process's number of torch threads as it is."""
+    """Computing does not change the number of torch threads of this process."""
     before = torch.get_num_threads()
-    calm(di.map_blocks(dense(), X))
+    compute(di.map_blocks(make_dense(), X))
     assert torch.get_num_threads() == before
 
 
-# Refusals and failures
+# Errors
 
 
 def test_unknown_chunks() -> None:
-    """A dask array that does not know its rows is refused."""
+    """A dask array of unknown length is refused."""
     x = da.from_array(X, chunks=(6, 3))
-    with pytest.raises(InputError, match=r"unknown chunks; .* Call \.compute_chunk_sizes\(\)"):
-        di.map_blocks(dense(), x[x[:, 0] > 0])
+    with pytest.raises(InputError, match=r"unknown chunk sizes, .* Call x\.compute_chunk_sizes\(\)"):
+        di.map_blocks(make_dense(), x[x[:, 0] > 0])
 
 
-def test_all_refusals_at_once() -> None:
-    """All that cannot work is said at once."""
-    with pytest.raises(PlanError, match=r"(?s)for 4 reasons.*numbers are needed.*autocast.*batch_size.*the model is a int"):
+def test_all_problems_at_once() -> None:
+    """Everything that cannot work is reported at once."""
+    with pytest.raises(
+        PlanError, match=r"(?s)invalid plan, 4 problems.*must hold numbers.*autocast.*batch_size.*model must be .*, got int"
+    ):
         di.map_blocks(3, ["a"], autocast="int8", batch_size=0)
 
 
-def test_output_that_is_not_true() -> None:
-    """An output= that the network does not keep to is an error of the chunk that finds out."""
-    lazy = di.map_blocks(dense(), X, output=np.empty((0, 5), "float32"))
-    with pytest.raises(ModelError, match=r"the model gave \(2,\) float32 per row where \(5,\) float32 was planned"):
-        calm(lazy)
+def test_wrong_output_option() -> None:
+    """An output= that does not match the model's output is an error of the first chunk."""
+    lazy = di.map_blocks(make_dense(), X, output=np.empty((0, 5), "float32"))
+    with pytest.raises(ModelError, match=r"the model returned \(2,\) float32 per row, \(5,\) float32 was planned"):
+        compute(lazy)
 
 
 def test_failing_rows() -> None:
-    """A network that fails on some rows is an error that names them, and is right for the others."""
+    """A model that fails on some rows raises an error that names them, and computes the others."""
 
-    def fussy(x: np.ndarray) -> np.ndarray:
+    def fail_on_13(x: np.ndarray) -> np.ndarray:
         if (x == 13).any():
             raise ValueError("unlucky")
         return x
 
-    lazy = di.map_blocks(fussy, da.arange(20, chunks=5), batch_size=2)
+    lazy = di.map_blocks(fail_on_13, da.arange(20, chunks=5), batch_size=2)
     with pytest.raises(ChunkError, match="rows 13:14 on cpu failed: ValueError: unlucky"):
-        calm(lazy)
-    assert calm(lazy[:10]).tolist() == list(range(10))
+        compute(lazy)
+    assert compute(lazy[:10]).tolist() == list(range(10))
 
 
 # On a cluster
 
 
 def test_distributed(cluster_client: Client) -> None:
-    """On a cluster the answer is computed on its workers, several outputs in one run."""
+    """On a cluster the workers compute the output, several arrays in one run."""
     lazy = di.map_blocks(lambda x: (x, -x[:, 0]), da.from_array(X, chunks=(6, 2)))
     rows, first = (future.result() for future in cluster_client.compute(list(lazy)))
     np.testing.assert_array_equal(rows, X)
     np.testing.assert_array_equal(first, -X[:, 0])
-    other = di.map_blocks(dense(), X).compute(scheduler=cluster_client)
-    np.testing.assert_allclose(other, plain(dense(), X), rtol=1e-5, atol=1e-6)
+    other = di.map_blocks(make_dense(), X).compute(scheduler=cluster_client)
+    np.testing.assert_allclose(other, run_plainly(make_dense(), X), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -398,8 +404,11 @@ def test_distributed(cluster_client: Client) -> None:
         {"restart_workers": True},
     ],
 )
-def test_what_only_daskinfers_own_calls_follow_is_refused(option: dict[str, Any]) -> None:
-    """Options that would have no effect, since Dask computes the chunks, are refused and say where they have one."""
+def test_options_of_computing_functions_are_refused(option: dict[str, Any]) -> None:
+    """Options without effect, since Dask computes the chunks, are refused as keywords and as fields of Options."""
     ((name, value),) = option.items()
-    with pytest.raises(OptionError, match=rf"{name}={value!r} was given to map_blocks, whose chunks Dask computes"):
+    with pytest.raises(OptionError, match=rf"{name!r} is a keyword of predict, stream, run"):
         di.map_blocks(np.negative, da.ones(10), **option)
+    message = rf"map_blocks takes no {name}, got {name}={value!r}: Dask .* use predict, stream or run"
+    with pytest.raises(OptionError, match=message):
+        di.map_blocks(np.negative, da.ones(10), options=di.Options(**option))

@@ -1,4 +1,4 @@
-"""The same bytes, however the work is cut: what decision 3 promises, on real clusters of several sizes."""
+"""The same bytes, however the work is cut: what ``daskinfer.scheduling`` promises, on real clusters of several sizes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CHUNKS = [(1000,), (7, 0, 493, 500), (333, 333, 334)]
 def test_same_bytes_for_any_number_of_workers_weights_and_chunks() -> None:
     """With a fixed batch size the bytes are the same on 1, 2 and 3 workers, for any weights and any chunking."""
     torch.manual_seed(1)
-    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(48, 4))
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(48, 4))
     x = np.random.default_rng(0).normal(size=(1000, 2, 6, 6)).astype(np.float32)
-    cut = [da.from_array(x, chunks=(chunks, 2, 6, 6)) for chunks in CHUNKS]
-    answers = set()
+    chunked = [da.from_array(x, chunks=(chunks, 2, 6, 6)) for chunks in CHUNKS]
+    outputs = set()
     for n_workers, weights in WEIGHTS.items():
         with di.LocalDeviceCluster(["cpu"] * n_workers) as cluster, cluster.get_client() as client:
-            how = {"client": client, "batch_size": BATCH_SIZE}
-            answers |= {di.predict(net, x, device_weights=w, **how).tobytes() for w in weights}
-            answers |= {di.predict(net, lazy, **how).tobytes() for lazy in cut}
-    assert len(answers) == 1
+            keywords = {"client": client, "batch_size": BATCH_SIZE}
+            outputs |= {di.predict(model, x, device_weights=w, **keywords).tobytes() for w in weights}
+            outputs |= {di.predict(model, lazy, **keywords).tobytes() for lazy in chunked}
+    assert len(outputs) == 1

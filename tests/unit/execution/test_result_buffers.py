@@ -1,4 +1,4 @@
-"""Memory of answers: it serves the next call, and never two arrays at once."""
+"""Memory of outputs: the next call reuses it, and it never holds two arrays at once."""
 
 from __future__ import annotations
 
@@ -35,144 +35,144 @@ VIEWS: dict[str, Callable[[Array], Any]] = {
 }
 
 
-def lent(memory: ResultBufferPool, n_items: int = N) -> Array:
-    """An array of four columns."""
-    return memory.empty((n_items // 4, 4), F32)
+def allocate(pool: ResultBufferPool, n_items: int = N) -> Array:
+    """Allocate an array of four columns."""
+    return pool.empty((n_items // 4, 4), F32)
 
 
-def address(array: Any) -> int:
-    """Where an array begins."""
+def get_address(array: Any) -> int:
+    """Return the address of an array's first byte."""
     return int(np.asarray(array).__array_interface__["data"][0])
 
 
-def block_of(array: Array) -> weakref.ref[Array]:
-    """The block that an array lies in, as long as somebody holds it."""
+def get_block(array: Array) -> weakref.ref[Array]:
+    """Return a weak reference to the block that an array is in."""
     base: Any = array.base
     return weakref.ref(base.base.obj)
 
 
-def test_memory_comes_back() -> None:
-    """What was let go serves the next array, of another shape and dtype too."""
-    memory = ResultBufferPool()
-    first = lent(memory)
-    place = address(first)
+def test_memory_is_reused() -> None:
+    """The memory of an array that was dropped holds the next one, even of another shape and dtype."""
+    pool = ResultBufferPool()
+    first = allocate(pool)
+    address = get_address(first)
     del first
-    assert address(memory.empty((N // 2,), np.dtype("float64"))) == place
+    assert get_address(pool.empty((N // 2,), np.dtype("float64"))) == address
 
 
-def test_an_array_is_as_any_other() -> None:
-    """It can be written, pickled and stored, and has the shape and dtype that were asked for."""
-    array = lent(ResultBufferPool())
+def test_an_array_is_like_any_other() -> None:
+    """It can be written and pickled, and has the requested shape and dtype."""
+    array = allocate(ResultBufferPool())
     array[...] = 3
     assert (array.shape, array.dtype, array.flags.c_contiguous, array.flags.writeable) == ((N // 4, 4), F32, True, True)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)), array)
 
 
 @given(names=st.lists(st.sampled_from([*VIEWS]), min_size=1, max_size=3))
-def test_what_is_seen_is_not_lent_again(names: list[str]) -> None:
-    """As long as anything of an array is left, its memory is nobody else's."""
-    memory = ResultBufferPool()
-    array: Any = lent(memory)
+def test_memory_in_use_is_not_reused(names: list[str]) -> None:
+    """As long as any view of an array is left, its memory is not given to another."""
+    pool = ResultBufferPool()
+    array: Any = allocate(pool)
     array[...] = 7
-    place = address(array)
+    address = get_address(array)
     views = [VIEWS[name](array) for name in names]
     before = [np.asarray(view).copy() for view in views]
     del array
     while views:
-        other = lent(memory)
+        other = allocate(pool)
         other[...] = -1
-        assert address(other) != place
+        assert get_address(other) != address
         for view, expected in zip(views, before, strict=True):
             np.testing.assert_array_equal(np.asarray(view), expected)
         views.pop(0)
         before.pop(0)
         del view
-    assert place in {address(lent(memory)) for _ in range(MAX_FREE_BLOCKS)}
+    assert address in {get_address(allocate(pool)) for _ in range(MAX_FREE_BLOCKS)}
 
 
 def test_arrays_that_live_at_once_do_not_overlap() -> None:
-    """Each array that is alive has its own block."""
-    memory = ResultBufferPool()
-    arrays = [lent(memory) for _ in range(4)]
+    """Every live array has its own block."""
+    pool = ResultBufferPool()
+    arrays = [allocate(pool) for _ in range(4)]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays) for b in arrays[:i])
 
 
 @pytest.mark.parametrize("nbytes", [0, 4, MIN_NBYTES - 4, MAX_NBYTES + 4])
 def test_small_and_huge_arrays_are_plain(nbytes: int) -> None:
-    """What the heap has ready, and what is too much to keep, is NumPy's."""
+    """Arrays that are too small or too large for the pool are NumPy's own."""
     assert ResultBufferPool().empty((nbytes // 4,), F32).flags.owndata
 
 
 def test_a_block_is_not_wasted() -> None:
-    """A block serves arrays that fill a good part of it, and larger ones get their own."""
-    memory = ResultBufferPool()
-    array = lent(memory, MAX_WASTE * N)
-    place = address(array)
+    """A block is reused for arrays that fill a good part of it; larger arrays get a new one."""
+    pool = ResultBufferPool()
+    array = allocate(pool, MAX_WASTE * N)
+    address = get_address(array)
     del array
-    assert address(lent(memory, MAX_WASTE * N + 4)) != place
-    assert address(lent(memory, N)) == place
-    memory = ResultBufferPool()
-    array = lent(memory, 2 * MAX_WASTE * N)
-    place, block = address(array), block_of(array)
+    assert get_address(allocate(pool, MAX_WASTE * N + 4)) != address
+    assert get_address(allocate(pool, N)) == address
+    pool = ResultBufferPool()
+    array = allocate(pool, 2 * MAX_WASTE * N)
+    address, block = get_address(array), get_block(array)
     del array
-    assert address(lent(memory, N)) != place
-    assert block() is not None  # it waits for one of its size
+    assert get_address(allocate(pool, N)) != address
+    assert block() is not None  # it is kept for one of its size
 
 
 def test_few_blocks_are_kept() -> None:
-    """Of many that come back the last are kept."""
-    memory = ResultBufferPool()
-    arrays = [lent(memory) for _ in range(MAX_FREE_BLOCKS + 2)]
-    blocks = [block_of(array) for array in arrays]
+    """Of many blocks that return, the last ones are kept."""
+    pool = ResultBufferPool()
+    arrays = [allocate(pool) for _ in range(MAX_FREE_BLOCKS + 2)]
+    blocks = [get_block(array) for array in arrays]
     while arrays:
         arrays.pop(0)
     assert [block() is not None for block in blocks] == [False] * 2 + [True] * MAX_FREE_BLOCKS
 
 
 def test_released_memory_is_gone() -> None:
-    """Blocks that are free go at once, those that are lent with their arrays."""
-    memory = ResultBufferPool()
-    free, kept = lent(memory), lent(memory)
-    blocks = block_of(free), block_of(kept)
+    """Free blocks are freed at once, others with their arrays."""
+    pool = ResultBufferPool()
+    free, kept = allocate(pool), allocate(pool)
+    blocks = get_block(free), get_block(kept)
     del free
-    memory.release()
+    pool.release()
     assert [block() is not None for block in blocks] == [False, True]
     del kept
     assert blocks[1]() is None
 
 
-def wide() -> torch.nn.Module:
-    """A network whose answer to 2,000 rows takes 2 MB."""
+def make_wide_model() -> torch.nn.Module:
+    """Make a model whose output for 2,000 rows takes 2 MB."""
     torch.manual_seed(5)
     return torch.nn.Linear(4, 256)
 
 
-def test_calls_share_memory_where_the_cluster_is_kept(two_cpus: list[str]) -> None:
-    """The next answer lies where the last one did, a part of an answer stays what it is, and ``close`` lets go of all."""
-    net, x = wide(), np.random.default_rng(1).standard_normal((2000, 4), np.float32)
-    di.predict(net, x, devices=two_cpus)  # the cluster is there from here on
-    first = di.predict(net, x, devices=two_cpus)
-    block = block_of(first)
+def test_calls_share_memory_while_the_cluster_is_kept(two_cpus: list[str]) -> None:
+    """The next output uses the memory of the last one unless a view is left, and ``close`` frees it."""
+    model, x = make_wide_model(), np.random.default_rng(1).standard_normal((2000, 4), np.float32)
+    di.predict(model, x, devices=two_cpus)  # from here on the cluster runs
+    first = di.predict(model, x, devices=two_cpus)
+    block = get_block(first)
     assert block() is not None
-    place, kept, expected = address(first), first[::3], np.array(first[::3])
+    address, kept, expected = get_address(first), first[::3], np.array(first[::3])
     del first
-    second = di.predict(net, -x, devices=two_cpus)
-    assert address(second) != place
+    second = di.predict(model, -x, devices=two_cpus)
+    assert get_address(second) != address
     np.testing.assert_array_equal(kept, expected)
     del kept
-    third = di.predict(net, x, devices=two_cpus)
-    assert address(third) == place
+    third = di.predict(model, x, devices=two_cpus)
+    assert get_address(third) == address
     np.testing.assert_array_equal(third[::3], expected)
     del third
     di.close()
     assert block() is None
     with torch.inference_mode():
-        np.testing.assert_allclose(second, net(torch.from_numpy(-x)).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(second, model(torch.from_numpy(-x)).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_calls_on_clusters_of_others_keep_nothing(cluster_client: Client) -> None:
-    """Where nobody says when it is over, answers are NumPy's own."""
+def test_calls_on_external_clusters_keep_nothing(cluster_client: Client) -> None:
+    """Without a managed cluster, whose end frees the blocks, outputs are NumPy's own arrays."""
     x = np.ones((2000, 4), np.float32)
     for _ in range(2):
-        assert di.predict(wide(), x, client=cluster_client).flags.owndata
-    assert di.predict(wide(), x, devices="inline").flags.owndata
+        assert di.predict(make_wide_model(), x, client=cluster_client).flags.owndata
+    assert di.predict(make_wide_model(), x, devices="inline").flags.owndata

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is in flight ends, twice stops at once, and nobody but the caller hears of it."""
+"""Ctrl-C and SIGTERM: chunks in flight finish, a second signal stops at once, and only the caller is told."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ print("all")
 
 
 class Script:
-    """A script of a user's in a process group of its own, and what it left in a folder."""
+    """A user's script in its own process group, and the files that it wrote into a folder."""
 
     def __init__(self, folder: Path, devices: str, seconds: float) -> None:
-        self.folder = folder / "begun"
+        self.folder = folder / "started"
         self.folder.mkdir()
         path = folder / "script.py"
         path.write_text(SCRIPT)
@@ -63,27 +63,27 @@ class Script:
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def n_begun(self) -> int:
-        """Micro-batches that were begun."""
+    def count_started(self) -> int:
+        """Count the micro-batches that were started."""
         return len(list(self.folder.iterdir()))
 
-    def n_nannies(self) -> int:
-        """Processes that it started for workers; importing torch starts others for a moment."""
+    def count_nannies(self) -> int:
+        """Count the processes that it started for workers; importing torch briefly starts others."""
         commands = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 commands.append(child.cmdline())
         return sum(nanny._BOOTSTRAP_CODE in command for command in commands)
 
-    def signalled(self, number: int) -> None:
-        """Send it to the whole process group, as a terminal does, and to the workers, as a batch system does."""
+    def send_signal(self, number: int) -> None:
+        """Signal the whole process group, as a terminal does, and the workers, as a batch system does."""
         children = {int(file.name.split("-")[0]) for file in self.folder.iterdir()} - {self.process.pid}
         os.killpg(self.process.pid, number)
         for child in children if number == signal.SIGINT else ():
             os.kill(child, number)
 
-    def ended(self) -> tuple[int, list[str], str]:
-        """Its exit code, the words of what it printed, and its stderr."""
+    def wait(self) -> tuple[int, list[str], str]:
+        """Wait for its end; return its exit code, the words that it printed, and its stderr."""
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out.split(), err
 
@@ -92,45 +92,45 @@ class Script:
 @pytest.mark.parametrize("devices", ["inline", "cpu,cpu"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains(tmp_path: Path, devices: str, number: int) -> None:
-    """predict raises Interrupted with what is done once what was in flight has ended, and workers print nothing."""
+    """predict raises Interrupted with the rows that are done once chunks in flight have finished; workers print nothing."""
     script = Script(tmp_path, devices, seconds=0.2)
-    wait_until(lambda: script.n_begun() > 1, 60)
-    script.signalled(number)
-    code, words, err = script.ended()
+    wait_until(lambda: script.count_started() > 1, 60)
+    script.send_signal(number)
+    code, words, err = script.wait()
     assert (code, words[:2], words[3:]) == (128 + number, ["Interrupted", str(number.value)], ["True", "True"])
-    assert int(words[2]) == 10 * script.n_begun()
+    assert int(words[2]) == 10 * script.count_started()
     assert "Traceback" not in err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["inline", "cpu,cpu"])
 def test_a_second_signal_stops_at_once(tmp_path: Path, devices: str) -> None:
-    """What is in flight is not waited for any more, whether it is computed here or by workers."""
+    """Chunks in flight are not waited for any more, whether this process or workers compute them."""
     script = Script(tmp_path, devices, seconds=30.0)
-    wait_until(lambda: script.n_begun() >= 1, 60)
+    wait_until(lambda: script.count_started() >= 1, 60)
     began = time.monotonic()
-    script.signalled(signal.SIGINT)
-    time.sleep(0.2)  # two signals that come together are one
-    script.signalled(signal.SIGINT)
-    code, words, _ = script.ended()
+    script.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # two signals at the same time are delivered as one
+    script.send_signal(signal.SIGINT)
+    code, words, _ = script.wait()
     assert time.monotonic() - began < 20
     assert (code, words) == (130, ["Interrupted", "2", "0", "True", "True"])
 
 
 @pytest.mark.parametrize("n_nannies", [1, 2])
 def test_a_signal_while_workers_start_is_enough(tmp_path: Path, n_nannies: int) -> None:
-    """Nothing is in flight yet: the call ends at once, and neither workers nor Dask say a word."""
+    """Nothing is in flight yet: the call ends at once, and neither workers nor Dask print anything."""
     script = Script(tmp_path, "cpu,cpu", seconds=30.0)
-    wait_until(lambda: script.n_nannies() >= n_nannies, 60)
+    wait_until(lambda: script.count_nannies() >= n_nannies, 60)
     began = time.monotonic()
-    script.signalled(signal.SIGINT)
-    code, words, err = script.ended()
+    script.send_signal(signal.SIGINT)
+    code, words, err = script.wait()
     assert time.monotonic() - began < 20
     assert (code, words) == (130, ["Interrupted", "2", "0", "True", "True"])
-    assert err == "SIGINT: no chunk is on its way yet; what was started is ended\n"
+    assert err == "SIGINT received before any chunk was submitted; shutting down workers\n"
 
 
-def sent(number: int) -> None:
+def send_self(number: int) -> None:
     """Send this process a signal, and let its handler run."""
     os.kill(os.getpid(), number)
     for _ in range(1000):
@@ -138,68 +138,72 @@ def sent(number: int) -> None:
 
 
 @pytest.fixture
-def usual_handlers() -> Iterator[None]:
-    """Signals are handled as where nobody has asked for anything else; handlers are as they were afterwards."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # coverage ends this process
+def default_handlers() -> Iterator[None]:
+    """Install the default handlers, and check that they are still installed after the test."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}  # coverage ends this process
     yield
-    found = {number: signal.signal(number, handler) for number, handler in before.items()}
-    assert found == usual
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == defaults
 
 
 @pytest.fixture
-def run(usual_handlers: None) -> SimpleNamespace:
-    """What is asked to begin nothing more."""
-    return SimpleNamespace(draining=False, began=1.0)
+def run(default_handlers: None) -> SimpleNamespace:
+    """Stand in for a run that has submitted a chunk."""
+    return SimpleNamespace(draining=False, started_at=1.0)
 
 
 def test_a_signal_before_the_first_chunk_is_raised_at_once(run: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
-    """Where nothing is in flight there is nothing to wait for; that workers take seconds to end is said meanwhile."""
-    run.began = None
+    """If nothing is in flight, the call ends at once, and a log line covers the seconds that workers take to shut down."""
+    run.started_at = None
 
     def call() -> None:
         with drain_on_signal(run):
-            sent(signal.SIGINT)
-            raise AssertionError("it went on")
+            send_self(signal.SIGINT)
+            raise AssertionError("it continued")
 
-    with pytest.raises(Interrupted, match=r"^Ctrl-C ended the call before all rows had an answer") as caught:
+    with pytest.raises(Interrupted, match=r"^Ctrl-C ended the call before all rows had an output\.$") as caught:
         call()
     assert caught.value.__suppress_context__
-    assert caplog.messages == ["SIGINT: no chunk is on its way yet; what was started is ended"]
+    assert caplog.messages == ["SIGINT received before any chunk was submitted; shutting down workers"]
 
 
 def test_without_a_signal_nothing_is_raised(run: SimpleNamespace) -> None:
-    """A call that nobody interrupts ends as it would."""
+    """A call that is not interrupted ends normally."""
     with drain_on_signal(run):
         pass
     assert not run.draining
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-def test_the_first_signal_is_raised_at_the_end(run: SimpleNamespace, number: int, name: str) -> None:
-    """The call is asked to begin nothing more, goes on, and raises when it has ended."""
-    went_on: list[bool] = []
+def test_the_first_signal_is_raised_at_the_end(
+    run: SimpleNamespace, number: int, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run is drained, continues, says how to abort it, and raises when it has ended."""
+    continued: list[bool] = []
 
     def call() -> None:
         with drain_on_signal(run):
-            sent(number)
-            went_on.append(run.draining)
+            send_self(number)
+            continued.append(run.draining)
 
-    with pytest.raises(Interrupted, match=f"^{name} ended the call before all rows had an answer") as caught:
+    with pytest.raises(Interrupted, match=rf"^{name} ended the call before all rows had an output\.$") as caught:
         call()
-    assert went_on == [True]
+    assert continued == [True]
     assert caught.value.signal_number == number
+    signal_name = signal.Signals(number).name
+    assert caplog.messages == [f"{signal_name} received: finishing in-flight chunks; send it again to abort"]
 
 
-def test_the_second_signal_is_none_of_the_rows_fault(run: SimpleNamespace) -> None:
-    """It passes whoever catches exceptions on the way, and is Interrupted outside."""
+def test_the_second_signal_is_not_taken_for_an_error_of_rows(run: SimpleNamespace) -> None:
+    """No handler of exceptions catches it, and the caller gets Interrupted."""
     assert not issubclass(StopNow, Exception)
 
     def call() -> None:
         with drain_on_signal(run):
             for _ in range(3):
                 with contextlib.suppress(Exception):
-                    sent(signal.SIGINT)
+                    send_self(signal.SIGINT)
         pytest.fail("caught on the way")
 
     with pytest.raises(Interrupted, match="Ctrl-C"):
@@ -207,39 +211,39 @@ def test_the_second_signal_is_none_of_the_rows_fault(run: SimpleNamespace) -> No
 
 
 def test_a_handler_of_the_programs_own_stays(run: SimpleNamespace) -> None:
-    """Where the program handles a signal itself, the call does not."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    """If the program handles a signal itself, the call does not."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     with drain_on_signal(run):
-        sent(signal.SIGTERM)
-    assert (came, run.draining) == ([signal.SIGTERM], False)
+        send_self(signal.SIGTERM)
+    assert (received, run.draining) == ([signal.SIGTERM], False)
     signal.signal(signal.SIGTERM, before)
 
 
 def test_in_another_thread_signals_are_not_touched() -> None:
-    """Only the main thread may handle signals: elsewhere a call runs without."""
-    found: list[Any] = []
+    """Only the main thread may handle signals: a call in another thread leaves the handlers alone."""
+    observed: list[Any] = []
 
     def call() -> None:
-        with drain_on_signal(SimpleNamespace(draining=False, began=1.0)):
-            found.append(signal.getsignal(signal.SIGINT))
-        found.append(di.predict(np.negative, np.arange(5.0), devices="inline"))
+        with drain_on_signal(SimpleNamespace(draining=False, started_at=1.0)):
+            observed.append(signal.getsignal(signal.SIGINT))
+        observed.append(di.predict(np.negative, np.arange(5.0), devices="inline"))
 
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    assert found[0] is signal.default_int_handler
-    np.testing.assert_array_equal(found[1], -np.arange(5.0))
+    assert observed[0] is signal.default_int_handler
+    np.testing.assert_array_equal(observed[1], -np.arange(5.0))
 
 
-@pytest.mark.usefixtures("usual_handlers")
-def test_a_device_that_may_be_added_is_not_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An automatic call that is interrupted in this process starts no workers to end with."""
-    monkeypatch.setattr("daskinfer.execution.run.opened", None)  # opening would fail
+@pytest.mark.usefixtures("default_handlers")
+def test_no_workers_start_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An automatic call that is interrupted in this process does not start workers only to shut them down."""
+    monkeypatch.setattr("daskinfer.execution.executor_choice.open_client", None)  # starting them would fail
 
     def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if batch.max() > 100:
-            sent(signal.SIGINT)
+            send_self(signal.SIGINT)
         return batch
 
     with pytest.raises(Interrupted, match="Ctrl-C") as caught:
@@ -248,12 +252,13 @@ def test_a_device_that_may_be_added_is_not_while_draining(monkeypatch: pytest.Mo
     y, done = caught.value.partial
     assert 0 < done.sum() < 5000
     assert np.isnan(y[~done]).all()
-    assert caught.value.__notes__ == [f"{done.sum():,} of 5,000 rows have an answer: .partial.answer, where .partial.done."]
+    note = f"{done.sum():,} of 5,000 rows have an output: .partial.output, where .partial.done is True."
+    assert caught.value.__notes__ == [note]
 
 
 @pytest.mark.parametrize("fill_value", [None, -1])
-def test_what_stands_in_for_answers_that_cannot_be_nan(fill_value: int | None) -> None:
-    """Whatever the dtype holds, the error that ended the call is the one that is raised."""
+def test_missing_outputs_of_a_dtype_without_nan(fill_value: int | None) -> None:
+    """Whatever the dtype can hold, the error that ended the call is the one that is raised."""
 
     def model(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if 99 in batch:
@@ -269,10 +274,10 @@ def test_what_stands_in_for_answers_that_cannot_be_nan(fill_value: int | None) -
     assert done.any()
 
 
-@pytest.mark.usefixtures("usual_handlers")
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_chunk_interrupts_nothing(number: int) -> None:
-    """Where all rows have their answer by then, the call gives it."""
+    """If all rows have their output by then, the call returns it."""
 
     def signals_last(rows: np.ndarray) -> np.ndarray:
         if 99 in rows:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,19 @@ X = np.arange(12, dtype="float32").reshape(4, 3)
 
 @pytest.fixture(scope="module", autouse=True)
 def _zarr_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Start the thread that zarr keeps for the whole process, before a test counts threads."""
+    """Start the thread that zarr keeps for the whole process before a test counts threads."""
     zarr.create_array(tmp_path_factory.mktemp("zarr") / "x", shape=(1,), dtype="f4")[:] = 1
 
 
-def read(value: Any, row_chunks: tuple[int, ...] = (3, 1)) -> np.ndarray:
-    """The rows of a single port as a worker gets them, put together again."""
+def read_rows(value: Any, row_chunks: tuple[int, ...] = (3, 1)) -> np.ndarray:
+    """Read the rows of a single port in chunks, as workers do, and concatenate them."""
     (port,) = Inputs.from_value(value).make_dask_arrays(row_chunks)
     assert port.chunks[0] == row_chunks
     return np.concatenate(dask.compute(*port.to_delayed().ravel(), scheduler="synchronous"))
 
 
-def in_file(folder: Path, suffix: str) -> Path:
-    """X in a file."""
+def write_x(folder: Path, suffix: str) -> Path:
+    """Write X to a file or store."""
     path = folder / f"x{suffix}"
     if suffix == ".npy":
         np.save(path, X)
@@ -62,22 +63,22 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str) -> None:
-    """Every form of an input gives the same rows."""
-    np.testing.assert_array_equal(read(FORMS[form]), X)
+    """Every form of an input yields the same rows."""
+    np.testing.assert_array_equal(read_rows(FORMS[form]), X)
 
 
-@pytest.mark.parametrize("as_what", [str, Path])
+@pytest.mark.parametrize("path_type", [str, Path])
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
-def test_paths(tmp_path: Path, suffix: str, as_what: type) -> None:
-    """A path, as text or as a Path, gives the file's rows, and the file is told of."""
-    path = in_file(tmp_path, suffix)
-    np.testing.assert_array_equal(read(as_what(path)), X)
-    assert Inputs.from_value(as_what(path)).paths == [str(path)]
+def test_paths(tmp_path: Path, suffix: str, path_type: type) -> None:
+    """A path, as str or Path, yields the rows of the file, and ``paths`` lists it."""
+    path = write_x(tmp_path, suffix)
+    np.testing.assert_array_equal(read_rows(path_type(path)), X)
+    assert Inputs.from_value(path_type(path)).paths == [str(path)]
 
 
 def test_memmap(tmp_path: Path) -> None:
-    """A memory map is taken as a plain view of it, which pickles no more than its rows."""
-    mapped = np.load(in_file(tmp_path, ".npy"), mmap_mode="r")
+    """A memmap becomes a plain view of it, which pickles only its own rows."""
+    mapped = np.load(write_x(tmp_path, ".npy"), mmap_mode="r")
     (array,) = Inputs.from_value(mapped).arrays
     assert type(array) is np.ndarray
     assert np.shares_memory(array, mapped)
@@ -101,19 +102,19 @@ def test_memmap(tmp_path: Path) -> None:
     ],
 )
 def test_dtypes(value: Any, dtype: str) -> None:
-    """Python's numbers become what torch makes of them; whatever has a dtype keeps it."""
+    """Python numbers get the dtype that torch would give them; anything that has a dtype keeps it."""
     assert Inputs.from_value(value).make_empty_arrays()[0].dtype == dtype
 
 
 def test_no_copy() -> None:
-    """An array and a tensor are used where they lie."""
+    """An array or a tensor is used in place, without a copy."""
     tensor = torch.ones(3, 2, requires_grad=True)
     assert np.shares_memory(Inputs.from_value(X).arrays[0], X)
     assert np.shares_memory(Inputs.from_value(tensor).arrays[0], tensor.detach().numpy())
 
 
 def test_named_ports() -> None:
-    """A dict names the ports, of any number of axes."""
+    """A dict names the ports, which may have any number of axes."""
     inputs = Inputs.from_value({"image": np.zeros((2, 3, 4, 4), "u1"), "meta": [1.0, 2.0]})
     assert inputs.describe() == ("image: (2, 3, 4, 4) uint8", "meta: (2,) float32")
     assert (inputs.n_rows, inputs.row_nbytes) == (2, 48 + 4)
@@ -121,9 +122,9 @@ def test_named_ports() -> None:
 
 
 def test_positional_ports(tmp_path: Path) -> None:
-    """A tuple is one port per entry, each in a form of its own; a dask array's chunks are everybody's."""
+    """A tuple has one port per entry, each in any form; the chunks of a dask array apply to all ports."""
     inputs = Inputs.from_value(
-        (X, torch.ones(4), da.ones((4, 2), chunks=((1, 3), 1)), in_file(tmp_path, ".npy"), [1, 2, 3, 4])
+        (X, torch.ones(4), da.ones((4, 2), chunks=((1, 3), 1)), write_x(tmp_path, ".npy"), [1, 2, 3, 4])
     )
     assert inputs.ports.names == ("x[0]", "x[1]", "x[2]", "x[3]", "x[4]")
     assert inputs.row_chunks == (1, 3)
@@ -131,7 +132,7 @@ def test_positional_ports(tmp_path: Path) -> None:
 
 
 def test_tensors() -> None:
-    """A tensor among the ports is noted, and bfloat16 ones by name."""
+    """``has_tensors`` reports a tensor among the ports, ``bfloat16_ports`` names those of that dtype."""
     inputs = Inputs.from_value({"a": X, "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.ones(4)})
     assert (inputs.has_tensors, inputs.bfloat16_ports) == (True, ("b",))
     assert not Inputs.from_value(X).has_tensors
@@ -147,36 +148,36 @@ def test_row_chunks_free() -> None:
     [((3, 3, 1), 3), ((2, 2), 2), ((4,), 4), ((1, 3), None), ((2, 1, 1), None), ((3, 1, 3), None), ((0,), None)],
 )
 def test_unit_rows_of_dask_arrays(row_chunks: tuple[int, ...], unit_rows: int | None) -> None:
-    """A dask array is computed by its chunks where all but the last are alike; others have no unit."""
+    """The unit of a dask array is its chunk if all but the last are equal; any other has no unit."""
     assert Inputs.from_value(da.ones((sum(row_chunks), 2), chunks=(row_chunks, 2))).unit_rows == unit_rows
 
 
 def test_unit_rows_of_files(tmp_path: Path) -> None:
-    """A store is read by its chunks; arrays and ``.npy`` files can be read from anywhere."""
-    assert Inputs.from_value(in_file(tmp_path, ".zarr")).unit_rows == 2
-    assert Inputs.from_value((X, in_file(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
+    """The unit of a store is its chunk; arrays and ``.npy`` files have none, since any row can be read alone."""
+    assert Inputs.from_value(write_x(tmp_path, ".zarr")).unit_rows == 2
+    assert Inputs.from_value((X, write_x(tmp_path, ".npy"), X.tolist(), torch.ones(4))).unit_rows is None
 
 
 def test_unit_rows_of_all_ports(tmp_path: Path) -> None:
-    """Of several ports the rows that are whole units of each."""
-    stored = in_file(tmp_path, ".zarr")
+    """The unit of several ports consists of whole units of each."""
+    stored = write_x(tmp_path, ".zarr")
     assert Inputs.from_value((X, stored, da.ones((4, 2), chunks=((3, 1), 2)))).unit_rows == 6
     assert Inputs.from_value({"a": stored, "b": da.ones(4, chunks=((1, 3),))}).unit_rows == 2
 
 
 def test_no_rows() -> None:
-    """An input without rows is one."""
+    """An input may have no rows."""
     assert Inputs.from_value(X[:0]).n_rows == 0
     assert Inputs.from_value(X[:0]).make_dask_arrays((0,))[0].shape == (0, 3)
 
 
 def test_axis_of_no_length() -> None:
-    """A later axis may have no length."""
+    """A later axis may have length 0."""
     assert Inputs.from_value(np.ones((4, 0))).make_dask_arrays((3, 1))[0].compute(scheduler="synchronous").shape == (4, 0)
 
 
 def test_file_is_read_where_needed(tmp_path: Path) -> None:
-    """A file's rows are in no graph, and are read chunk by chunk."""
+    """The rows of a file are not in the graph, and are read chunk by chunk."""
     path = tmp_path / "x.npy"
     np.save(path, np.ones((1000, 100)))
     (port,) = Inputs.from_value(path).make_dask_arrays((500, 500))
@@ -186,13 +187,13 @@ def test_file_is_read_where_needed(tmp_path: Path) -> None:
         port.compute(scheduler="synchronous")
 
 
-def masked() -> np.ndarray:
-    """An array with a hole."""
+def make_masked() -> np.ndarray:
+    """Make an array with masked entries."""
     return np.ma.masked_less(X, 3)
 
 
-def unknown() -> da.Array:
-    """A dask array whose rows nobody has counted."""
+def make_unknown_chunks() -> da.Array:
+    """Make a dask array of unknown length."""
     x = da.from_array(X, chunks=2)
     return x[x[:, 0] > 3]
 
@@ -200,41 +201,68 @@ def unknown() -> da.Array:
 BAD = {
     "no ports": (dict, "the input has no ports"),
     "no ports by position": (tuple, "the input has no ports"),
-    "unlike lengths": (lambda: {"a": X, "b": X[:3]}, "a has 4 rows, b has 3 rows; all ports need as many"),
-    "0-d": (lambda: np.float32(1), r"x is 0-d; .* Pass x\[None\]"),
-    "a number": (lambda: 1.0, "x is 0-d"),
+    "unlike lengths": (
+        lambda: {"a": X, "b": X[:3]},
+        "a has 4 rows, b has 3 rows; all ports must have the same number of rows",
+    ),
+    "0-d": (lambda: np.float32(1), r"x is 0-d, .* Pass x\[None\] for a single row"),
+    "a number": (lambda: 1.0, r"x is 0-d, .* Pass \[x\] for a single row"),
     "0-d dask": (lambda: da.from_array(X, chunks=2).sum(), "x is 0-d"),
     "0-d port": (lambda: {"a": X, "b": 1}, "b is 0-d"),
-    "nothing": (lambda: None, "x holds object; numbers are needed"),
-    "generator": (lambda: (i for i in range(3)), "x holds object; numbers are needed"),
-    "objects": (lambda: np.array([{}, {}]), "x holds object; numbers are needed"),
-    "words": (lambda: ["a", "b"], "x holds <U1; numbers are needed"),
-    "dates": (lambda: np.zeros(2, "M8[s]"), r"x holds datetime64\[s\]; numbers are needed"),
-    "records": (lambda: np.zeros(2, [("a", "f4")]), "numbers are needed"),
-    "dask of objects": (lambda: da.from_array(np.array([{}, {}]), chunks=1), "x holds object"),
+    "nothing": (lambda: None, "x must hold numbers .*, got dtype object"),
+    "generator": (lambda: (i for i in range(3)), "x must hold numbers .*, got dtype object"),
+    "objects": (lambda: np.array([{}, {}]), "x must hold numbers .*, got dtype object"),
+    "words": (lambda: ["a", "b"], "x must hold numbers .*, got dtype <U1"),
+    "dates": (lambda: np.zeros(2, "M8[s]"), r"x must hold numbers .*, got dtype datetime64\[s\]"),
+    "records": (lambda: np.zeros(2, [("a", "f4")]), "x must hold numbers"),
+    "dask of objects": (lambda: da.from_array(np.array([{}, {}]), chunks=1), "x must hold numbers .*, got dtype object"),
     "ragged": (lambda: [[1, 2], [3]], r"x cannot be read as an array: .*inhomogeneous"),
     "ragged arrays": (lambda: [X, X[:2]], "x cannot be read as an array"),
-    "unknown chunks": (unknown, r"x is a dask array with unknown chunks; .* \.compute_chunk_sizes\(\)"),
+    "unknown chunks": (
+        make_unknown_chunks,
+        r"x is a dask array with unknown chunk sizes, .* Call x\.compute_chunk_sizes\(\)",
+    ),
     "sparse tensor": (lambda: torch.ones(2, 2).to_sparse(), "x cannot be read as an array: .*Sparse"),
     "tensor on no device": (lambda: torch.ones(2, device="meta"), "x cannot be read as an array"),
     "list of tensors with gradient": (lambda: [torch.ones(2, requires_grad=True)], "x cannot be read as an array"),
-    "masked": (masked, r"x is a masked array; .* x\.filled"),
-    "list of dask arrays": (lambda: [da.ones(3), da.ones(3)], r"x is or holds a dask list; .* dask\.array\.stack"),
-    "dask value": (lambda: dask.delayed(1), "x is or holds a dask Delayed"),
-    "unknown suffix": (lambda: "x.csv", r"ends in '\.csv'"),
+    "masked": (make_masked, r"x is a masked array, .* x\.filled\(0\)"),
+    "list of dask arrays": (
+        lambda: [da.ones(3), da.ones(3)],
+        r"x must be a single dask array, got a list of dask .* dask\.array\.stack",
+    ),
+    "dask value": (lambda: dask.delayed(1), "x must be a single dask array, got a dask Delayed"),
+    "unknown suffix": (lambda: "x.csv", r"must end in \.npy or \.zarr, got '\.csv'"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_refused(bad: str) -> None:
-    """What is no array of numbers with rows is refused, by the name of its port."""
-    make, said = BAD[bad]
-    with pytest.raises(InputError, match=said):
+    """Anything but an array of numbers with rows is refused, and the message names the port."""
+    make, message = BAD[bad]
+    with pytest.raises(InputError, match=message):
         Inputs.from_value(make())
 
 
+@pytest.mark.parametrize(
+    ("bad", "cure"),
+    [
+        (np.float32(1), lambda x: x[None]),
+        (torch.tensor(1.0), lambda x: x[None]),
+        (1.0, lambda x: [x]),
+        (make_masked(), lambda x: x.filled(0)),
+        (make_unknown_chunks(), lambda x: x.compute_chunk_sizes()),
+        ([da.ones(3), da.ones(3)], da.stack),
+    ],
+)
+def test_cures_work(bad: Any, cure: Callable[[Any], Any]) -> None:
+    """The change that a message proposes makes the input valid."""
+    with pytest.raises(InputError, match=r"(Pass|Call) .*\."):
+        Inputs.from_value(bad)
+    assert Inputs.from_value(cure(bad)).n_rows >= 1
+
+
 def test_file_missing() -> None:
-    """A path where nothing lies is refused."""
+    """A path that does not exist is refused."""
     with pytest.raises(SourceMissing, match=r"nowhere\.npy' does not exist"):
         Inputs.from_value({"a": "nowhere.npy"})
 
@@ -247,7 +275,7 @@ def test_file_of_objects(tmp_path: Path) -> None:
 
 
 def test_dask_is_not_computed() -> None:
-    """Looking at a dask array computes nothing of it."""
+    """Inspecting a dask array computes nothing."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed")
