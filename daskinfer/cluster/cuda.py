@@ -1,8 +1,8 @@
-"""dask-cuda's cluster with our workers in it: GPUs pinned by UUID, CPU workers beside them.
+"""dask-cuda's cluster with daskinfer's workers: GPUs pinned by UUID, and CPU workers beside them.
 
-dask-cuda decides how a GPU's worker is set up (which GPUs it sees and in which order, its spilling, the cores near it, its
-preload); taken from it here is only which process the Nanny runs in, and added are the worker's name, resource and
-variables. Its own memory limit would divide the host's memory by the GPU workers alone: it is given.
+dask-cuda sets up the worker of each GPU: which GPUs it sees and in which order, its spilling, the cores near it, its
+preload. This module replaces only the process that the Nanny runs in, and adds the worker's name, resource and environment
+variables. It passes an explicit memory limit, since dask-cuda's default divides the host's memory among GPU workers alone.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ try:
     from dask_cuda.plugins import CPUAffinity
 except ImportError as error:
     raise MissingExtra(
-        f"GPU workers need dask-cuda, which cannot be imported ({error}). Install it for your driver: "
+        f"GPU workers need dask-cuda, but importing it failed ({error}). Install it: "
         'pip install "daskinfer[cuda13]" (driver 580 or newer) or "daskinfer[cuda12]" (driver 525 or newer).'
     ) from error
 
 
 def start_cuda_cluster(gpus: Sequence[Device], cpu_workers: dict[str, Any], spec: WorkerSpec) -> Any:
-    """Start a LocalCUDACluster of ``gpus`` and ``cpu_workers`` (worker specs by name)."""
+    """Start a ``LocalCUDACluster`` with workers for ``gpus`` and ``cpu_workers`` (worker specs by name)."""
     with _preserve_environment():
         return _DeviceCUDACluster(gpus, cpu_workers, spec)
 
 
 @contextlib.contextmanager
 def _preserve_environment() -> Iterator[None]:
-    """Leave this process's environment as it was: dask-cuda writes into it."""
+    """Restore this process's environment afterwards: dask-cuda changes it."""
     before = dict(os.environ)
     try:
         yield
@@ -63,13 +63,13 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
                 dashboard_address=spec.dashboard_address,
                 scheduler_kwargs=spec.scheduler_options(),
                 name="LocalDeviceCluster",
-                silence_logs=logging.CRITICAL,  # a worker that ends is the call's to speak of
+                silence_logs=logging.CRITICAL,  # the call reports workers that die
             )
 
     def scale(self, n: int = 0, memory: Any = None, cores: Any = None) -> Any:
-        """Write the specs that dask-cuda's constructor asks for, and no more: it starts them itself right afterwards.
+        """Write the specs that dask-cuda's constructor requests, and no more: it starts them right afterwards.
 
-        Dask's own would start them from a callback, where what goes wrong is logged and not raised.
+        Dask's own method starts them from a callback, where errors are logged and not raised.
         """
         if n <= len(self.worker_spec):
             return super().scale(n, memory, cores)
@@ -78,24 +78,24 @@ class _DeviceCUDACluster(LocalCUDACluster):  # type: ignore[misc]  # dask-cuda s
         return None
 
     def new_worker_spec(self) -> dict[str, Any]:
-        """dask-cuda's spec of the next GPU with what is ours, then the CPU workers', so that all start at once."""
+        """Return dask-cuda's spec of the next GPU with daskinfer's options, then those of CPU workers: all start at once."""
         if self._gpus.keys() <= self.worker_spec.keys():
             name = next(name for name in self._cpu_workers if name not in self.worker_spec)
             return {name: self._make_cpu_worker_spec(self._cpu_workers[name])}
         ((uuid, spec),) = super().new_worker_spec().items()
         _limit_to_allowed_cores(spec["options"]["plugins"])
-        theirs, ours = spec["options"], self._spec.nanny_options(self._gpus[uuid], n_threads=1)
-        both = {"preload": theirs["preload"] + ours["preload"], "env": {**theirs["env"], **ours["env"]}}
-        return {uuid: {"cls": NannyProcess, "options": {**theirs, **ours, **both}}}
+        base, added = spec["options"], self._spec.nanny_options(self._gpus[uuid], n_threads=1)
+        merged = {"preload": base["preload"] + added["preload"], "env": {**base["env"], **added["env"]}}
+        return {uuid: {"cls": NannyProcess, "options": {**base, **added, **merged}}}
 
     def _make_cpu_worker_spec(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """A CPU worker that joins this cluster: its security, protocol and configuration are the GPUs'."""
+        """Return the spec of a CPU worker in this cluster, with the security, protocol and configuration of GPU workers."""
         shared = {name: self.new_spec["options"][name] for name in ("security", "protocol", "config")}
         return {**spec, "options": {**shared, **spec["options"]}}
 
 
 def _limit_to_allowed_cores(plugins: Iterable[Any]) -> None:
-    """Of the cores near a GPU, take those that this process may use: a batch job may have been given fewer."""
+    """Limit the cores near a GPU to those that this process may use: a batch job may have fewer."""
     allowed = os.sched_getaffinity(0)
     for plugin in plugins:
         if isinstance(plugin, CPUAffinity):

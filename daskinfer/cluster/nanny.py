@@ -1,13 +1,12 @@
-"""A Dask worker and its nanny in a process of their own, ended with the client.
+"""Run a Dask worker and its nanny in processes of their own that exit with the client.
 
-Dask's own clusters start workers by multiprocessing from the client. That re-imports the user's script, which then needs a
-``__main__`` guard (without one: 194 log lines and a hang), and it leaves the nanny's environment in the client. So each
-worker gets a plain Python that runs its Nanny, whose module path and options come over its standard input, and GPUs take
-the same way: no script of the user is ever imported again (this replaces the exit that decision 9 asked for where there
-are GPUs).
+Dask's own clusters start workers from the client by multiprocessing. That re-imports the user's script, which then needs a
+``__main__`` guard (without one: 194 log lines and a hang, measured), and it leaves the nanny's environment in the client.
+So each worker gets a plain Python process that runs its Nanny and reads its module path and options from standard input.
+Workers of GPUs start the same way: the user's script is never imported again.
 
-The pipe stays open as long as the client lives. When the client ends, however it ends, the pipe does too, and nanny and
-worker exit with it. Ctrl-C does not reach them: they are a process group of their own, and the client decides.
+The pipe stays open while the client lives. When the client exits for any reason, the pipe closes, and nanny and worker
+exit too. Ctrl-C does not reach them, because they are in a process group of their own: the client decides when they stop.
 """
 
 from __future__ import annotations
@@ -31,34 +30,33 @@ from distributed import Nanny
 from distributed.core import Status
 from distributed.deploy.spec import ProcessInterface
 
-# A worker that is not in the middle of a chunk ends within 1 s, most of it torch's clean-up (measured); one that is may
-# take this long.
+# An idle worker exits within 1 s, most of it torch's clean-up (measured); one that computes a chunk gets this long.
 GRACE_SECONDS = 3.0
 
-# The client's module path comes first of all: started by "-m", a random.py in the working directory would be imported in
-# place of Python's, although the client's own path does not hold that directory.
+# Sets the client's module path before any import: "-m" would put the working directory in front, and a random.py there
+# would replace Python's, even if the client's own path does not contain that directory.
 _BOOTSTRAP_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline() or 'null') or sys.path; "
     "from daskinfer.cluster.nanny import main; main()"
 )
 _LENGTH_NBYTES = 8
 _POLL_SECONDS = 0.005
-_CURRENT_CLIENT_KEY = "scheduler"  # what a current Client sets in the configuration: not for the workers of another cluster
+_CURRENT_CLIENT_KEY = "scheduler"  # set by a current Client; workers of another cluster must not inherit it
 
 
 class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships no annotations
-    """What a cluster's ``worker_spec`` holds: the options of a Nanny, and the process that runs it.
+    """An entry of a cluster's ``worker_spec``: the options of a Nanny, and the process that runs it.
 
     Parameters
     ----------
     scheduler
         Address of the scheduler.
     start_timeout
-        Seconds until the worker has to be there.
+        Seconds within which the worker must start.
     environment
-        Variables that the process starts with, beside the client's own; None unsets one.
+        Environment variables of the process, in addition to those of the client; None unsets a variable.
     options
-        Everything else is the Nanny's.
+        All other keywords are passed to the Nanny.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there; its worker may be on its way back."""
+        """Whether the process runs; its worker may be restarting."""
         return self.process is not None and self.process.returncode is None
 
     async def start(self) -> None:
@@ -104,20 +102,20 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
         )
         assert self.process.stdin is not None
         self.process.stdin.write(message)
-        if self._aborted:  # while the process was made
+        if self._aborted:  # while the process was being created
             self.process.stdin.close()
         try:
             await asyncio.wait_for(self._wait_until_ready(), self.start_timeout)
         except TimeoutError:
             await self.close()
-            raise RuntimeError(f"the worker {self.name} was not there within {self.start_timeout:g} s") from None
+            raise RuntimeError(f"the worker {self.name} did not start within {self.start_timeout:g} s") from None
         except BaseException as error:
             await self.close()
             if not self._aborted or not isinstance(error, Exception):
                 raise
 
     def abort(self) -> None:
-        """Ask the nanny to end though it may be starting still: that it does is no failure. For the cluster's loop."""
+        """Ask the nanny to exit even if it is still starting, without an error. Call this on the cluster's event loop."""
         self._aborted = True
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
@@ -131,24 +129,24 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
     async def _wait_until_ready(self) -> None:
         assert self.process is not None and self.process.stdout is not None
         line = await self.process.stdout.readline()
-        answer: dict[str, str] = json.loads(line) if line else {"error": "its process ended; its log is on stderr"}
-        if "error" in answer:
-            raise RuntimeError(f"the worker {self.name} did not start: {answer['error']}")
+        reply: dict[str, str] = json.loads(line) if line else {"error": "its process exited; see its log on stderr"}
+        if "error" in reply:
+            raise RuntimeError(f"the worker {self.name} did not start: {reply['error']}")
 
     async def close(self) -> None:
-        """Ask the nanny to end by closing its input; kill what is left of it after its own grace."""
+        """Close the nanny's standard input to make it exit; kill what still runs after the grace period."""
         if self.process is not None and self.is_running:
-            family = self.list_processes()
+            processes = self.list_processes()
             assert self.process.stdin is not None
             self.process.stdin.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.process.wait(), GRACE_SECONDS)
-            kill_processes(family)
+            kill_processes(processes)
             await self.process.wait()
         await super().close()
 
     def list_processes(self) -> list[psutil.Process]:
-        """The nanny's process and everything that it started."""
+        """List the nanny's process and all its descendants."""
         if self.process is None or not self.is_running:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -158,58 +156,58 @@ class NannyProcess(ProcessInterface):  # type: ignore[misc]  # distributed ships
 
 
 def kill_processes(processes: Sequence[psutil.Process]) -> None:
-    """Kill those that are still there and all that they have started, but let Python's trackers of semaphores be.
+    """Kill these processes and their descendants, except for Python's resource trackers.
 
-    Those remove the semaphores of the killed and end by themselves. Each process is stopped before its children are
-    looked for and dies after them: none is started unseen, or finds its semaphores gone and says so on stderr.
+    The trackers remove the semaphores of killed processes and exit by themselves. Each process is suspended before its
+    children are listed, and killed after them: none can start unnoticed, or miss its semaphores and report that on stderr.
     """
-    doomed: list[psutil.Process] = []
+    suspended: list[psutil.Process] = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             if not _is_resource_tracker(process):
                 process.suspend()
-                doomed += [process, *process.children(recursive=True)]
-    for process in reversed(doomed):
+                suspended += [process, *process.children(recursive=True)]
+    for process in reversed(suspended):
         with contextlib.suppress(psutil.NoSuchProcess):
             if not _is_resource_tracker(process):
                 process.kill()
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    return any("resource_tracker" in word for word in process.cmdline())
+    return any("resource_tracker" in argument for argument in process.cmdline())
 
 
 async def _serve(scheduler: str, options: dict[str, Any], reply_fd: int) -> None:
-    """Run the nanny until the client closes the pipe or the nanny ends."""
+    """Run the nanny until the client closes the pipe or the nanny finishes."""
     loop = asyncio.get_running_loop()
-    closed = loop.create_future()
+    client_exited = loop.create_future()
 
-    def end_of_client() -> None:
-        # Nothing more comes over the pipe: that it can be read means that its other end is gone.
+    def signal_client_exit() -> None:
+        # The client sends nothing more, so a readable pipe means that its other end is closed.
         loop.remove_reader(sys.stdin.fileno())
-        closed.set_result(None)
+        client_exited.set_result(None)
 
-    loop.add_reader(sys.stdin.fileno(), end_of_client)
+    loop.add_reader(sys.stdin.fileno(), signal_client_exit)
     try:
         nanny = Nanny(scheduler, **options)
     except Exception as error:
         _send_reply(reply_fd, error=f"{type(error).__name__}: {error}")
         return
     started = asyncio.ensure_future(_await_nanny(nanny))
-    await asyncio.wait([started, closed], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([started, client_exited], return_when=asyncio.FIRST_COMPLETED)
     if not started.done():
         started.cancel()
         await asyncio.wait([started], timeout=GRACE_SECONDS)
         await _wait_for_spawn(nanny)
-        return  # a nanny cannot be closed while it starts: main() kills what it started
+        return  # a nanny cannot close while it starts: main() kills its processes
     if failure := started.exception():
-        while failure.__cause__ is not None:  # Dask's own says no more than that the nanny failed to start
+        while failure.__cause__ is not None:  # Dask's error only says that the nanny failed to start
             failure = failure.__cause__
         _send_reply(reply_fd, error=f"{type(failure).__name__}: {failure}")
         return
     _send_reply(reply_fd, ready=nanny.worker_address)
-    ended = asyncio.ensure_future(nanny.finished())
-    await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
+    finished = asyncio.ensure_future(nanny.finished())
+    await asyncio.wait([finished, client_exited], return_when=asyncio.FIRST_COMPLETED)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(nanny.close(timeout=GRACE_SECONDS / 2), GRACE_SECONDS)
 
@@ -219,9 +217,9 @@ async def _await_nanny(nanny: Nanny) -> None:
 
 
 async def _wait_for_spawn(nanny: Nanny) -> None:
-    """Let a worker's process that a thread is just starting be there, so that it can be killed.
+    """Wait until a worker process that is just being started exists, so that it can be killed.
 
-    Started any later, it would look for semaphores that have gone with this process, and say so on stderr.
+    If it started later, it would miss semaphores that are removed with this process, and report that on stderr.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while nanny.process is not None and nanny.process.status == Status.starting and nanny.pid is None:
@@ -235,19 +233,19 @@ def _send_reply(reply_fd: int, **fields: str) -> None:
 
 
 def main() -> None:
-    """Read the options from standard input and serve; whatever the worker prints goes to standard error."""
-    # Somebody may still send it to every process: the client decides when workers end.
+    """Read the options from standard input and serve; redirect what the worker prints to standard error."""
+    # Ctrl-C may still be sent to every process, but the client decides when workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.dup(1)
+    reply_fd = os.dup(1)
     os.dup2(2, 1)
     size = int.from_bytes(sys.stdin.buffer.read(_LENGTH_NBYTES), "little")
     content = sys.stdin.buffer.read(size)
     if not size or len(content) < size:
-        return  # the client has ended already
+        return  # the client has already exited
     message = cloudpickle.loads(content)
     dask.config.update(dask.config.config, message["config"])
     logging.getLogger("distributed").setLevel(logging.ERROR)
     with asyncio.Runner() as runner:
-        runner.run(_serve(message["scheduler"], message["options"], answers))
-        # Before the runner waits for tasks that wait for these.
+        runner.run(_serve(message["scheduler"], message["options"], reply_fd))
+        # Before the runner waits for tasks that wait for these processes.
         kill_processes(psutil.Process().children(recursive=True))

@@ -1,11 +1,11 @@
-"""What a worker is made ready with while a client of ours is there: its allocator, and the end of what was made for us.
+"""Set up workers for a client, and clean up on them when the client leaves.
 
-Registered once per client on any Dask cluster; Dask sets it up again on workers that are restarted or join later. When the
-client leaves the scheduler, however it leaves, the plugin goes too: models are closed, shared memory is let go, the device
-thread ends, and networks that it shipped there are removed.
+The plugin is registered once per client on any Dask cluster; Dask also sets it up on workers that restart or join later.
+When the client leaves the scheduler for any reason, the plugin is removed: models are closed, shared memory is detached,
+the device thread stops, and model files that the client sent are deleted.
 
-Workers of our own clusters have their allocator set when they start (``dask_setup``): untuned, a small CNN took 4.7 s
-instead of 1.7 s. On clusters of others it is left as it is: the worker is theirs.
+Workers of managed clusters set their memory allocator when they start (``dask_setup``): without it, a small CNN took 4.7 s
+instead of 1.7 s. On external clusters the allocator is left unchanged, because the workers belong to someone else.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from daskinfer.worker.loaded_models import model_cache
 logger = logging.getLogger(__name__)
 
 _registered_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_clients_by_worker: dict[str, set[str]] = {}  # clients by worker; in the worker's process
+_clients_by_worker: dict[str, set[str]] = {}  # client IDs by worker address; in the workers' process
 
 
 def dask_setup(worker: Worker) -> None:
-    """What Dask calls in a worker that preloads this module: those of our own clusters."""
+    """Prepare a worker of a managed cluster: Dask calls this function because the worker preloads this module."""
     allocator.retain_freed_memory()
-    # What is imported by now, torch above all, is no garbage: looking through it held the interpreter for 0.18 s (measured),
+    # What is imported by now, mostly torch, is never garbage: collecting it blocked the interpreter for 0.18 s (measured),
     # in the middle of a chunk, every few calls.
     gc.freeze()
     restart.write_pid_file()
 
 
 class WorkerSetupPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed ships no annotations
-    """Makes a worker ready for one client, and takes everything back when the last client has gone."""
+    """Sets up a worker for one client, and releases everything when its last client leaves."""
 
     def __init__(self, client_id: str) -> None:
         self.name = plugin_name(client_id)
@@ -51,7 +51,7 @@ class WorkerSetupPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed ship
         _clients_by_worker.setdefault(worker.address, set()).add(self.client_id)
 
     def teardown(self, worker: Worker) -> None:
-        if worker.status in (Status.running, Status.paused):  # it stays: it is the client that goes
+        if worker.status in (Status.running, Status.paused):  # the worker stays, the client leaves
             shared_files.remove_client_files(self.client_id)
         users = _clients_by_worker.get(worker.address, set())
         users.discard(self.client_id)
@@ -59,14 +59,14 @@ class WorkerSetupPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed ship
             return
         _clients_by_worker.pop(worker.address, None)
         device_thread.close_device_thread(worker.address)
-        if not _clients_by_worker:  # several workers may live in one process
+        if not _clients_by_worker:  # several workers may share one process
             shared_memory.detach_all_pools()
-            # In a thread of its own: a model is closed once its chunk is done, and the worker's loop must not wait for it.
+            # In its own thread: a model closes once its chunk is done, and the worker's event loop must not wait for that.
             threading.Thread(target=model_cache.clear, name="daskinfer-close", daemon=True).start()
 
 
 class CleanupPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed ships no annotations
-    """Takes the worker plugin off when its client leaves the scheduler."""
+    """Removes the worker plugin when its client leaves the scheduler."""
 
     def __init__(self, client_id: str) -> None:
         self.name = f"{plugin_name(client_id)}-departure"
@@ -78,24 +78,24 @@ class CleanupPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed ships
 
     async def _unregister_plugins(self, scheduler: Scheduler) -> None:
         name = plugin_name(self.client_id)
-        with contextlib.suppress(OSError):  # workers that end at the same time
+        with contextlib.suppress(OSError):  # workers may close at the same time
             if name in scheduler.worker_plugins:
                 await scheduler.unregister_worker_plugin(None, name)
         await scheduler.unregister_scheduler_plugin(self.name)
 
 
 def plugin_name(client_id: str) -> str:
-    """The name of a client's worker plugin."""
+    """Return the name of a client's worker plugin."""
     return f"daskinfer-{client_id}"
 
 
 def register_plugins(client: Client) -> None:
-    """Make all workers of a client ready, now and later; once per client."""
+    """Register the plugins of a client, once, for its present and future workers."""
     if client in _registered_clients:
         return
     client.register_plugin(WorkerSetupPlugin(client.id))
     try:
         client.register_plugin(CleanupPlugin(client.id))
-    except Exception as error:  # a scheduler without daskinfer, or one that takes no code from clients
-        logger.debug("the workers keep what they have loaded when this client leaves: %r", error)
+    except Exception as error:  # the scheduler lacks daskinfer, or accepts no code from clients
+        logger.debug("workers will keep loaded models after this client leaves: %r", error)
     _registered_clients.add(client)

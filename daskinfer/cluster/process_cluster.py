@@ -1,8 +1,8 @@
-"""The cluster that ``predict`` keeps for this process between calls.
+"""The default cluster of this process, reused between calls.
 
-Starting workers and importing torch in them takes seconds, so the first call without a client starts a cluster and the next
-ones find it. It ends with ``di.close()``, after ``IDLE_SECONDS`` without a call, when a call asks for other devices, and
-with the process.
+Starting workers and importing torch in them takes seconds, so the first call without a client starts a cluster and later
+calls reuse it. It is closed by ``di.close()``, after ``IDLE_SECONDS`` without a call, when a call requests other devices,
+and when the process exits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from distributed import Client
 
 from daskinfer.cluster.local import LocalDeviceCluster
-from daskinfer.execution.result_buffers import result_pool
 from daskinfer.transport import shared_memory
 
-IDLE_SECONDS = 600.0  # as long as somebody in a notebook thinks about the next cell; arbitrary
+IDLE_SECONDS = 600.0  # how long someone may think about the next cell of a notebook; arbitrary
 
 
 class DefaultCluster:
-    """At most one cluster and its client, by the devices that were asked for.
+    """At most one cluster with its client, identified by the requested devices.
 
-    Note: threads share it. The lock guards who has it; it is held while a cluster starts, not while one computes. A cluster
-    that a call still uses is never ended by another call or the clock: the last to leave ends it.
+    Note: threads share it. The lock guards which cluster is current and how many calls use it; it is held while a cluster
+    starts or closes, not while one computes. Neither another call nor the idle timer closes a cluster that a call still
+    uses: the last call to finish closes it.
     """
 
     def __init__(self, idle_seconds: float = IDLE_SECONDS) -> None:
@@ -34,30 +34,41 @@ class DefaultCluster:
         self._lock = threading.Lock()
         self._current: _RunningCluster | None = None
         self._parent_cluster: _RunningCluster | None = None
+        self._release_callbacks: list[Callable[[], object]] = []
+
+    def add_release_callback(self, callback: Callable[[], object]) -> None:
+        """Register a function that releases what is kept for later calls; it runs each time a cluster closes.
+
+        It runs before the client and the cluster close, while the lock is held: it must not call this object.
+        """
+        self._release_callbacks.append(callback)
 
     @contextlib.contextmanager
     def acquire_client(self, devices: Sequence[str]) -> Iterator[Client]:
-        """A client of the kept cluster of these devices, started if need be."""
-        started = self._acquire(tuple(devices))
+        """Yield a client of the cluster of these devices; start one if none is running."""
+        running = self._acquire(tuple(devices))
         try:
-            yield started.client
+            yield running.client
         finally:
-            self._release(started)
+            self._release(running)
 
     def is_running(self, devices: Sequence[str]) -> bool:
-        """Whether a cluster of these devices is there and can be used."""
+        """Whether a cluster of these devices is running and usable."""
         with self._lock:
             return self._current is not None and self._current.devices == tuple(devices) and self._current.is_usable()
 
     def close(self) -> None:
-        """End the cluster now, or as soon as the calls that use it have ended."""
+        """Close the cluster now, or as soon as the calls that use it finish."""
         with self._lock:
-            started, self._current = self._current, None
-            if started is not None:
-                started.retire()
+            running, self._current = self._current, None
+            if running is not None:
+                running.retire()
 
     def reset_after_fork(self) -> None:
-        """After a fork: the parent's cluster is not the child's, and the client's end would be told to its scheduler."""
+        """Forget the parent's cluster in a forked child.
+
+        The object is kept: closing its client, as garbage collection would, tells the parent's scheduler to drop it.
+        """
         self._lock = threading.Lock()
         self._parent_cluster, self._current = self._current, None
 
@@ -67,7 +78,7 @@ class DefaultCluster:
             if current is not None and (current.devices != devices or not current.is_usable()):
                 current.retire()
                 current = None
-            self._current = current = current or _RunningCluster(devices)
+            self._current = current = current or _RunningCluster(devices, self._release_callbacks)
             current.add_user()
             return current
 
@@ -85,23 +96,24 @@ class DefaultCluster:
 
 
 class _RunningCluster:
-    """A running cluster, how many calls use it, and the clock that runs while none does."""
+    """A running cluster, the number of calls that use it, and the idle timer that runs while there are none."""
 
-    def __init__(self, devices: tuple[str, ...]) -> None:
+    def __init__(self, devices: tuple[str, ...], release_callbacks: Sequence[Callable[[], object]]) -> None:
         self.devices = devices
+        self._release_callbacks = release_callbacks
         self.n_users = 0
         self._retired = False
         self._idle_timer: threading.Timer | None = None
         self.cluster = LocalDeviceCluster(list(devices))
         try:
-            # Not the current client: the user's own dask calls are none of ours.
+            # Not as Dask's current client: the user's own Dask calls must not run here.
             self.client = Client(self.cluster, set_as_default=False)
         except BaseException:
             self.cluster.close()
             raise
 
     def is_usable(self) -> bool:
-        """Whether the cluster can still be used; the scheduler or a nanny may have been ended by others."""
+        """Whether the cluster can still be used: the scheduler or a nanny may have been killed."""
         return self.client.status == "running" and self.cluster.is_healthy
 
     def add_user(self) -> None:
@@ -113,7 +125,7 @@ class _RunningCluster:
         self._close_if_unused()
 
     def retire(self) -> None:
-        """No call will enter any more."""
+        """Accept no further calls, and close once no call is left."""
         self._retired = True
         self._close_if_unused()
 
@@ -132,12 +144,12 @@ class _RunningCluster:
     def _close_if_unused(self) -> None:
         if self._retired and self.n_users == 0:
             self._cancel_idle_timer()
-            shared_memory.close_cached_pool(self.client)
-            result_pool.release()
-            try:
-                self.client.close()
-            finally:
-                self.cluster.close()
+            with contextlib.ExitStack() as stack:  # in reverse: the cluster closes last, even if releasing fails
+                stack.callback(self.cluster.close)
+                stack.callback(self.client.close)
+                for callback in self._release_callbacks:
+                    stack.callback(callback)
+                stack.callback(shared_memory.close_cached_pool, self.client)
 
 
 default_cluster = DefaultCluster()

@@ -1,8 +1,9 @@
-"""Ends a worker's process, so that its nanny starts another: one that hangs, or whose device is broken.
+"""Restart a worker that hangs or whose device is broken, by killing its process.
 
-A worker that holds the GIL or was stopped answers nobody, and a nanny asks first. So a worker of our own cluster notes its
-process in the cluster's folder when it starts, and is killed by that; waiting tasks run there about 1 s after it is back.
-Workers of clusters of others are left alone unless their restart is allowed; Dask then does it.
+A worker that holds the GIL or is stopped cannot respond, and a nanny asks before it kills. So each worker of a managed
+cluster writes its process ID to a file in the cluster's folder when it starts; the client kills that process and the nanny
+starts another, on which waiting tasks run about 1 s later. Workers of external clusters are only restarted if the user
+allows it, by Dask itself.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from daskinfer.core import env
 
 logger = logging.getLogger(__name__)
 
-RESTART_SECONDS = 30.0  # until Dask has restarted a worker; arbitrary
+RESTART_SECONDS = 30.0  # within which Dask must restart a worker; arbitrary
 
 
 def write_pid_file() -> None:
-    """In a worker that starts: leave its number where the client finds it."""
+    """Write the process ID of a worker that starts to a file where the client finds it."""
     folder, device = os.environ.get(env.SCRATCH), os.environ.get(env.DEVICE)
     if folder and device:
         path = _get_pid_path(folder, device)
@@ -34,39 +35,39 @@ def write_pid_file() -> None:
 
 
 class WorkerRestarter:
-    """Ends workers of one call.
+    """Restarts workers during one call.
 
     Parameters
     ----------
     client
-        Whose workers they are.
+        Client of the workers' cluster.
     folders
-        The cluster's folder by device; empty for workers that are not ours.
-    allowed
-        Whether workers of others may be restarted.
+        The cluster's folder by device; empty for workers of an external cluster.
+    allow_external
+        Whether workers of an external cluster may be restarted.
     """
 
     def __init__(self, client: Client, folders: Mapping[str, str], *, allow_external: bool) -> None:
         self._client, self._folders, self._allow_external = client, folders, allow_external
 
     def restart_worker(self, device: str, address: str | None) -> bool:
-        """End a device's worker; whether that was possible."""
+        """Restart a device's worker; return whether that was possible."""
         folder = self._folders.get(device)
         if folder and _kill_recorded_process(folder, device):
             return True
         if not self._allow_external or address is None:
             return False
-        answer = self._client.restart_workers([address], timeout=RESTART_SECONDS, raise_for_error=False)
-        return bool(answer.get(address) == "OK")
+        results = self._client.restart_workers([address], timeout=RESTART_SECONDS, raise_for_error=False)
+        return bool(results.get(address) == "OK")
 
 
 def _kill_recorded_process(folder: str, device: str) -> bool:
-    """End the process that a worker noted; whether it is gone, by us or by itself."""
+    """Kill the process that a worker recorded; return whether it no longer runs."""
     with contextlib.suppress(OSError, ValueError, psutil.AccessDenied):
-        number, since = _get_pid_path(folder, device).read_text().split()
+        pid, create_time = _get_pid_path(folder, device).read_text().split()
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(int(number))
-            if process.create_time() == float(since):  # not another that has its number by now
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(create_time):  # not another process that has reused the ID
                 process.kill()
         return True
     return False

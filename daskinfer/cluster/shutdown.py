@@ -1,4 +1,4 @@
-"""Ending a Dask cluster in time: asked first, then killed, and nothing of it left."""
+"""Close a Dask cluster within a deadline: ask its processes to exit, then kill them, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from daskinfer.cluster.nanny import GRACE_SECONDS, kill_processes
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 20.0
-ABORT_SECONDS = 3 * GRACE_SECONDS  # a nanny ends its start in one, its worker's in another
+ABORT_SECONDS = 3 * GRACE_SECONDS  # a nanny takes up to one to abort its start, and one more to stop its worker
 POLL_SECONDS = 0.01
 
 
 @contextlib.contextmanager
 def close_on_failure(cluster: Any) -> Iterator[None]:
-    """Where a cluster's constructor fails or is interrupted, end what it has started: nobody else can."""
+    """If a cluster's constructor fails or is interrupted, stop what it has started: no one else has a reference to it."""
     try:
         yield
     except BaseException:
         try:
             with contextlib.suppress(Exception):
                 _abort_startup(cluster)
-        finally:  # of whatever a second signal kept from ending
+        finally:  # a second signal may have interrupted the above
             with contextlib.suppress(Exception):
                 kill_processes(_list_processes(cluster))
-            cluster.status = Status.closed  # also where it had not got as far as to have anything to close
+            cluster.status = Status.closed  # even if it failed before there was anything to close
         raise
 
 
@@ -40,27 +40,27 @@ def _abort_startup(cluster: Any) -> None:
     if cluster.status is Status.starting:
         cluster.status = Status.failed  # from "starting", Dask's close() leaves the scheduler listening
     for nanny in _list_nannies(cluster):
-        cluster.loop.add_callback(nanny.give_up)
+        cluster.loop.add_callback(nanny.abort)
     _wait_while(lambda: any(map(_is_running, _list_processes(cluster))), ABORT_SECONDS)
     kill_processes(_list_processes(cluster))
-    # Nannies that were given up before the cluster knew of them make Dask's close() fail at first: no news to anybody.
+    # Dask's close() fails at first if a nanny was aborted before the cluster knew of it; that is expected, so log at DEBUG.
     close_cluster(cluster, CLOSE_SECONDS, level=logging.DEBUG)
 
 
 def close_cluster(cluster: Any, timeout: float, *, level: int = logging.WARNING) -> None:
-    """Close in time, then end what is left of our own processes; ``level`` is the log's for a close that fails."""
+    """Close the cluster, then kill those of its processes that still run; log a failing close at ``level``."""
     deadline = time.monotonic() + timeout
     processes = _list_processes(cluster)
     try:
         cluster.close(timeout=timeout)
     except Exception as error:
-        # Dask's word for a close that was cancelled while workers started: what there is of them ends below.
+        # Dask raises UnboundLocalError if closing is cancelled while workers start; they are killed below.
         level = logging.DEBUG if isinstance(error, UnboundLocalError) else level
-        logger.log(level, "the cluster did not close in time (%r); its processes are killed", error)
+        logger.log(level, "closing the cluster failed (%r); killing its processes", error)
     _wait_while(lambda: any(map(_is_running, processes)), deadline - time.monotonic())
     kill_processes(processes)
     if cluster.status is not Status.closed:
-        cluster.status = Status.running  # it gave up half-way, and would wait for itself
+        cluster.status = Status.running  # otherwise close() waits for the attempt that failed
         with contextlib.suppress(Exception):
             cluster.close(timeout=CLOSE_SECONDS)
 
@@ -75,7 +75,7 @@ def _list_nannies(cluster: Any) -> list[Any]:
     while True:
         try:
             return list(getattr(cluster, "_created", ()))
-        except RuntimeError:  # the loop's thread has just added one
+        except RuntimeError:  # the event loop's thread has just added one
             continue
 
 
@@ -84,7 +84,7 @@ def _list_processes(cluster: Any) -> list[psutil.Process]:
 
 
 def _is_running(process: psutil.Process) -> bool:
-    """Whether a process is still there; one that only waits for init to take note is not."""
+    """Whether a process still runs; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False

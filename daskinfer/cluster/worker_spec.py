@@ -1,4 +1,4 @@
-"""What the scheduler and the workers of our own cluster are started with, whatever their kind."""
+"""Options of the scheduler and the workers of a managed cluster, for every kind of device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from daskinfer.errors import MissingExtra, OptionError
 from daskinfer.hardware.discovery import Device
 
 LOOPBACK = "127.0.0.1"
-CLIENT_MEMORY_SHARE = 0.1  # left to the client and the scheduler; arbitrary
+CLIENT_MEMORY_SHARE = 0.1  # of host memory, for the client and the scheduler; arbitrary
 
-# By setting: Dask's default, ours. Dask looks after itself on the cores that compute, 30 ms per second in each worker and 16
-# in the client; with these it is 6 and 5 (measured). Its profiler would see our tasks wait for the thread that computes.
+# By setting: Dask's default, daskinfer's value. Dask's housekeeping takes 30 ms per second of the computing cores in each
+# worker and 16 in the client; with these values 6 and 5 (measured). Its profiler would only see tasks that wait for the
+# thread that computes.
 _DASK_SETTINGS = {
     "distributed.worker.profile.enabled": (True, False),
     "distributed.admin.tick.interval": ("20ms", "1s"),
@@ -27,48 +28,48 @@ _DASK_SETTINGS = {
 
 
 def resource_name(device: str) -> str:
-    """The name of the Dask resource that only the worker of ``device`` has."""
+    """Return the name of the Dask resource that only the worker of ``device`` has."""
     return f"daskinfer-{device}"
 
 
 def memory_per_worker(n_workers: int, memory_nbytes: int) -> int:
-    """Bytes of host memory that each worker may take, whatever its kind."""
+    """Return the host memory in bytes that each worker may use, whatever its kind."""
     return int(memory_nbytes * (1 - CLIENT_MEMORY_SHARE)) // n_workers
 
 
 def dask_config() -> dict[str, Any]:
-    """Dask's settings for how often it looks after itself, where the user has left them as they come."""
-    return {name: ours for name, (theirs, ours) in _DASK_SETTINGS.items() if dask.config.get(name) == theirs}
+    """Return daskinfer's values of Dask's housekeeping settings, for those that the user has left at their defaults."""
+    return {name: value for name, (default, value) in _DASK_SETTINGS.items() if dask.config.get(name) == default}
 
 
 def resolve_security(security: bool | Security | None) -> Security:
-    """Dask's record of certificates for what a user asked for; without any, what Dask's configuration says.
+    """Convert the ``security`` option to Dask's record of certificates; None and False follow Dask's configuration.
 
     Raises
     ------
     OptionError
-        Where it is something else.
+        If ``security`` is of another type.
     MissingExtra
-        Where certificates have to be made, and what makes them is not installed.
+        If certificates must be made and ``cryptography`` is not installed.
     """
     if security is True:
         try:
             return Security.temporary()
         except ImportError as error:
             raise MissingExtra(
-                f"security=True needs cryptography, which makes the certificates ({error}). Install it: "
-                'pip install "daskinfer[tls]"; or pass a distributed.Security with certificates of your own.'
+                f"security=True needs the cryptography package ({error}). "
+                'Run pip install "daskinfer[tls]", or pass a distributed.Security with your own certificates.'
             ) from error
     if security is None or security is False:
         return Security()
     if isinstance(security, Security):
         return security
-    raise OptionError(f"security is a {type(security).__name__}; it may be True, a distributed.Security or None. Pass one.")
+    raise OptionError(f"security must be True, None or a distributed.Security, got a {type(security).__name__}")
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What the workers and the scheduler of one cluster are started with, whatever their kind."""
+    """Options shared by the scheduler and all workers of one cluster."""
 
     memory_limit: int
     scratch_path: str
@@ -78,14 +79,14 @@ class WorkerSpec:
 
     @property
     def protocol(self) -> str:
-        """How scheduler, workers and clients talk to each other."""
+        """The protocol between scheduler, workers and clients."""
         return "tls://" if self.security.require_encryption else "tcp://"
 
     def nanny_options(self, device: Device, n_threads: int) -> dict[str, Any]:
-        """Keywords of the :class:`NannyProcess` of a device."""
+        """Return the keywords of a device's :class:`NannyProcess`."""
         return {
             "name": device.name,
-            # Tasks in flight at most; how many there are is the driver's to say.
+            # The maximum of tasks in flight; the client decides how many it submits.
             "nthreads": env.MAX_TASKS_IN_FLIGHT,
             "resources": {resource_name(device.name): env.MAX_TASKS_IN_FLIGHT},
             "memory_limit": self.memory_limit,
@@ -96,8 +97,8 @@ class WorkerSpec:
             "security": self.security,
             "dashboard": False,
             # Imports torch while the cluster starts, not in the first chunk, and sets the allocator.
-            "preload": ["daskinfer.worker.task", "daskinfer.cluster.plugin"],
-            "silence_logs": logging.CRITICAL,  # what fails in a chunk is raised in the client
+            "preload": ["daskinfer.worker.task", "daskinfer.worker.benchmark", "daskinfer.cluster.plugin"],
+            "silence_logs": logging.CRITICAL,  # errors in a chunk are raised in the client
             "environment": self.environment,
             "env": {
                 env.DEVICE: device.name,
@@ -109,15 +110,15 @@ class WorkerSpec:
 
     @property
     def environment(self) -> dict[str, str | None]:
-        """What has to stand in a worker's environment before it starts.
+        """Environment variables that must be set before a worker starts.
 
-        One heap for all threads (glibc): what a reading thread frees, the next finds. With one each, reading 12 MB chunks
-        cost 3 times as much, for pages that are mapped anew (measured). ``mallopt`` in the worker comes too late for it.
+        One heap for all threads (glibc), so memory that one reading thread frees is reused by the next. With a heap each,
+        reading 12 MB chunks takes 3 times as long, to map fresh pages (measured). ``mallopt`` in the worker is too late.
         """
         return {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 
     def scheduler_options(self) -> dict[str, Any]:
-        """Keywords of the scheduler; its dashboard has our page from the start, unless others' preloads are configured."""
+        """Return the scheduler's keywords; unless the user configures preloads, its dashboard shows daskinfer's page."""
         preload = dask.config.get("distributed.scheduler.preload") or ["daskinfer.diagnostics.dashboard.plugin"]
         return {
             "host": LOOPBACK,
@@ -126,7 +127,7 @@ class WorkerSpec:
             "security": self.security,
             "local_directory": self.scratch_path,
             "dashboard": self.dashboard_address is not None,
-            # Without a dashboard the scheduler still serves its health there, by default on every interface.
+            # Without a dashboard the scheduler still serves its health here, by default on every interface.
             "dashboard_address": self.dashboard_address or f"{LOOPBACK}:0",
             "allowed_failures": 0,
             "preload": preload if self.dashboard_address is not None else [],

@@ -20,7 +20,7 @@ pytest.importorskip("dask_cuda", reason="dask-cuda's wheels are for Linux only")
 
 GPU = "GPU-00000000-0000-0000-0000-{:012d}".format
 
-# Beside NVML the one double: a torch that says it was built for CUDA. Its workers cannot make a CUDA context, which
+# The only fakes are NVML and a torch that claims to be built for CUDA. Its workers cannot make a CUDA context, which
 # dask-cuda only logs.
 HEAD = """
     import json, os, signal, sys, time
@@ -29,14 +29,14 @@ HEAD = """
     import daskinfer as di
     from distributed import Client
 
-    def seen():
+    def inspect():
         import os
         from daskinfer.core.env import DEVICE, UUID, THREADS
         names = ["CUDA_VISIBLE_DEVICES", DEVICE, UUID, THREADS]
         return {"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), **{n: os.environ.get(n) for n in names}}
 
     def look(client):
-        values = client.run(seen)
+        values = client.run(inspect)
         infos = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
         return {infos[a]["name"]: {**values[a], **{k: infos[a][k] for k in ("resources", "memory_limit", "nthreads")}}
                 for a in values if a in infos}
@@ -51,17 +51,17 @@ HEAD = """
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which NVML has GPUs."""
+    """An environment in which NVML reports GPUs."""
     environment = build(tmp_path_factory.mktemp("nvml"))
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     return environment
 
 
-def told(environment: dict[str, str], n_gpus: int, story: str) -> Any:
-    """Run a story in a process of its own where NVML has GPUs; what it prints last, read as JSON."""
-    code = dedent(HEAD) + dedent(story)
-    mine = {**environment, "NVML_STAND_IN_DEVICES": str(n_gpus)}
-    done = subprocess.run([sys.executable, "-c", code], env=mine, capture_output=True, text=True, timeout=150)
+def run_code(environment: dict[str, str], n_gpus: int, code: str) -> Any:
+    """Run code in a new process where NVML reports GPUs; parse its last line as JSON."""
+    code = dedent(HEAD) + dedent(code)
+    environment = {**environment, "NVML_STAND_IN_DEVICES": str(n_gpus)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Traceback") == done.stderr.count("Unable to start CUDA Context"), done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -69,8 +69,8 @@ def told(environment: dict[str, str], n_gpus: int, story: str) -> Any:
 
 @pytest.fixture(scope="module")
 def mixed(stand_in: dict[str, str]) -> Any:
-    """What a cluster of two GPUs and two CPU workers says of itself, before and after a GPU worker is killed."""
-    story = """
+    """The state of a cluster of two GPU and two CPU workers, before and after a GPU worker is killed."""
+    code = """
         environment = dict(os.environ)
         with di.LocalDeviceCluster(["cuda:1", "cpu", "cuda:0", "cpu"], threads_per_worker="auto") as cluster:
             same = dict(os.environ) == environment
@@ -78,17 +78,17 @@ def mixed(stand_in: dict[str, str]) -> Any:
                 before = look(client)
                 os.kill(before["cuda:1"]["pid"], signal.SIGKILL)
                 wait_for_workers(client, 3)
-                waiting = client.submit(seen, resources={"daskinfer-cuda:1": 1})
+                waiting = client.submit(inspect, resources={"daskinfer-cuda:1": 1})
                 waited = waiting.result(timeout=60)
                 after = look(client)
             import psutil
             here = [psutil.Process(), *psutil.Process().children(recursive=True)]
             ips = sorted({c.laddr.ip for p in here for c in p.net_connections("inet") if c.status == "LISTEN"})
-            whole, devices, text = cluster.whole, [d.name for d in cluster.devices], repr(cluster)
-        print(json.dumps([same, before, waited, after, ips, whole, devices, text, torch.cuda.is_initialized()]))
+            healthy, devices, text = cluster.is_healthy, [d.name for d in cluster.devices], repr(cluster)
+        print(json.dumps([same, before, waited, after, ips, healthy, devices, text, torch.cuda.is_initialized()]))
     """
-    names = ("same", "before", "waited", "after", "ips", "whole", "devices", "text", "initialized")
-    return dict(zip(names, told(stand_in, 2, story), strict=True))
+    names = ("same", "before", "waited", "after", "ips", "healthy", "devices", "text", "initialized")
+    return dict(zip(names, run_code(stand_in, 2, code), strict=True))
 
 
 def test_gpus_and_cpu_workers_are_one_cluster(mixed: Any) -> None:
@@ -103,7 +103,7 @@ def test_gpus_and_cpu_workers_are_one_cluster(mixed: Any) -> None:
 
 
 def test_each_gpu_worker_sees_its_own_gpu_first(mixed: Any) -> None:
-    """Pinned by UUID; dask-cuda rotates the others behind it. CPU workers see none."""
+    """Workers are pinned by UUID; dask-cuda rotates the other GPUs behind it. CPU workers see none."""
     visible = {name: worker["CUDA_VISIBLE_DEVICES"] for name, worker in mixed["before"].items()}
     assert visible["cuda:0"].split(",")[0] == mixed["before"]["cuda:0"]["DASKINFER_DEVICE_UUID"] == GPU(0)
     assert visible["cuda:1"].split(",")[0] == mixed["before"]["cuda:1"]["DASKINFER_DEVICE_UUID"] == GPU(1)
@@ -111,7 +111,7 @@ def test_each_gpu_worker_sees_its_own_gpu_first(mixed: Any) -> None:
 
 
 def test_memory_and_cores_are_divided_over_both_kinds(mixed: Any) -> None:
-    """Four workers get a quarter of nine tenths each; CPU workers share the cores that GPU workers leave."""
+    """Four workers get a quarter of nine tenths each; CPU workers share the cores that GPU workers do not use."""
     here = inspect_machine()
     assert {w["memory_limit"] for w in mixed["before"].values()} == {memory_per_worker(4, here.memory_nbytes)}
     n_threads = {name: int(w["DASKINFER_TORCH_THREADS"]) for name, w in mixed["before"].items()}
@@ -119,29 +119,29 @@ def test_memory_and_cores_are_divided_over_both_kinds(mixed: Any) -> None:
     assert n_threads["cpu:0"] == n_threads["cpu:1"] == max(1, (here.n_cores - 2) // 2)
 
 
-def test_a_killed_gpu_worker_comes_back_on_its_gpu(mixed: Any) -> None:
-    """A task that waits for its device runs on the new process, which is pinned as the old one was."""
+def test_a_killed_gpu_worker_restarts_on_its_gpu(mixed: Any) -> None:
+    """A task that waits for its device runs in the new process, which is pinned to the same GPU."""
     old, new = mixed["before"]["cuda:1"], mixed["after"]["cuda:1"]
     assert mixed["waited"]["pid"] == new["pid"] != old["pid"]
     assert {k: v for k, v in new.items() if k != "pid"} == {k: v for k, v in old.items() if k != "pid"}
-    assert mixed["whole"]
+    assert mixed["healthy"]
 
 
 def test_the_client_stays_as_it_was(mixed: Any) -> None:
-    """dask-cuda's variables are not left in it, CUDA is not started, and everything listens on loopback."""
+    """dask-cuda's variables do not stay in it, CUDA is not initialised, and everything listens on loopback."""
     assert mixed["same"] is True
     assert mixed["initialized"] is False
     assert mixed["ips"] == ["127.0.0.1"]
 
 
 def test_auto_is_every_gpu_that_the_caller_may_see(stand_in: dict[str, str]) -> None:
-    """Where CUDA_VISIBLE_DEVICES hides one of four there are three workers; left open, they end with the script."""
-    story = """
+    """If CUDA_VISIBLE_DEVICES hides one of four, there are three workers; left open, they exit with the script."""
+    code = """
         cluster = di.LocalDeviceCluster(memory_limit=1 << 30)
         with Client(cluster, set_as_default=False) as client:
             print(json.dumps(look(client)))
     """
-    found = told({**stand_in, "CUDA_VISIBLE_DEVICES": "3,0,2"}, 4, story)
+    found = run_code({**stand_in, "CUDA_VISIBLE_DEVICES": "3,0,2"}, 4, code)
     assert {name: w["DASKINFER_DEVICE_UUID"] for name, w in found.items()} == {
         "cuda:0": GPU(0),
         "cuda:1": GPU(2),
@@ -151,9 +151,9 @@ def test_auto_is_every_gpu_that_the_caller_may_see(stand_in: dict[str, str]) -> 
     assert {w["memory_limit"] for w in found.values()} == {1 << 30}
 
 
-def test_gpu_workers_that_are_too_late_leave_nothing(stand_in: dict[str, str]) -> None:
-    """LocalCUDACluster's constructor raises half-way; what it had begun is ended, and the environment is as before."""
-    story = """
+def test_gpu_workers_that_start_too_late_leave_nothing(stand_in: dict[str, str]) -> None:
+    """LocalCUDACluster's constructor raises half-way; its processes are stopped, and the environment does not change."""
+    code = """
         import psutil
         environment = dict(os.environ)
         try:
@@ -164,36 +164,36 @@ def test_gpu_workers_that_are_too_late_leave_nothing(stand_in: dict[str, str]) -
             left = len(here.children()) + len(ports) + (dict(os.environ) != environment)
             print(json.dumps([type(error).__name__, str(error), left]))
     """
-    name, message, left = told(stand_in, 2, story)
+    name, message, left = run_code(stand_in, 2, code)
     assert (name, left) == ("ClusterError", 0)
     assert message.startswith("the workers of cuda:0, cuda:1, cpu:0 did not start: ")
 
 
 def test_gpus_without_dask_cuda_name_the_extra_to_install(stand_in: dict[str, str]) -> None:
-    """The message says how to install it; nothing is left."""
-    story = """
+    """The message says how to install it, and nothing keeps running."""
+    code = """
         sys.modules["dask_cuda"] = None
         try:
             di.LocalDeviceCluster("cuda")
         except ImportError as error:
             print(json.dumps([type(error).__name__, str(error)]))
     """
-    name, message = told(stand_in, 1, story)
+    name, message = run_code(stand_in, 1, code)
     assert name == "MissingExtra"
     assert 'pip install "daskinfer[cuda13]"' in message
 
 
 def test_a_script_without_a_main_guard_works_with_gpus_too(stand_in: dict[str, str], in_folder: Path) -> None:
-    """Its top level is run once, not again in each worker, and workers keep to the cores that it was given."""
-    story = """
+    """Its top level runs once, not again in each worker, and workers use only the cores that it may use."""
+    code = """
         open("runs", "a").write("once ")
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         client = di.LocalDeviceCluster("cuda:0").get_client()
         print(json.dumps([sorted(os.sched_getaffinity(0)), look(client)["cuda:0"]["cores"]]))
     """
-    Path("script.py").write_text(dedent(HEAD) + dedent(story))
+    Path("script.py").write_text(dedent(HEAD) + dedent(code))
     done = subprocess.run([sys.executable, "script.py"], env=stand_in, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    ours, theirs = json.loads(done.stdout)
-    assert theirs == ours
+    client_cores, worker_cores = json.loads(done.stdout)
+    assert worker_cores == client_cores
     assert Path("runs").read_text() == "once "

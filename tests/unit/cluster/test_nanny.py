@@ -24,24 +24,24 @@ OPTIONS: dict[str, Any] = {"name": "one", "nthreads": 1, "host": LOOPBACK, "memo
 
 
 def with_scheduler(story: Callable[[Scheduler], Awaitable[None]]) -> None:
-    """Run a test's story beside a scheduler that ends with it."""
+    """Run a test's coroutine with a scheduler that closes after it."""
 
-    async def told() -> None:
+    async def run() -> None:
         async with Scheduler(host=LOOPBACK, port=0, dashboard=False, dashboard_address=f"{LOOPBACK}:0") as scheduler:
             await asyncio.wait_for(story(scheduler), 60)
 
-    asyncio.run(told())
+    asyncio.run(run())
 
 
 async def on_worker(scheduler: Scheduler, function: Callable[[], Any]) -> Any:
-    """What ``function()`` gives in the only worker."""
+    """Run ``function()`` in the only worker and return its result."""
     async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
-        (answer,) = (await client.run(function)).values()
-        return answer
+        (result,) = (await client.run(function)).values()
+        return result
 
 
-def seen_from_a_worker() -> dict[str, Any]:
-    """What the client's settings have become; nested, so that the worker need not import this file."""
+def read_worker_settings() -> dict[str, Any]:
+    """Read a worker's settings; the imports are local, so that the worker need not import this file."""
     import multiprocessing
     import os
     import signal
@@ -64,7 +64,7 @@ def seen_from_a_worker() -> dict[str, Any]:
 def test_a_worker_starts_with_the_clients_path_configuration_and_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Path, configuration and variables are the client's, but its current Dask client is not, and its script is not run."""
+    """It inherits path, configuration and variables, but not the current Dask client, and the script does not run."""
     monkeypatch.setenv("NANNY_TEST_UNSET", "1")
     monkeypatch.syspath_prepend(tmp_path)
     seen: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def test_a_worker_starts_with_the_clients_path_configuration_and_environment(
             nanny = NannyProcess(scheduler.address, environment=environment, **OPTIONS)
             await nanny
         assert nanny.is_running
-        seen.update(await on_worker(scheduler, seen_from_a_worker))
+        seen.update(await on_worker(scheduler, read_worker_settings))
         await nanny.close()
         assert not nanny.is_running
         assert nanny.list_processes() == []
@@ -88,10 +88,10 @@ def test_a_worker_starts_with_the_clients_path_configuration_and_environment(
     assert seen["group"] != os.getpgid(0)
 
 
-def test_files_of_the_working_directory_do_not_stand_in_for_pythons_own(
+def test_files_in_the_working_directory_do_not_replace_pythons_modules(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A random.py beside the data harms no worker where it does not harm the client."""
+    """A random.py beside the data breaks no worker unless it breaks the client."""
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
     (in_folder / "random.py").write_text("raise ImportError('the wrong random')\n")
 
@@ -104,7 +104,7 @@ def test_files_of_the_working_directory_do_not_stand_in_for_pythons_own(
 
 
 def test_interrupting_every_process_ends_none(capfd: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C is the client's business: nanny and worker ignore it and say nothing."""
+    """Only the client handles Ctrl-C: nanny and worker ignore it and print nothing."""
 
     async def story(scheduler: Scheduler) -> None:
         nanny = NannyProcess(scheduler.address, **OPTIONS)
@@ -123,14 +123,14 @@ def test_interrupting_every_process_ends_none(capfd: pytest.CaptureFixture[str])
 BROKEN = "import os\nraise RuntimeError('broken on purpose')"
 FAILURES: dict[str, dict[str, Any]] = {
     "the worker one did not start: RuntimeError: broken on purpose": {"preload_nanny": [BROKEN]},
-    "the worker one was not there within 0.01 s": {"start_timeout": 0.01},
+    "the worker one did not start within 0.01 s": {"start_timeout": 0.01},
     "the worker one did not start: TypeError": {"no_such_option": 1, "worker_class": dict},
 }
 
 
 @pytest.mark.parametrize("message", FAILURES)
 def test_a_start_that_fails_says_why_and_leaves_no_process(message: str) -> None:
-    """Whatever goes wrong between the first process and the worker's registration ends both."""
+    """Any error between the first process and the worker's registration stops both processes."""
 
     async def story(scheduler: Scheduler) -> None:
         nanny = NannyProcess(scheduler.address, **{**OPTIONS, **FAILURES[message]})
@@ -142,26 +142,26 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(message: str) -> None
 
 
 def test_a_process_that_dies_at_once_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python that cannot even start gives an error, not a wait."""
+    """A Python that cannot start raises an error at once."""
     monkeypatch.setattr(nanny, "_BOOTSTRAP_CODE", "raise SystemExit(3)")
 
     async def story(scheduler: Scheduler) -> None:
-        with pytest.raises(RuntimeError, match="its process ended; its log is on stderr"):
+        with pytest.raises(RuntimeError, match="its process exited; see its log on stderr"):
             await NannyProcess(scheduler.address, **OPTIONS)
 
     with_scheduler(story)
 
 
 @pytest.mark.parametrize("received", [b"", b"null\n", b"null\n" + (100).to_bytes(8, "little") + b"not all"])
-def test_a_client_that_ends_before_it_has_said_everything_gets_no_answer(received: bytes) -> None:
-    """A nanny whose client is killed early ends without a word."""
+def test_a_nanny_whose_client_exits_early_prints_nothing(received: bytes) -> None:
+    """A nanny whose client is killed before it has sent all options exits silently."""
     command = [sys.executable, "-P", "-c", nanny._BOOTSTRAP_CODE]
     done = subprocess.run(command, input=received, capture_output=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
 
 
-def test_a_client_that_ends_while_the_worker_starts_takes_it_along() -> None:
-    """The nanny does not wait for a start that nobody needs any more."""
+def test_a_client_that_exits_while_the_worker_starts_stops_it() -> None:
+    """The nanny does not wait for a start that no client needs."""
     import socket
 
     with socket.create_server((LOOPBACK, 0)) as deaf:
@@ -179,8 +179,8 @@ def test_a_client_that_ends_while_the_worker_starts_takes_it_along() -> None:
             assert process.stderr.read() == b""
 
 
-def test_killing_spares_the_tracker_that_removes_what_the_killed_held() -> None:
-    """Semaphores of killed processes are files in shared memory, which Python's tracker removes if it outlives them."""
+def test_killing_spares_pythons_resource_tracker() -> None:
+    """Semaphores of killed processes are files in shared memory, which the tracker removes if it outlives them."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(sleeping) as killed, subprocess.Popen([*sleeping, "resource_tracker"]) as spared:
         nanny.kill_processes([psutil.Process(killed.pid), psutil.Process(spared.pid)])
@@ -190,8 +190,8 @@ def test_killing_spares_the_tracker_that_removes_what_the_killed_held() -> None:
         spared.kill()
 
 
-def test_a_nanny_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing has a deadline: after it, a stopped nanny and its worker are killed."""
+def test_a_nanny_that_does_not_respond_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the grace period, closing kills a stopped nanny and its worker."""
     monkeypatch.setattr(nanny, "GRACE_SECONDS", 0.1)
 
     async def story(scheduler: Scheduler) -> None:
@@ -208,7 +208,7 @@ def test_a_nanny_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_module_path_travels_ahead_of_all_that_has_to_be_imported() -> None:
-    """The first line is the module path as JSON; the rest has its length in front."""
+    """The first line is the module path as JSON; the rest is preceded by its length."""
     path, rest = NannyProcess("tcp://nowhere:1", **OPTIONS)._encode_message().split(b"\n", 1)
     assert path.startswith(b"[")
     assert len(rest) == 8 + int.from_bytes(rest[:8], "little")

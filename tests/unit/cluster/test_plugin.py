@@ -1,4 +1,4 @@
-"""The worker plugin: there on every worker while a client of ours is, gone with the last of them."""
+"""The worker plugin: present on each worker while a client uses it, removed with the last client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ X = np.arange(64.0, dtype=np.float32)
 
 
 class Closes:
-    """A model of the protocol that writes to a file when it is closed."""
+    """A model of the protocol that writes to a file when it closes."""
 
     def __init__(self, log: str) -> None:
         self.log = log
@@ -46,12 +46,12 @@ class Closes:
 
 
 def users() -> dict[str, set[str]]:
-    """The clients for which the worker of this process is made ready."""
+    """Return the clients for which the workers of this process are set up."""
     return plugin._clients_by_worker
 
 
 def left() -> list[object]:
-    """What this process still holds for any client."""
+    """List what this process still holds for any client."""
     threads = [t.name for t in threading.enumerate() if t.name.startswith("daskinfer-device")]
     return [
         *plugin._clients_by_worker,
@@ -71,11 +71,11 @@ def threads_cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def tracker() -> None:
-    """The process that multiprocessing keeps beside this one, started before a test counts processes."""
+    """Start multiprocessing's resource tracker before a test counts processes."""
     resource_tracker.ensure_running()
 
 
-def test_every_worker_is_made_ready(cluster_client: Client) -> None:
+def test_every_worker_is_set_up(cluster_client: Client) -> None:
     """After a call each worker knows its client."""
     di.predict(np.negative, X, client=cluster_client)
     assert [*cluster_client.run(users).values()] == [
@@ -128,29 +128,28 @@ def test_all_stays_while_another_client_is_there(threads_cluster: LocalCluster) 
 def test_a_scheduler_that_takes_no_code(
     threads_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the scheduler refuses plugins of clients, calls work, and one line says what that costs."""
+    """If the scheduler rejects plugins of clients, calls work, and one line names the consequence."""
     register = Client.register_plugin
 
-    def refuses(client: Client, made: Any) -> Any:
-        if isinstance(made, SchedulerPlugin):
+    def reject(client: Client, plugin: Any) -> Any:
+        if isinstance(plugin, SchedulerPlugin):
             raise ValueError("Cannot deserialize: pickle is disabled")
-        return register(client, made)
+        return register(client, plugin)
 
-    monkeypatch.setattr(Client, "register_plugin", refuses)
+    monkeypatch.setattr(Client, "register_plugin", reject)
     with Client(threads_cluster, set_as_default=False) as client:
         with caplog.at_level(logging.DEBUG, "daskinfer.cluster.plugin"):
             for _ in range(2):
                 np.testing.assert_array_equal(di.predict(np.negative, X, client=client), -X)
         client.unregister_worker_plugin(plugin.plugin_name(client.id))
-    said = [record.getMessage() for record in caplog.records if record.name == "daskinfer.cluster.plugin"]
-    assert said == [
-        "the workers keep what they have loaded when this client leaves: "
-        "ValueError('Cannot deserialize: pickle is disabled')"
+    messages = [record.getMessage() for record in caplog.records if record.name == "daskinfer.cluster.plugin"]
+    assert messages == [
+        "workers will keep loaded models after this client leaves: ValueError('Cannot deserialize: pickle is disabled')"
     ]
 
 
 def heap_growth() -> int:
-    """Bytes that the heap of this process grows by for 64 MiB; glibc maps so much on its own unless it is told not to."""
+    """Measure how many bytes the heap grows by for 64 MiB; by default glibc maps so large an array separately."""
 
     def heap_nbytes() -> int:
         return sum(part.size for part in psutil.Process().memory_maps() if part.path == "[heap]")
@@ -159,18 +158,20 @@ def heap_growth() -> int:
     return heap_nbytes() - before + 0 * len(kept)
 
 
-def test_the_allocator_of_our_workers_keeps_memory(cluster_client: Client) -> None:
-    """A worker of ours takes large arrays from its heap, where the next finds the memory again."""
+def test_the_allocator_of_managed_workers_retains_memory(cluster_client: Client) -> None:
+    """A managed worker allocates large arrays on its heap, where the next array reuses the memory."""
     assert all(grown > 32 << 20 for grown in cluster_client.run(heap_growth).values())
 
 
-def test_what_our_workers_have_imported_is_never_looked_through(cluster_client: Client) -> None:
-    """The collector of garbage leaves alone what was there when a worker of ours started; torch alone is most of it."""
+def test_imports_of_managed_workers_are_not_garbage_collected(cluster_client: Client) -> None:
+    """Garbage collection ignores what existed when a managed worker started, most of it torch."""
     assert min(cluster_client.run(gc.get_freeze_count).values()) > 50_000
 
 
-def test_the_allocator_of_others_is_theirs(threads_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On clusters of others the allocator stays as it is."""
+def test_the_allocator_of_external_workers_is_unchanged(
+    threads_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On external clusters the allocator keeps its settings."""
     monkeypatch.setattr("daskinfer.worker.allocator.retain_freed_memory", None)  # calling it would fail
     with Client(threads_cluster, set_as_default=False) as client:
         np.testing.assert_array_equal(di.predict(np.negative, X, client=client), -X)
@@ -178,8 +179,8 @@ def test_the_allocator_of_others_is_theirs(threads_cluster: LocalCluster, monkey
 
 
 @pytest.mark.slow
-def test_workers_that_come_later_are_made_ready(tracker: None) -> None:
-    """A worker that is restarted and one that joins are made ready as the first was, and let go with the client."""
+def test_workers_that_join_later_are_set_up(tracker: None) -> None:
+    """A restarted worker and a new one are set up like the first, and released with the client."""
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         Client(cluster, set_as_default=False) as watching,
