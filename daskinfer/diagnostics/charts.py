@@ -1,31 +1,22 @@
-"""What every picture of a run is drawn from: bars of time, rows/s over time; and the smallest picture, for notebooks."""
+"""Compute what the charts of a run show, for whichever library draws them; and lay out the smallest chart, an SVG.
+
+``html_report`` draws with bokeh and ``figure`` with matplotlib from the same numbers, colours and rows.
+"""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from daskinfer.diagnostics.device_stats import DeviceReport, ReportLike
+from daskinfer.core.formatting import find_byte_unit, render_template
+from daskinfer.diagnostics.device_stats import DeviceReport
 from daskinfer.diagnostics.timeline import Span
 
-# By Okabe and Ito, which people of every colour vision can tell apart, and that are seen on white and on black.
-STAGE_COLORS = {"read": "#56b4e9", "compute": "#0072b2", "write": "#e69f00"}
-SHARE_COLORS = {"asked": "#bbbbbb", "measured": "#cc79a7", "done": "#009e73"}
-_DEVICE_COLORS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#d55e00",
-    "#999999",
-    "#c9b800",
-    "#7a4fbf",
-    "#8c5a3c",
-)
+if TYPE_CHECKING:
+    from daskinfer.diagnostics.report import RunReport
 
 N_BINS = 80  # of rows/s over time; as many as a reader tells apart; arbitrary
 MAX_SVG_DEVICES = 16  # in a notebook's picture; arbitrary
@@ -34,7 +25,7 @@ _LABEL_CHARACTERS = 24  # "MIG-" and the first 19 of a UUID, which tells instanc
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A span in one of its lanes, "read", "compute" or "write": from ``begin`` to ``end``, seconds since the first bar."""
+    """A span in one of its stages, "read", "compute" or "write": from ``begin`` to ``end``, seconds since the first bar."""
 
     span: Span
     stage: str
@@ -42,8 +33,41 @@ class Bar:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Bars of one colour in a chart with a row per device; ``offset`` is from the middle of the row, in rows."""
+
+    label: str
+    color: str
+    offset: float
+
+
+SERIES_HEIGHT = 0.26  # of a bar, in rows; three series share a row
+# Colours by Okabe and Ito: told apart with any colour vision, and readable on white and on black.
+STAGES = (Series("read", "#56b4e9", -0.28), Series("compute", "#0072b2", 0.0), Series("write", "#e69f00", 0.28))
+SHARES: tuple[tuple[Series, Callable[[DeviceReport], float]], ...] = (
+    (Series("requested", "#bbbbbb", -0.28), lambda device: device.asked_share),
+    (Series("measured", "#cc79a7", 0.0), lambda device: device.measured_share),
+    (Series("done", "#009e73", 0.28), lambda device: device.done_share),
+)
+_DEVICE_COLORS = (
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"),
+    *("#d55e00", "#999999", "#c9b800", "#7a4fbf", "#8c5a3c"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A device's rows/s in each bin of time, stacked on those of the devices before it: from ``bottom`` to ``top``."""
+
+    device: str
+    color: str
+    bottom: list[float]
+    top: list[float]
+
+
 def make_bars(timeline: Sequence[Span]) -> list[Bar]:
-    """All bars of a timeline that took time.
+    """Make the bars of a timeline; a stage that took no time has none.
 
     Examples
     --------
@@ -51,40 +75,46 @@ def make_bars(timeline: Sequence[Span]) -> list[Bar]:
     >>> [(bar.stage, bar.begin, bar.end) for bar in make_bars([span])]
     [('read', 0.0, 0.5), ('compute', 1.0, 2.5)]
     """
-    lanes = [
-        (span, lane, stretch)
+    stages = [
+        (span, stage.label, interval)
         for span in timeline
-        for lane, stretch in zip(STAGE_COLORS, (span.read, span.computed, span.wrote), strict=True)
-        if stretch[1] > stretch[0]
+        for stage, interval in zip(STAGES, (span.read, span.computed, span.wrote), strict=True)
+        if interval[1] > interval[0]
     ]
-    zero = min((begin for _, _, (begin, _) in lanes), default=0.0)
-    return [Bar(span, lane, begin - zero, end - zero) for span, lane, (begin, end) in lanes]
+    zero = min((begin for _, _, (begin, _) in stages), default=0.0)
+    return [Bar(span, stage, begin - zero, end - zero) for span, stage, (begin, end) in stages]
 
 
-def list_device_names(report: ReportLike) -> list[str]:
-    """The devices in the plan's order, and whatever else has a span."""
+def list_device_names(report: RunReport) -> list[str]:
+    """List the devices in the plan's order, then any other that has a span."""
     return list(dict.fromkeys([*(d.device for d in report.devices), *(span.device for span in report.timeline)]))
 
 
 def get_device_color(position: int) -> str:
-    """The colour of a device by its position; the eleventh has the first one's."""
+    """Return the colour of a device by its position; the eleventh has that of the first."""
     return _DEVICE_COLORS[position % len(_DEVICE_COLORS)]
 
 
 def shorten_label(name: str) -> str:
-    """A name for an axis."""
+    """Shorten a device's name for an axis."""
     return name if len(name) <= _LABEL_CHARACTERS else f"{name[: _LABEL_CHARACTERS - 1]}…"
 
 
 def compute_idle_seconds(devices: Iterable[DeviceReport]) -> dict[str, float]:
-    """How long each device that did anything was done before the last was."""
+    """Compute how long each device that did anything was idle until the last one finished."""
     ended = {device.device: device.ended for device in devices if device.n_chunks}
     last = max(ended.values(), default=0.0)
     return {device: last - at for device, at in ended.items()}
 
 
+def measure_peak_memory(devices: Sequence[DeviceReport]) -> tuple[list[float], str]:
+    """Return the peak memory of each device, and the unit it is in."""
+    unit, nbytes = find_byte_unit(max((device.peak_nbytes for device in devices), default=0))
+    return [device.peak_nbytes / nbytes for device in devices], unit
+
+
 def compute_throughput(bars: Sequence[Bar]) -> tuple[list[float], dict[str, list[float]]]:
-    """Rows/s of each device over time: a chunk's rows are spread evenly over the time that it was computed in.
+    """Compute rows/s of each device over time; a chunk's rows are spread evenly over the time it was computed in.
 
     Returns
     -------
@@ -107,62 +137,70 @@ def compute_throughput(bars: Sequence[Bar]) -> tuple[list[float], dict[str, list
     return [width * i for i in range(N_BINS + 1)], by_device
 
 
-_WIDTH, _ROW_HEIGHT, _STAGE_HEIGHT = 640, 22, 6  # of the picture in a notebook, a device and a lane in it, in pixels
-_LEFT_MARGIN = 170  # where time begins, beside the names
-_MAX_COLUMNS = 320  # of time, two pixels each; fewer where the picture would be too large
-MAX_SVG_CHARACTERS = 16_000  # of the bars; with the names less than 20 kB
-_N_OPACITY_LEVELS = 4  # of how much of a column is covered: as opacity
+def stack_throughput(devices: Sequence[str], bars: Sequence[Bar]) -> tuple[list[float], list[Layer]]:
+    """Stack the rows/s of the devices in their order; return the bins' edges and a layer per device."""
+    edges, by_device = compute_throughput(bars)
+    layers, bottom = [], [0.0] * N_BINS
+    for position, device in enumerate(devices):
+        top = [below + own for below, own in zip(bottom, by_device.get(device, [0.0] * N_BINS), strict=True)]
+        layers.append(Layer(device, get_device_color(position), bottom, top))
+        bottom = top
+    return edges, layers
+
+
+_WIDTH, _LEFT_MARGIN, _ROW_HEIGHT, _STAGE_HEIGHT = 640, 170, 22, 6  # pixels of the SVG: its rows hold three stages each
+_MAX_COLUMNS = 320  # of time, two pixels each; fewer if the picture would be too large
+MAX_SVG_CHARACTERS = 16_000  # of the paths; with the names below 20 kB
+_ELEMENT_CHARACTERS = 51  # of a path's element, besides the path itself
+_N_OPACITY_LEVELS = 4  # that tell how much of a column is covered
 
 
 def render_svg(devices: Sequence[str], bars: Sequence[Bar]) -> str:
-    """The timeline as a small picture without code; empty where nothing was drawn."""
+    """Render the timeline as a small picture without code; empty if there are no bars."""
     if not bars:
         return ""
-    shown, n_columns = list(devices)[:MAX_SVG_DEVICES], _MAX_COLUMNS
-    while len(lanes := _render_bars(shown, bars, n_columns)) > MAX_SVG_CHARACTERS:
+    shown, n_columns = devices[:MAX_SVG_DEVICES], _MAX_COLUMNS
+    paths = _make_paths(shown, bars, n_columns)
+    while sum(len(path) + _ELEMENT_CHARACTERS for *_, path in paths) > MAX_SVG_CHARACTERS:
         n_columns //= 2
-    labels = "".join(
-        f'<text x="0" y="{i * _ROW_HEIGHT + 13}">{html.escape(shorten_label(name))}</text>' for i, name in enumerate(shown)
-    )
-    bottom = len(shown) * _ROW_HEIGHT + 14
-    key = "".join(f'<tspan fill="{fill}"> {lane}</tspan>' for lane, fill in STAGE_COLORS.items())
-    rest = f" and {len(devices) - len(shown):,} more devices" if len(devices) > len(shown) else ""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{bottom + 6}" '
-        f'viewBox="0 0 {_WIDTH} {bottom + 6}" font-family="sans-serif" font-size="12" fill="currentColor" '
-        f'style="display:block;margin:.6em 0">{labels}'
-        f'<g transform="translate({_LEFT_MARGIN} 0) scale({(_WIDTH - _LEFT_MARGIN) / n_columns:.4g} 1)" stroke-width="{_STAGE_HEIGHT - 1}" '
-        f'fill="none">{lanes}</g><text x="{_LEFT_MARGIN}" y="{bottom}">0 s{key}{rest}</text>'
-        f'<text x="{_WIDTH}" y="{bottom}" text-anchor="end">{max(bar.end for bar in bars):,.3g} s</text></svg>'
+        paths = _make_paths(shown, bars, n_columns)
+    return render_template(
+        "diagnostics/timeline.html.j2",
+        labels=[shorten_label(name) for name in shown],
+        n_more=len(devices) - len(shown),
+        paths=paths,
+        seconds=max(bar.end for bar in bars),
+        stages=STAGES,
+        width=_WIDTH,
+        left=_LEFT_MARGIN,
+        row_height=_ROW_HEIGHT,
+        stage_height=_STAGE_HEIGHT,
+        column_width=(_WIDTH - _LEFT_MARGIN) / n_columns,
     )
 
 
-def _render_bars(devices: Sequence[str], bars: Sequence[Bar], n_columns: int) -> str:
-    """The bars: a path per device, lane and opacity."""
+def _make_paths(devices: Sequence[str], bars: Sequence[Bar], n_columns: int) -> list[tuple[str, float, str]]:
+    """Draw the bars as paths: colour, opacity and SVG's path data, one per device, stage and opacity."""
     width = max(bar.end for bar in bars) / n_columns
-    own: dict[tuple[str, str], list[Bar]] = {}
+    own: dict[tuple[str, str], list[tuple[Bar, float]]] = {}
     for bar in bars:
-        own.setdefault((bar.span.device, bar.stage), []).append(bar)
+        own.setdefault((bar.span.device, bar.stage), []).append((bar, bar.end - bar.begin))
     paths = []
     for row, device in enumerate(devices):
-        for position, (lane, stroke) in enumerate(STAGE_COLORS.items()):
+        for position, stage in enumerate(STAGES):
             y = row * _ROW_HEIGHT + position * _STAGE_HEIGHT + 4
-            covered = _bin_amounts([(bar, bar.end - bar.begin) for bar in own.get((device, lane), [])], n_columns, width)
+            covered = _bin_amounts(own.get((device, stage.label), []), n_columns, width)
             levels = [math.ceil(round(min(1.0, seconds / width) * _N_OPACITY_LEVELS, 6)) for seconds in covered]
             by_level: dict[int, str] = {}
             for level, columns in groupby(range(n_columns), key=levels.__getitem__):
                 first, *others = columns
                 by_level[level] = by_level.get(level, "") + f"M{first} {y}h{len(others) + 1}"
-            paths += [
-                f'<path stroke="{stroke}" stroke-opacity="{level / _N_OPACITY_LEVELS:g}" d="{path}"/>'
-                for level, path in by_level.items()
-                if level
-            ]
-    return "".join(paths)
+            paths += [(stage.color, level / _N_OPACITY_LEVELS, path) for level, path in by_level.items() if level]
+    return paths
 
 
 def _bin_amounts(amounts: Iterable[tuple[Bar, float]], n_bins: int, bin_seconds: float) -> list[float]:
-    """Amounts, each spread evenly over the time of its bar, summed up in bins of ``width`` seconds."""
+    """Spread each amount evenly over the time of its bar, and add them up in bins of ``bin_seconds``."""
     bins = [0.0] * n_bins
     for bar, amount in amounts:
         for i in range(int(bar.begin / bin_seconds), min(n_bins, int(bar.end / bin_seconds) + 1)):

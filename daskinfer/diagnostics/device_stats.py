@@ -1,79 +1,270 @@
-"""What a run did, as those see it who draw it."""
+"""Add up what each device of a run does, event by event: one accumulator for the report, the status and the dashboard.
+
+A new column is one field of :class:`DeviceReport` or :class:`DeviceStatus`, with the rule by which values of a device become
+one, and one line in the table that shows it. A field of the report that is named like one of ``ChunkStats`` is added up from
+the chunks without further code; any other field is an attribute of :class:`DeviceStats`, which counts events.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+import functools
+import operator
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
-from daskinfer.core.chunks import RowFailure
-from daskinfer.diagnostics.timeline import Span
+from daskinfer.diagnostics.events import (
+    ChunkDone,
+    ChunkFailed,
+    ChunkStarted,
+    DeviceChanged,
+    Event,
+    PlannedDevice,
+    RunEnded,
+    RunStarted,
+)
+
+THROUGHPUT_WINDOW_SECONDS = 10.0  # over which rows/s are averaged, so that a device that slows down shows; arbitrary
+_STEP_SECONDS = 0.5  # between two points of that average; arbitrary
+
+
+def _min_known(first: Any, second: Any) -> Any:
+    """Return the smaller of two numbers of which 0 means "unknown"."""
+    return min(first or second, second or first)
+
+
+# How two values become one: of two chunks of a device, or of two devices that are shown as one.
+SUM, MAX, MIN = ({"combine": combine} for combine in (operator.add, max, _min_known))
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the network.
+    """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the model.
 
-    ``asked_share`` is the plan's, ``measured_share`` what the device's speed is of all devices', ``done_share`` what it did.
-    ``read_seconds`` and ``write_seconds`` are those of all chunks together, beside the network's; ``waited_seconds`` is how
-    long the device stood still until a chunk was read. ``batch_size`` is the smallest micro-batch that was used (rows; 0
-    where nothing was done), ``peak_nbytes`` the most memory held: a GPU's by the network, else the process's. ``n_retried``
-    counts attempts that came to nothing, ``began`` and ``ended`` are when its first chunk was read and its last was done, in
-    seconds since 1970.
+    ``asked_share`` is the plan's, ``measured_share`` the device's fraction of the throughput of all devices, ``done_share``
+    what it did. ``read_seconds`` and ``write_seconds`` are sums over its chunks, and overlap with the model's;
+    ``waited_seconds`` is how long the device was idle until a chunk was read. ``batch_size`` is the smallest micro-batch
+    used (rows; 0 if nothing was done), ``peak_nbytes`` the most memory held: by the model on a GPU, else by the process.
+    ``n_retried`` counts failed attempts; ``began`` and ``ended`` are when reading its first chunk began and its last chunk
+    was done, in seconds since 1970.
     """
 
     device: str
     device_name: str
     n_chunks: int
     n_rows: int
-    seconds: float
-    asked_share: float
-    done_share: float
+    seconds: float = field(default=0.0, metadata=SUM)
+    asked_share: float = 0.0
+    done_share: float = 0.0
     measured_share: float = 0.0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    batch_size: int = 0
-    peak_nbytes: int = 0
+    read_seconds: float = field(default=0.0, metadata=SUM)
+    write_seconds: float = field(default=0.0, metadata=SUM)
+    waited_seconds: float = field(default=0.0, metadata=SUM)
+    batch_size: int = field(default=0, metadata=MIN)  # a chunk that was given up has none
+    peak_nbytes: int = field(default=0, metadata=MAX)
     n_retried: int = 0
-    began: float = 0.0
-    ended: float = 0.0
+    began: float = field(default=0.0, metadata=MIN | {"source": "read_began"})
+    ended: float = field(default=0.0, metadata=MAX)
 
     @property
     def rows_per_second(self) -> float:
-        """Rows over seconds spent in the network; 0.0 where nothing was done."""
+        """Rows divided by the seconds spent in the model; 0.0 if nothing was done."""
         return self.n_rows / self.seconds if self.seconds else 0.0
 
 
-class ReportLike(Protocol):
-    """``run_report.RunReport``, which draws itself with the rooms that draw it."""
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """One device at one moment: rows done and failed, chunks in flight, recent rows/s, and shares of all rows, fractions.
+
+    ``batch_size`` is the micro-batch of its last chunk (rows; 0 before it), ``state`` "", "replaced" (its worker was
+    restarted) or "gone" (the device is lost). The rule of a field tells how several devices are shown as one.
+    """
+
+    device: str
+    label: str
+    kind: str
+    n_rows: int = field(metadata=SUM)
+    n_failed: int = field(metadata=SUM)
+    n_in_flight: int = field(metadata=SUM)
+    n_retried: int = field(metadata=SUM)
+    rows_per_second: float = field(metadata=SUM)
+    asked_share: float = field(metadata=SUM)
+    done_share: float = field(metadata=SUM)
+    batch_size: int = field(metadata=MAX)
+    state: str
+
+
+Record = TypeVar("Record", DeviceReport, DeviceStatus)
+
+
+@dataclass
+class RollingThroughput:
+    """Rows/s over the last ``THROUGHPUT_WINDOW_SECONDS``: a running sum of rows, sampled at a few points of time."""
+
+    n_rows: int = 0
+    points: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def start(self, at: float) -> None:
+        """Begin to measure ``at`` this time, unless begun before."""
+        if not self.points:
+            self.add(at, 0)
+
+    def add(self, at: float, n_rows: int) -> None:
+        """Count rows that were done ``at`` this time, in seconds since 1970."""
+        if not self.points or at - self.points[-1][0] >= _STEP_SECONDS:
+            self.points.append((at, self.n_rows))
+        self.n_rows += n_rows
+        while len(self.points) > 1 and at - self.points[1][0] >= THROUGHPUT_WINDOW_SECONDS:
+            self.points.popleft()
+
+    def compute_rows_per_second(self, now: float) -> float:
+        """Return the average up to ``now``; 0.0 before the start."""
+        if not self.points or now <= self.points[0][0]:
+            return 0.0
+        since, n_rows_before = self.points[0]
+        return (self.n_rows - n_rows_before) / (now - since)
+
+
+class DeviceStats:
+    """Adds up one device's events: rows (``n_done`` with, ``n_rows`` without those that failed), chunks, seconds, memory.
+
+    Note: not locked.
+    """
+
+    def __init__(self, planned: PlannedDevice) -> None:
+        self.device, self.kind, self.asked_share = planned.device, planned.kind, planned.share
+        self.planned_label = planned.label
+        self.device_name = self.state = ""
+        self.n_chunks = self.n_done = self.n_failed = self.n_in_flight = self.n_retried = self.last_batch_size = 0
+        self.throughput = RollingThroughput()
+        self.totals = {name: default for name, (default, _, _) in _TOTALS.items()}
+
+    def add(self, event: Event) -> None:
+        """Count one event of this device."""
+        _HANDLERS[type(event)](self, event)
 
     @property
-    def devices(self) -> tuple[DeviceReport, ...]: ...
+    def n_rows(self) -> int:
+        """Rows that have a result."""
+        return self.n_done - self.n_failed
 
-    @property
-    def failures(self) -> tuple[RowFailure, ...]: ...
+    def make_report(self) -> DeviceReport:
+        """Return what the device did, without the shares that depend on the other devices."""
+        return self._make_record(DeviceReport, {**self.totals, "done_share": 0.0, "measured_share": 0.0})
 
-    @property
-    def failed_rows(self) -> tuple[int, ...]: ...
+    def make_status(self, now: float, n_done_total: int) -> DeviceStatus:
+        """Return how the device stands ``now``, when all devices have done ``n_done_total`` rows."""
+        computed = {
+            "label": self.planned_label or self.device_name,
+            "n_rows": self.n_done,
+            "rows_per_second": self.throughput.compute_rows_per_second(now),
+            "done_share": _divide(self.n_done, n_done_total),
+            "batch_size": self.last_batch_size,
+        }
+        return self._make_record(DeviceStatus, {**self.totals, **computed})
 
-    @property
-    def timeline(self) -> tuple[Span, ...]: ...
+    def _make_record(self, record: type[Record], computed: dict[str, Any]) -> Record:
+        """Fill in a record by its fields' names, from ``computed`` or else from this object's attributes."""
+        names = [one.name for one in fields(record)]
+        return record(**{name: computed[name] if name in computed else getattr(self, name) for name in names})
 
-    @property
-    def facts(self) -> Mapping[str, str]: ...
+    def _handle_chunk_started(self, event: ChunkStarted) -> None:
+        self.throughput.start(event.at)
+        self.n_in_flight += 1
 
-    @property
-    def totals(self) -> str: ...
+    def _handle_chunk_done(self, event: ChunkDone) -> None:
+        stats, n_rows = event.stats, event.stop - event.start
+        self.n_chunks += 1
+        self.n_done += n_rows
+        self.n_failed += event.n_failed
+        if not stats.is_abandoned:  # it came back before, as ChunkFailed
+            self.n_in_flight -= 1
+            self.last_batch_size = stats.batch_size
+        self.device_name = stats.device_name or self.device_name
+        self.throughput.add(event.at, n_rows)
+        for name, (_, combine, source) in _TOTALS.items():
+            self.totals[name] = combine(self.totals[name], getattr(stats, source))
 
-    @property
-    def details(self) -> str: ...
+    def _handle_chunk_failed(self, event: ChunkFailed) -> None:
+        self.n_in_flight -= 1
+        self.n_retried += 1
 
-    @property
-    def verdict(self) -> str: ...
+    def _handle_device_changed(self, event: DeviceChanged) -> None:
+        self.state = event.state
 
-    @property
-    def tail_seconds(self) -> float: ...
+    def end(self) -> None:
+        """The run has ended, and with it whatever was in flight."""
+        self.n_in_flight = 0
 
-    @property
-    def n_retried(self) -> int: ...
+
+_HANDLERS: dict[type[Event], Callable[[DeviceStats, Any], None]] = {
+    ChunkStarted: DeviceStats._handle_chunk_started,
+    ChunkDone: DeviceStats._handle_chunk_done,
+    ChunkFailed: DeviceStats._handle_chunk_failed,
+    DeviceChanged: DeviceStats._handle_device_changed,
+}
+# Of each total over a device's chunks: its first value, how two become one, and which field of ChunkStats it adds up.
+_TOTALS: dict[str, tuple[Any, Callable[[Any, Any], Any], str]] = {
+    one.name: (one.default, one.metadata["combine"], one.metadata.get("source", one.name))
+    for one in fields(DeviceReport)
+    if one.metadata
+}
+
+
+class DeviceTable:
+    """All devices of a run in the plan's order; others join at the end when an event first names them.
+
+    Note: not locked.
+    """
+
+    def __init__(self) -> None:
+        self._devices: dict[str, DeviceStats] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Pass an event on to the device that it is about; other events change nothing."""
+        if isinstance(event, RunStarted):
+            self._devices = {planned.device: DeviceStats(planned) for planned in event.devices}
+        elif isinstance(event, RunEnded):
+            for device in self._devices.values():
+                device.end()
+        elif isinstance(event, ChunkStarted | ChunkDone | ChunkFailed | DeviceChanged):
+            self._get_device(event.device).add(event)
+
+    def make_reports(self) -> tuple[DeviceReport, ...]:
+        """Return what each device did."""
+        reports = [device.make_report() for device in self._devices.values()]
+        n_rows = sum(report.n_rows for report in reports)
+        throughput = sum(report.rows_per_second for report in reports)
+        return tuple(
+            replace(
+                report,
+                done_share=_divide(report.n_rows, n_rows),
+                measured_share=_divide(report.rows_per_second, throughput),
+            )
+            for report in reports
+        )
+
+    def make_statuses(self, now: float) -> tuple[DeviceStatus, ...]:
+        """Return how each device stands ``now``, in seconds since 1970."""
+        n_done = sum(device.n_done for device in self._devices.values())
+        return tuple(device.make_status(now, n_done) for device in self._devices.values())
+
+    def _get_device(self, name: str) -> DeviceStats:
+        if name not in self._devices:  # this process, if no device was named
+            self._devices[name] = DeviceStats(PlannedDevice(name, "", name.partition(":")[0], 0.0))
+        return self._devices[name]
+
+
+def merge_devices(devices: Sequence[DeviceStatus], name: str) -> DeviceStatus:
+    """Show several devices as one, called ``name``."""
+    merged = {
+        one.name: functools.reduce(one.metadata["combine"], [getattr(device, one.name) for device in devices])
+        for one in fields(DeviceStatus)
+        if one.metadata
+    }
+    return DeviceStatus(device=name, label=f"{len(devices)} devices", kind="", state="", **merged)
+
+
+def _divide(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

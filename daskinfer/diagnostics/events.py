@@ -1,12 +1,12 @@
-"""What a run says while it goes on: small frozen records, told to whoever listens, one after the other.
+"""The events of a run while it goes on: small frozen records, passed to the run's listeners one after the other.
 
-They are the one source of everything that is shown: the bar in a terminal, the log's lines, the page on Dask's dashboard,
-the report, and the function that a user passes as ``progress=``. All are told in the thread that waits for the answers;
-what a worker knows (seconds, memory, micro-batch) comes with the receipt in :class:`ChunkDone`.
+They are the only source of everything that is shown: the bar in a terminal, the log's lines, the page on Dask's dashboard,
+the report, and the function that a user passes as ``progress=``. All are sent by the thread that waits for results;
+what a worker measures (seconds, memory, batch size) arrives with the stats of :class:`ChunkDone`.
 
 Their order: ``RunStarted``; then, in any order, ``Connected``, ``BatchTuningStarted``, ``BatchSizeChosen``,
-``ChunkStarted``, ``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, whatever ended the run. A chunk
-that is tried again starts again.
+``ChunkStarted``, ``ChunkFailed``, ``ChunkDone`` and ``DeviceChanged``; ``RunEnded`` last, however the run ended. A chunk
+that is retried starts again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
 from daskinfer.core.row_ranges import Range
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Anything that is told: ``run`` names the run, ``at`` is when, in seconds since 1970 by this process's clock."""
+    """Base of all events: ``run`` names the run, ``at`` is the time in seconds since 1970, by this process's clock."""
 
     run: str
     at: float
@@ -34,7 +34,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class PlannedDevice:
-    """A device of a run: its name, what it is, its kind ("cuda", "cpu"), and its planned share of the rows, a fraction."""
+    """A device of a run: its name, its model, its kind ("cuda", "cpu"), and its planned share of the rows, a fraction."""
 
     device: str
     label: str
@@ -44,11 +44,11 @@ class PlannedDevice:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run begins: workers may still have to start.
+    """A run begins; its workers may not have started yet.
 
-    ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of these that
-    earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` say in words what is computed. ``by_kind`` and
-    ``channels_last`` are what an earlier call chose, as in :class:`BatchSizeChosen`.
+    ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of it that
+    earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` describe what is computed. ``batch`` is what the
+    plan or an earlier call chose.
     """
 
     model: str
@@ -56,28 +56,26 @@ class RunStarted(Event):
     outputs: tuple[str, ...]
     rows: Range
     done: tuple[Range, ...]
-    batch_size: int
+    batch: BatchConfig
     devices: tuple[PlannedDevice, ...]
-    by_kind: Mapping[str, int] = field(default_factory=dict)
-    channels_last: tuple[str, ...] = ()
 
     @property
     def n_rows(self) -> int:
-        """Rows of the run's part."""
+        """Number of rows of the run's part."""
         return self.rows[1] - self.rows[0]
 
     @property
     def n_rows_before(self) -> int:
-        """Of these, the rows that earlier calls computed."""
+        """Number of those rows that earlier calls computed."""
         return sum(stop - start for start, stop in self.done)
 
 
 @dataclass(frozen=True, slots=True)
 class Connected(Event):
-    """Workers of a cluster compute; ``dashboard`` is the URL of the page that shows the run there.
+    """A cluster computes the run; ``dashboard`` is the URL of the page that shows the run there.
 
-    Empty where the cluster has none. Dask also names the port of a scheduler that was started without a dashboard to clients
-    that know its address only.
+    Empty if the cluster has none; but a client that knows only the scheduler's address gets a URL from Dask even if the
+    scheduler was started without a dashboard.
     """
 
     dashboard: str
@@ -85,21 +83,19 @@ class Connected(Event):
 
 @dataclass(frozen=True, slots=True)
 class BatchTuningStarted(Event):
-    """Devices try micro-batches of several sizes on the first rows, which takes a while; no row is done by that."""
+    """Devices try several batch sizes on the first rows, which takes a while and completes no row."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSizeChosen(Event):
-    """Rows of a micro-batch, as measured, by kind of device too; and on which kinds images lie in channels_last."""
+    """The tuned batch sizes, overall and by kind of device; and the kinds on which images are channels_last."""
 
-    batch_size: int
-    by_kind: Mapping[str, int]
-    channels_last: tuple[str, ...] = ()
+    batch: BatchConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStarted(Event):
-    """Rows ``start:stop`` are on their way to a device."""
+    """Rows ``start:stop`` were sent to a device."""
 
     start: int
     stop: int
@@ -108,7 +104,7 @@ class ChunkStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(Event):
-    """Rows ``start:stop`` have their answer, but for those that failed; ``attempts`` says how often they were tried."""
+    """Rows ``start:stop`` have their result, except for those that failed, after this many ``attempts``."""
 
     start: int
     stop: int
@@ -119,13 +115,13 @@ class ChunkDone(Event):
 
     @property
     def n_failed(self) -> int:
-        """Rows without an answer."""
+        """Number of rows that failed."""
         return sum(failure.stop - failure.start for failure in self.failures)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkFailed(Event):
-    """Rows ``start:stop`` came back without an answer, or their worker ended; they are tried again, or given up."""
+    """An attempt at rows ``start:stop`` failed, or their worker died; they are retried, or given up."""
 
     start: int
     stop: int
@@ -135,7 +131,7 @@ class ChunkFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceChanged(Event):
-    """A device's worker was "replaced", or the device is "gone" and the others go on without it."""
+    """A device's worker was restarted (state "replaced"), or the device is lost ("gone") and the others continue."""
 
     device: str
     state: str
@@ -143,7 +139,7 @@ class DeviceChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunEnded(Event):
-    """A run is over: all is done where ``error`` is empty, else it says what ended it."""
+    """The run is over: complete if ``error`` is empty, else ``error`` is what ended it."""
 
     error: str
 
@@ -152,10 +148,10 @@ Listener = Callable[[Event], Any]
 
 
 class EventBus:
-    """Who is told of a run's events.
+    """Passes a run's events on to its listeners.
 
-    A listener that raises is warned of, and told nothing more: what is shown never ends what is computed. One that has a
-    method ``connected(client)`` gets the client that computes, once there is one.
+    A listener that raises is disabled with a warning: a broken display never stops the computation. One that has a
+    method ``attach_client(client)`` gets the client that computes, once there is one.
     """
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
@@ -167,14 +163,14 @@ class EventBus:
             self._notify(listener, listener, event)
 
     def add(self, listener: Listener) -> None:
-        """One more, from now on."""
+        """Add a listener, for all events from now on."""
         self._listeners.append(listener)
 
     def attach_client(self, client: Any) -> None:
-        """Tell those who want to know which client computes, and all of them where its dashboard is."""
+        """Pass the client that computes to the listeners that take it, and the URL of its dashboard to all."""
         for listener in self._listeners[:]:
-            if connected := getattr(listener, "attach_client", None):
-                self._notify(listener, connected, client)
+            if attach := getattr(listener, "attach_client", None):
+                self._notify(listener, attach, client)
         self(Connected(self.run, time.time(), _get_dashboard_url(client)))
 
     def _notify(self, listener: Listener, callback: Callable[[Any], Any], payload: Any) -> None:
@@ -182,12 +178,13 @@ class EventBus:
             callback(payload)
         except Exception as error:
             self._listeners.remove(listener)
-            logger.warning("progress is shown no more by %r: %s: %s", listener, type(error).__name__, error)
+            name = getattr(listener, "__name__", None) or repr(listener)
+            logger.warning("progress callback %s raised %s and was disabled: %s", name, type(error).__name__, error)
 
 
 def _get_dashboard_url(client: Any) -> str:
     try:
         return str(client.dashboard_link or "").replace("/status", "/daskinfer")
-    except Exception as error:  # a KeyError where the scheduler has none
+    except Exception as error:  # a KeyError if the scheduler has none
         logger.debug("no dashboard: %s: %s", type(error).__name__, error)
         return ""

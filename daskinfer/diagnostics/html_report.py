@@ -1,19 +1,18 @@
-"""A run as one page of HTML: it opens offline, needs nothing beside itself, and may fetch nothing.
+"""Render a run's report as one HTML page: it opens offline, needs no other file, and may fetch nothing.
 
-Charts are bokeh's, with its code inside the page (1.3 MB); the page's own policy forbids all that is loaded from elsewhere.
-Names and messages are text wherever they stand: in the page by jinja2's escaping, on axes as ``PlainText`` (bokeh would set
-``$$x$$`` as a formula), in tooltips by bokeh's.
+Its charts are bokeh's, whose code is inside the page (1.3 MB); the page's own policy forbids everything from elsewhere.
+Names and messages are plain text everywhere: in the page by jinja2's escaping, on axes as ``PlainText`` (bokeh would render
+``$$x$$`` as a formula), in tooltips by bokeh's escaping.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from bokeh.embed import components
 from bokeh.models import (
@@ -27,65 +26,73 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 from bokeh.resources import Resources
-from markupsafe import Markup
 
 from daskinfer.core.files import write_atomic
-from daskinfer.core.formatting import find_byte_unit, format_html_table, format_nbytes
+from daskinfer.core.formatting import format_nbytes, render_template
 from daskinfer.diagnostics.charts import (
-    SHARE_COLORS,
-    STAGE_COLORS,
+    SERIES_HEIGHT,
+    SHARES,
+    STAGES,
     Bar,
     compute_idle_seconds,
-    compute_throughput,
     get_device_color,
     list_device_names,
     make_bars,
+    measure_peak_memory,
     shorten_label,
+    stack_throughput,
 )
-from daskinfer.diagnostics.device_stats import ReportLike
+from daskinfer.diagnostics.device_stats import DeviceReport
+from daskinfer.diagnostics.report import DEVICE_COLUMNS
 from daskinfer.errors import SourceMissing
 
-MAX_FAILURES = 1000  # in the table; more are no reading, and each is a row for the browser to lay out
+if TYPE_CHECKING:
+    from daskinfer.diagnostics.report import RunReport
+
+MAX_FAILURES = 1000  # in the table; nobody reads more, and the browser lays out each
 MAX_EXCEPTION_CHARACTERS = 500  # of an exception's text
-_MAX_CHART_HEIGHT = 1200  # of a chart, in pixels; more devices get thinner rows
+_MAX_CHART_HEIGHT = 1200  # pixels; more devices get thinner rows
 _PIXELS_PER_CHARACTER = 6  # of a name on an axis, on average
 
 Figure = Any  # bokeh's; its keywords have no types
 
 
-def render_page(report: ReportLike) -> str:
-    """The whole page."""
-    devices, drawn = list_device_names(report), make_bars(report.timeline)
-    charts = _make_charts(report, devices, drawn)
+def render_page(report: RunReport) -> str:
+    """Render the whole page."""
+    charts = _make_charts(report)
     script, divs = components(charts) if charts else ("", {})
-    code = Resources(mode="inline", components=["bokeh"], log_level="warn").render() if charts else ""
-    return _PAGE_TEMPLATE.render(
+    columns = _make_columns(report)
+    return render_template(
+        "diagnostics/html_report.html.j2",
         report=report,
-        code=Markup(code),
-        script=Markup(script),
-        charts={name: Markup(div) for name, div in divs.items()},
-        devices=Markup(format_html_table(_DEVICE_HEADERS, _format_devices(report))),
+        title=report.facts.get("model") or "a run",
+        code=Resources(mode="inline", components=["bokeh"], log_level="warn").render() if charts else "",
+        script=script,
+        charts=divs,
+        device_headers=tuple(columns),
+        devices=[[format_cell(device) for format_cell in columns.values()] for device in report.devices],
         colors=[get_device_color(position) for position in range(len(report.devices))],
         tail=_describe_tail(report),
-        failures=Markup(format_html_table(_FAILURE_HEADERS, _format_failures(report))),
+        failure_headers=("rows", "device", "error"),
+        failures=_format_failures(report),
         n_more=max(0, len(report.failures) - MAX_FAILURES),
-        facts=Markup(format_html_table(("", ""), [[name, said] for name, said in report.facts.items() if said])),
+        facts=[[name, value] for name, value in report.facts.items() if value],
     )
 
 
 def write_page(content: str, path: str | os.PathLike[str]) -> None:
-    """Put a page at ``path``, wholly or not at all; what is there already is replaced.
+    """Write a page to ``path`` atomically, replacing an existing file.
 
     Raises
     ------
     SourceMissing
-        Where its folder does not exist.
+        If its folder does not exist.
     OSError
-        Where it cannot be written there.
+        If it cannot be written there.
     """
     file = Path(os.path.abspath(path))
     if not file.parent.is_dir():
-        raise SourceMissing(f"the report's folder {str(file.parent)!r} does not exist; a folder is needed. Create it first.")
+        raise SourceMissing(f"the folder of the report, {str(file.parent)!r}, does not exist. Create it first.")
     try:
         write_atomic(file, content.encode())
     except OSError:
@@ -94,34 +101,23 @@ def write_page(content: str, path: str | os.PathLike[str]) -> None:
         raise
 
 
-_DEVICE_HEADERS = (
-    *("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done", "micro-batch"),
-    *("reading", "waiting", "computing", "writing", "peak memory", "tried again", "done before the last"),
-)
-_FAILURE_HEADERS = ("rows", "device", "what it said")
-
-
-def _format_devices(report: ReportLike) -> list[list[str]]:
+def _make_columns(report: RunReport) -> Mapping[str, Callable[[DeviceReport], str]]:
+    """Return the columns of the devices' table: those of the report's text, and more, as a page is wider."""
     idle = compute_idle_seconds(report.devices)
-    return [
-        [
-            d.device,
-            d.device_name,
-            f"{d.n_chunks:,}",
-            f"{d.n_rows:,}",
-            f"{d.rows_per_second:,.0f}",
-            *(f"{share:.1%}" for share in (d.asked_share, d.measured_share, d.done_share)),
-            f"{d.batch_size:,}" if d.batch_size else "",
-            *(f"{s:,.2f} s" for s in (d.read_seconds, d.waited_seconds, d.seconds, d.write_seconds)),
-            format_nbytes(d.peak_nbytes) if d.peak_nbytes else "",
-            f"{d.n_retried:,}",
-            f"{idle[d.device]:,.2f} s" if d.device in idle else "",
-        ]
-        for d in report.devices
-    ]
+    return {
+        **DEVICE_COLUMNS,
+        "batch size": lambda device: f"{device.batch_size:,}" if device.batch_size else "",
+        "reading": lambda device: f"{device.read_seconds:,.2f} s",
+        "waiting": lambda device: f"{device.waited_seconds:,.2f} s",
+        "computing": lambda device: f"{device.seconds:,.2f} s",
+        "writing": lambda device: f"{device.write_seconds:,.2f} s",
+        "peak memory": lambda device: format_nbytes(device.peak_nbytes) if device.peak_nbytes else "",
+        "retries": lambda device: f"{device.n_retried:,}",
+        "idle tail": lambda device: f"{idle[device.device]:,.2f} s" if device.device in idle else "",
+    }
 
 
-def _format_failures(report: ReportLike) -> list[list[str]]:
+def _format_failures(report: RunReport) -> list[list[str]]:
     return [
         [
             f"{f.start:,}" if f.stop - f.start == 1 else f"{f.start:,} to {f.stop - 1:,}",
@@ -132,34 +128,34 @@ def _format_failures(report: ReportLike) -> list[list[str]]:
     ]
 
 
-def _describe_tail(report: ReportLike) -> str:
-    """The finish tail as a sentence; empty where there was none."""
-    idle = compute_idle_seconds(report.devices)
+def _describe_tail(report: RunReport) -> str:
+    """Describe the idle tail in a sentence; empty if there is none."""
     if not report.tail_seconds:
         return ""
+    idle = compute_idle_seconds(report.devices)
     first = max(idle, key=idle.__getitem__)
-    return f"{first} was done {report.tail_seconds:,.2f} s before the last device."
+    return f"{first} finished {report.tail_seconds:,.2f} s before the last device."
 
 
-def _make_charts(report: ReportLike, devices: Sequence[str], bars: Sequence[Bar]) -> dict[str, Figure]:
-    """The charts for which there is anything to show, by name."""
+def _make_charts(report: RunReport) -> dict[str, Figure]:
+    """Make the charts that have anything to show, by name."""
     charts = {}
-    if bars:
+    if bars := make_bars(report.timeline):
+        devices = list_device_names(report)
         charts["timeline"] = _make_timeline_chart(devices, bars)
-        charts["speed"] = _make_throughput_chart(devices, bars, charts["timeline"].x_range)
+        charts["throughput"] = _make_throughput_chart(devices, bars, charts["timeline"].x_range)
     if report.devices:
         charts["shares"] = _make_shares_chart(report)
     if report.tail_seconds:
         idle = compute_idle_seconds(report.devices)
-        charts["tail"] = _make_bar_chart(report, [idle.get(d.device, 0.0) for d in report.devices], "seconds")
+        charts["tail"] = _make_bar_chart(report, [idle.get(device.device, 0.0) for device in report.devices], "seconds")
     if any(device.peak_nbytes for device in report.devices):
-        unit, nbytes = find_byte_unit(max(device.peak_nbytes for device in report.devices))
-        charts["memory"] = _make_bar_chart(report, [device.peak_nbytes / nbytes for device in report.devices], unit)
+        charts["memory"] = _make_bar_chart(report, *measure_peak_memory(report.devices))
     return charts
 
 
 def _make_chart(height: int, devices: Sequence[str], **options: Any) -> Figure:
-    """A chart whose frame begins right of the longest name, also where there are none: time lies under time."""
+    """Make a chart whose frame begins right of the longest name even if it shows no names: time axes are aligned."""
     left = 40 + _PIXELS_PER_CHARACTER * max((len(shorten_label(device)) for device in devices), default=0)
     chart: Figure = figure(height=height, sizing_mode="stretch_width", min_border_left=left, **options)
     chart.toolbar.logo = None
@@ -170,7 +166,7 @@ def _make_chart(height: int, devices: Sequence[str], **options: Any) -> Figure:
 
 
 def _make_device_chart(devices: Sequence[str], row_height: int, x_range: Any, **options: Any) -> Figure:
-    """A chart with a row of so many pixels per device, the first on top."""
+    """Make a chart with a row of so many pixels per device, the first on top."""
     height = min(_MAX_CHART_HEIGHT, row_height * len(devices) + 80)
     chart = _make_chart(height, devices, x_range=x_range, y_range=Range1d(start=len(devices) - 0.5, end=-0.5), **options)
     chart.yaxis.ticker = FixedTicker(ticks=list(range(len(devices))))
@@ -180,10 +176,10 @@ def _make_device_chart(devices: Sequence[str], row_height: int, x_range: Any, **
 
 
 def _move_legend_above(chart: Figure) -> None:
-    """The key outside, where it hides nothing."""
-    (key,) = chart.legend
-    key.orientation, key.border_line_color, key.padding, key.margin = "horizontal", None, 0, 2
-    chart.add_layout(key, "above")
+    """Move the legend out of the frame, so that it hides nothing."""
+    (legend,) = chart.legend
+    legend.orientation, legend.border_line_color, legend.padding, legend.margin = "horizontal", None, 0, 2
+    chart.add_layout(legend, "above")
 
 
 _TIME_TOOLS = "xpan,xwheel_zoom,xbox_zoom,reset"
@@ -194,158 +190,67 @@ def _make_timeline_chart(devices: Sequence[str], bars: Sequence[Bar]) -> Figure:
     chart.xaxis.axis_label = "seconds since the first chunk"
     row = {device: i for i, device in enumerate(devices)}
     glyphs = []
-    for position, (lane, fill) in enumerate(STAGE_COLORS.items()):
-        own = [bar for bar in bars if bar.stage == lane]
-        if not own:  # Bokeh's key would have its name without its color
+    for stage in STAGES:
+        own = [bar for bar in bars if bar.stage == stage.label]
+        if not own:  # bokeh's legend would have its name without its colour
             continue
-        middle = np.array([row[bar.span.device] for bar in own], np.float64) + (position - 1) * 0.28
+        middle = np.array([row[bar.span.device] for bar in own], np.float64) + stage.offset
         source = ColumnDataSource(
             {
                 "left": np.array([bar.begin for bar in own], np.float64),
                 "right": np.array([bar.end for bar in own], np.float64),
-                "top": middle - 0.13,
-                "bottom": middle + 0.13,
+                "top": middle - SERIES_HEIGHT / 2,
+                "bottom": middle + SERIES_HEIGHT / 2,
                 "seconds": np.array([bar.end - bar.begin for bar in own], np.float64),
                 "device": [bar.span.device for bar in own],
                 "rows": [f"{bar.span.n_rows:,} of {bar.span.start:,}:{bar.span.stop:,}" for bar in own],
                 "chunks": np.array([bar.span.n_chunks for bar in own], np.int32),
             }
         )
-        how = {"fill_color": fill, "line_color": fill, "fill_alpha": 0.8, "line_width": 0.5, "legend_label": lane}
-        glyphs.append(chart.quad("left", "right", "top", "bottom", source=source, name=lane, **how))
-    shown = [("device", "@device"), ("", "$name"), ("rows", "@rows"), ("chunks", "@chunks")]
-    times = [("from", "@left{0,0.000} s"), ("for", "@seconds{0,0.000} s")]
-    chart.add_tools(HoverTool(renderers=glyphs, tooltips=shown + times))
+        style = {"color": stage.color, "fill_alpha": 0.8, "line_width": 0.5, "legend_label": stage.label}
+        glyphs.append(chart.quad("left", "right", "top", "bottom", source=source, name=stage.label, **style))
+    what = [("device", "@device"), ("", "$name"), ("rows", "@rows"), ("chunks", "@chunks")]
+    when = [("from", "@left{0,0.000} s"), ("for", "@seconds{0,0.000} s")]
+    chart.add_tools(HoverTool(renderers=glyphs, tooltips=what + when))
     _move_legend_above(chart)
     return chart
 
 
 def _make_throughput_chart(devices: Sequence[str], bars: Sequence[Bar], x_range: Range1d) -> Figure:
-    """Rows/s of the devices, each on top of the one before."""
     chart = _make_chart(240, devices, x_range=x_range, y_range=DataRange1d(start=0.0), tools=_TIME_TOOLS)
     chart.xaxis.axis_label, chart.yaxis.axis_label = "seconds since the first chunk", "rows/s"
     chart.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
-    edges, by_device = compute_throughput(bars)
-    below = np.zeros(len(edges) - 1)
-    for position, device in enumerate(devices):
-        speed = np.array(by_device.get(device, np.zeros_like(below)))
-        source = ColumnDataSource(
-            {
-                "left": np.array(edges[:-1]),
-                "right": np.array(edges[1:]),
-                "bottom": below,
-                "top": below + speed,
-                "speed": speed,
-                "device": [device] * len(speed),
-            }
-        )
-        chart.quad("left", "right", "top", "bottom", source=source, color=get_device_color(position), line_width=0)
-        below = below + speed
+    edges, layers = stack_throughput(devices, bars)
+    for layer in layers:
+        bottom, top = np.array(layer.bottom), np.array(layer.top)
+        columns = {"left": np.array(edges[:-1]), "right": np.array(edges[1:]), "bottom": bottom, "top": top}
+        source = ColumnDataSource(columns | {"speed": top - bottom, "device": [layer.device] * len(top)})
+        chart.quad("left", "right", "top", "bottom", source=source, color=layer.color, line_width=0)
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("rows/s", "@speed{0,0.[0]}"), ("at", "@left{0,0.00} s")]))
     return chart
 
 
-def _make_shares_chart(report: ReportLike) -> Figure:
+def _make_shares_chart(report: RunReport) -> Figure:
     devices = [device.device for device in report.devices]
     chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[0]%")
-    for position, (what, fill) in enumerate(SHARE_COLORS.items()):
-        source = ColumnDataSource(
-            {
-                "y": np.arange(len(devices)) + (position - 1) * 0.28,
-                "share": [getattr(device, f"{what}_share") for device in report.devices],
-                "device": devices,
-            }
-        )
-        chart.hbar("y", right="share", height=0.26, source=source, color=fill, legend_label=what, name=what)
+    for share, get_value in SHARES:
+        values = list(map(get_value, report.devices))
+        source = ColumnDataSource({"y": np.arange(len(devices)) + share.offset, "share": values, "device": devices})
+        style = {"color": share.color, "legend_label": share.label, "name": share.label}
+        chart.hbar("y", right="share", height=SERIES_HEIGHT, source=source, **style)
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("", "$name @share{0.0%}")]))
     _move_legend_above(chart)
     return chart
 
 
-def _make_bar_chart(report: ReportLike, values: Sequence[float], unit: str) -> Figure:
+def _make_bar_chart(report: RunReport, values: Sequence[float], unit: str) -> Figure:
+    """Make a chart of one number per device, in the device's colour."""
     devices = [device.device for device in report.devices]
     chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.axis_label = unit
-    fills = [get_device_color(position) for position in range(len(devices))]
-    source = ColumnDataSource({"y": np.arange(len(devices)), "value": values, "device": devices, "color": fills})
+    colors = [get_device_color(position) for position in range(len(devices))]
+    source = ColumnDataSource({"y": np.arange(len(devices)), "value": values, "device": devices, "color": colors})
     chart.hbar("y", right="value", height=0.6, source=source, color="color")
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), (unit, "@value{0,0.00}")]))
     return chart
-
-
-_PAGE_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<meta name="viewport" content="width=device-width">
-<title>daskinfer: {{ report.facts.network or "a run" }}</title>
-<style>
-body { font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 1280px; margin: 2em auto; padding: 0 1.5em; }
-h1 { font-size: 1.5em; margin-bottom: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1em; margin: 1.8em 0 .3em; }
-.verdict { font-size: 1.15em; font-weight: bold; margin: .3em 0; }
-.wide { overflow-x: auto; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 0 2em; }
-.side > div { min-width: 0; }
-table { border-collapse: collapse; font-size: .85em; }
-th, td { padding: .2em .55em; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e5e5; }
-td:last-child { overflow-wrap: anywhere; }
-#devices td { white-space: nowrap; }
-#facts thead { display: none; }
-{% for color in colors %}
-#devices tbody tr:nth-child({{ loop.index }}) td:first-child { border-left: .7em solid {{ color }}; }
-{% endfor %}
-</style>
-{{ code }}
-</head>
-<body>
-<h1>{{ report.facts.network or "a run" }}</h1>
-{% if report.verdict %}
-<p class="verdict">{{ report.verdict }}</p>
-{% endif %}
-<p>{{ report.totals }}{% if report.details %}<br>{{ report.details }}{% endif %}</p>
-<div class="wide" id="devices">{{ devices }}</div>
-<h2>Timeline</h2>
-{% if charts.timeline %}
-{{ charts.timeline }}
-<h2>Rows per second</h2>
-<p>Each device on top of the one before, in the colours of the table.</p>
-{{ charts.speed }}
-{% else %}
-<p>No chunk was computed, so there is no timeline.</p>
-{% endif %}
-<div class="side">
-{% if charts.shares %}
-<div><h2>Share of the rows</h2>{{ charts.shares }}</div>
-{% endif %}
-{% if charts.tail %}
-<div><h2>Done before the last</h2>{{ charts.tail }}</div>
-{% endif %}
-{% if charts.memory %}
-<div><h2>Peak memory</h2>{{ charts.memory }}</div>
-{% endif %}
-</div>
-{% if tail %}
-<p>{{ tail }}</p>
-{% endif %}
-<h2>Retries and rows without an answer</h2>
-<p>
-Attempts at a chunk that came to nothing: {{ "{:,}".format(report.n_retried) }}.
-Rows without an answer: {{ "{:,}".format(report.failed_rows|length) }}.
-</p>
-{% if report.failures %}
-<div class="wide">{{ failures }}</div>
-{% endif %}
-{% if n_more %}
-<p>Not shown: {{ "{:,}".format(n_more) }} more; <code>RunReport.failures</code> has all of them.</p>
-{% endif %}
-<h2>Facts</h2>
-<div id="facts">{{ facts }}</div>
-{{ script }}
-</body>
-</html>
-""")

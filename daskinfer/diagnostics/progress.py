@@ -1,22 +1,21 @@
-"""What is shown of a run while it goes on: a bar in a terminal or a notebook, else lines; all read from its events.
+"""Show the progress of a run: a bar in a terminal or a notebook, else log lines; all of it from the run's events.
 
-Which of them, first match wins:
+The first rule that matches decides:
 
 1. ``progress`` is a function: it gets the events, and nothing is shown.
-2. ``progress=False``: nothing.
-3. A notebook: a table in the cell's output, replaced as the run goes on; no extension is needed.
-4. A terminal: a line per device and one for all, on stderr. Several runs at a time stand below one another.
+2. ``progress=False``: nothing is shown.
+3. In a notebook: a table in the cell's output, replaced as the run goes on; it needs no extension.
+4. In a terminal: a line per device and a total, on stderr. Concurrent runs are stacked.
 5. ``progress=True``: a line on stderr every ``LINE_SECONDS``.
-6. ``progress=None``: nothing, as nobody looks on.
+6. ``progress=None``: nothing, since nobody is watching.
 
-Events are only summed up as they come (microseconds); a thread of its own draws, ``DRAW_SECONDS`` apart: a picture takes
-5 to 8 ms of CPU here, which is less than a hundredth of the time. Under ``progress=None`` a run shorter than
+Events are only added up as they arrive (microseconds); a separate thread draws every ``DRAW_SECONDS``: drawing takes
+5 to 8 ms of CPU here, less than a hundredth of the time. With ``progress=None``, a run shorter than
 ``INITIAL_DELAY_SECONDS`` shows nothing.
 """
 
 from __future__ import annotations
 
-import html
 import logging
 import sys
 import threading
@@ -24,31 +23,39 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from daskinfer.core.formatting import format_html_table
+from daskinfer.core.formatting import render_template
 from daskinfer.diagnostics.dashboard import StatusPublisher
 from daskinfer.diagnostics.events import Event, EventBus, Listener, RunEnded, RunStarted
-from daskinfer.diagnostics.status import Status, StatusTracker
-from daskinfer.diagnostics.status_text import DEVICE_HEADERS, format_device, format_progress, format_status
+from daskinfer.diagnostics.status import (
+    DEVICE_HEADERS,
+    Status,
+    StatusTracker,
+    format_devices,
+    format_progress,
+    format_status,
+)
 from daskinfer.errors import OptionError
 
-logger = logging.getLogger("daskinfer.progress")  # a name that users set levels by, wherever the module is
+logger = logging.getLogger("daskinfer.progress")  # users set levels by this name, whatever the module's
 
 Progress = bool | Callable[[Event], Any] | None
 
 DRAW_SECONDS = 1.0
 LINE_SECONDS = 5.0
-INITIAL_DELAY_SECONDS = 0.5  # arbitrary, as the two above
+INITIAL_DELAY_SECONDS = 0.5  # arbitrary, like the two above
 
 
-def make_event_bus(progress: Progress) -> EventBus:
-    """Who is told of a run's events, as ``progress=`` says.
+def make_event_bus(progress: Progress, *, on_dashboard: bool = True) -> EventBus:
+    """Make the event bus of a run, with the listeners that ``progress=`` asks for.
+
+    ``on_dashboard``: the run may get a client, and anybody may open its dashboard.
 
     Raises
     ------
     OptionError
-        Where it is none of the allowed.
+        If ``progress`` is none of the allowed values.
     """
-    return EventBus([*_make_listeners(progress), StatusPublisher()])  # the dashboard is whoever's who opens it
+    return EventBus([*_make_listeners(progress), *([StatusPublisher()] if on_dashboard else [])])
 
 
 def _make_listeners(progress: Progress) -> list[Listener]:
@@ -56,26 +63,26 @@ def _make_listeners(progress: Progress) -> list[Listener]:
         return [progress]
     if progress not in (None, True, False):
         raise OptionError(
-            f"progress is {progress!r}; it may be True, False, None (shown where a person looks on), or a function of "
-            "events. Pass one of these."
+            "progress must be True, False, None (shown in terminals and notebooks) or a function of events, "
+            f"got {progress!r}"
         )
     if progress is False:
         return []
-    patience = INITIAL_DELAY_SECONDS if progress is None else 0.0
+    initial_delay = INITIAL_DELAY_SECONDS if progress is None else 0.0
     if _is_in_notebook():
-        return [DisplayListener(_NotebookDisplay(), DRAW_SECONDS, patience)]
+        return [DisplayListener(_NotebookDisplay(), DRAW_SECONDS, initial_delay)]
     if sys.stderr is not None and sys.stderr.isatty():
-        return [DisplayListener(_terminal_display, DRAW_SECONDS, patience)]
+        return [DisplayListener(_terminal_display, DRAW_SECONDS, initial_delay)]
     return [make_line_listener(_write_line)] if progress else []
 
 
 def make_line_listener(write: Callable[[Status], None], interval: float = LINE_SECONDS) -> Listener:
-    """A listener that has the status of a run written every so many seconds, and once when it has ended."""
+    """Make a listener that calls ``write`` with the run's status every ``interval`` seconds, and once when it has ended."""
     return DisplayListener(_LineDisplay(write), interval, interval)
 
 
 class StatusDisplay(Protocol):
-    """Where a status is shown; ``run`` tells several runs apart."""
+    """A place that shows statuses; ``run`` tells several runs apart."""
 
     def show(self, run: object, status: Status) -> None: ...
 
@@ -83,9 +90,10 @@ class StatusDisplay(Protocol):
 
 
 class DisplayListener:
-    """A listener that has a view drawn every so many seconds, by a thread that lives as long as the run.
+    """A listener that has a display drawn every ``interval`` seconds, by a thread that lives as long as the run.
 
-    ``patience`` seconds pass before the first; a run that is over by then is not shown, unless its view wants the end.
+    ``initial_delay`` seconds pass before the first time; a run that is over by then is not shown, except that
+    a :class:`_LineDisplay` still shows its end.
     """
 
     def __init__(self, display: StatusDisplay, interval: float, initial_delay: float) -> None:
@@ -111,12 +119,12 @@ class DisplayListener:
                 self._ended.wait(self._interval)
             if shown or isinstance(self._display, _LineDisplay):
                 self._display.end(self, self._tracker.get_status(time.time()))
-        except Exception as error:  # what is shown never ends what is computed
-            logger.warning("progress is shown no more: %s: %s", type(error).__name__, error)
+        except Exception as error:  # a broken display never stops the computation
+            logger.warning("the progress display failed and was disabled: %s: %s", type(error).__name__, error)
 
 
 class _LineDisplay:
-    """A line now and then."""
+    """Lines, one per status."""
 
     def __init__(self, write: Callable[[Status], None]) -> None:
         self._write = write
@@ -133,9 +141,9 @@ def _write_line(status: Status) -> None:
 
 
 class _TerminalDisplay:
-    """The terminal: all runs of this process below one another, as a terminal has one place that moves.
+    """The terminal: all runs of this process, stacked, since a terminal has one live region.
 
-    Note: the runs' threads share it, and hold its lock while they draw.
+    Note: the threads of the runs share it, and hold its lock while they draw.
     """
 
     def __init__(self) -> None:
@@ -154,7 +162,7 @@ class _TerminalDisplay:
     def end(self, run: object, status: Status) -> None:
         with self._lock:
             self._statuses[run] = status
-            if len(self._statuses) > 1:  # the others go on below it
+            if len(self._statuses) > 1:  # the others continue below it
                 del self._statuses[run]
                 self._live.console.print(_render_statuses([status]))
                 self._draw()
@@ -179,7 +187,7 @@ def _make_live() -> Any:
 
 
 def _render_statuses(statuses: list[Status]) -> Any:
-    """Statuses as rich draws them: each a table of devices, and a bar of all rows."""
+    """Render statuses with rich: for each a table of devices, and a bar for all rows."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -190,8 +198,8 @@ def _render_statuses(statuses: list[Status]) -> Any:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for header in DEVICE_HEADERS:
             table.add_column(header, justify="left" if header in ("device", "name", "") else "right", no_wrap=True)
-        for device in status.devices:
-            table.add_row(*map(Text, format_device(device, status)))
+        for cells in format_devices(status):
+            table.add_row(*map(Text, cells))
         total = Table.grid(padding=(0, 1))
         total.add_row(
             Text(status.model, style="bold"),
@@ -205,7 +213,7 @@ def _render_statuses(statuses: list[Status]) -> Any:
 
 
 class _NotebookDisplay:
-    """A cell of a notebook: one output, which is replaced."""
+    """A notebook's cell: one output, which is replaced."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -223,26 +231,17 @@ class _NotebookDisplay:
 
 
 def _render_html(status: Status) -> str:
-    """A status as HTML."""
-    said = ", ".join(format_progress(status))
-    bar = f'<progress max="1" value="{status.fraction_done:.4g}" style="width: 20em"></progress>'
-    table = (
-        format_html_table(DEVICE_HEADERS, [format_device(device, status) for device in status.devices])
-        if status.devices
-        else ""
+    return render_template(
+        "diagnostics/progress.html.j2",
+        status=status,
+        text=", ".join(format_progress(status)),
+        headers=DEVICE_HEADERS,
+        devices=format_devices(status),
     )
-    return f"<div><b>{html.escape(status.model)}</b> {bar} {html.escape(said)}{_render_link(status)}</div>{table}"
-
-
-def _render_link(status: Status) -> str:
-    """The way to the dashboard while there is something to see; what is kept of a notebook would lead nowhere."""
-    if status.ended or not status.dashboard.startswith(("http://", "https://", "/", "proxy/")):
-        return ""
-    return f', <a href="{html.escape(status.dashboard)}" target="_blank">dashboard</a>'
 
 
 def _is_in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
+    """Return whether this process is a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None

@@ -1,18 +1,17 @@
-"""What a run did, as people and programs read it, and the sum of events that it is made from."""
+"""The report of a run, for people and programs, and the aggregator that makes it from the run's events."""
 
 from __future__ import annotations
 
-import html
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from daskinfer.core.chunks import ChunkStats, RowFailure
-from daskinfer.core.formatting import format_html_table, format_text_table
+from daskinfer.core.chunks import BatchConfig, RowFailure
+from daskinfer.core.formatting import format_text_table, render_template
 from daskinfer.diagnostics.charts import list_device_names, make_bars, render_svg
-from daskinfer.diagnostics.device_stats import DeviceReport
-from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, ChunkFailed, Event, PlannedDevice, RunStarted
+from daskinfer.diagnostics.device_stats import DeviceReport, DeviceTable
+from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, Event, RunStarted
 from daskinfer.diagnostics.timeline import Span, Timeline
 from daskinfer.errors import MissingExtra
 
@@ -22,34 +21,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a run did: how many rows, in how many seconds of wall time, and which device did which share.
+    """Report of a finished run: how many rows in how many seconds of wall time, and what each device contributed.
 
     Parameters
     ----------
     rows
-        Rows of the input that have an answer.
+        Rows of the input that this call computed and that have a result.
     seconds
-        Wall time from the first chunk sent to the last row in place; starting workers is not in it.
+        Wall time from the first chunk sent to the last row in place, without the start of workers.
     batch_size
-        Rows of a micro-batch, as planned.
+        Rows of a micro-batch, as planned or tuned.
     devices
         One record per device, in the plan's order.
     failed_rows
-        Global indices of rows without an answer, in order; empty when all is well.
+        Global indices of the rows that failed, in ascending order; empty if none did.
     failures
-        Which rows failed together, on which device, and why; in the order in which they did.
+        Which rows failed together, on which device, and why; in the order in which they failed.
     rows_before
-        Rows of a stored output that an earlier call had done, beside ``rows``.
+        Rows of a stored output that an earlier call had computed, not counted in ``rows``.
     by_kind
-        Rows of a micro-batch by kind of device, where they were measured.
+        Rows of a micro-batch by kind of device, if tuning measured them.
     channels_last
-        Kinds of device on which images lay in that memory format, since it was measured to be faster.
+        Kinds of device on which images had that memory format, since it was measured to be faster.
     timeline
-        When each device read, computed and wrote, in spans of at least one chunk; boundedly many.
+        When each device read, computed and wrote, in a bounded number of spans of one chunk or more.
     facts
-        What was computed, in words: the network, inputs, outputs, versions, and of a stored output the fingerprints.
+        What was computed, as text: model, inputs, outputs, versions, and the fingerprints of a stored output.
     start_seconds
-        Wall time before ``seconds``: workers start, load the network and measure the micro-batch.
+        Wall time before ``seconds``: starting workers, loading the model and tuning the batch size.
 
     Examples
     --------
@@ -74,37 +73,37 @@ class RunReport:
 
     @property
     def rows_per_second(self) -> float:
-        """Rows over seconds of wall time; 0.0 where nothing was done."""
+        """Rows divided by seconds of wall time; 0.0 if nothing was done."""
         return self.rows / self.seconds if self.seconds else 0.0
 
     @property
     def n_retried(self) -> int:
-        """Attempts at a chunk that came to nothing."""
+        """Failed attempts at a chunk."""
         return sum(device.n_retried for device in self.devices)
 
     @property
     def tail_seconds(self) -> float:
-        """How long the first device that was done waited for the last; 0.0 where one did it all.
+        """How long the device that finished first was idle until the last one finished; 0.0 with a single device.
 
-        This process is none of them where workers took over from it.
+        This process does not count if workers took over from it.
         """
         ended = [device.ended for device in self.devices if device.n_chunks and device.device != "inline"]
         return max(ended) - min(ended) if ended else 0.0
 
     @property
     def _total_device_seconds(self) -> float:
-        """What the devices had of the time together: all of it each, but where workers took over from this process.
+        """Time available to the devices, summed up: ``seconds`` for each, unless workers took over from this process.
 
-        Until its last chunk they had to start, and after it it was done.
+        In that case the workers were starting until this process finished its last chunk, and from then on it was idle.
         """
         working = [device for device in self.devices if device.n_rows]
-        here = [device.ended - device.began for device in working if device.device == "inline"]
-        if not here or len(working) == 1:
+        inline = [device.ended - device.began for device in working if device.device == "inline"]
+        if not inline or len(working) == 1:
             return self.seconds * len(working)
-        return here[0] + max(0.0, self.seconds - here[0]) * (len(working) - 1)
+        return inline[0] + max(0.0, self.seconds - inline[0]) * (len(working) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain strings, numbers, lists and dicts; the timeline is not in it.
+        """Convert the report to plain strings, numbers, lists and dicts, without the timeline.
 
         Examples
         --------
@@ -112,43 +111,31 @@ class RunReport:
         4.0
         """
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("timeline", "devices")}
-        devices = [{**_convert_to_dict(device), "rows_per_second": device.rows_per_second} for device in self.devices]
+        devices = [asdict(device) | {"rows_per_second": device.rows_per_second} for device in self.devices]
         derived = {name: getattr(self, name) for name in ("rows_per_second", "n_retried", "tail_seconds", "verdict")}
-        failures = [_convert_to_dict(failure) for failure in self.failures]
+        failures = [asdict(failure) for failure in self.failures]
         return own | derived | {"devices": devices, "failures": failures, "by_kind": dict(self.by_kind)}
 
     def _format_devices(self) -> list[list[str]]:
-        return [
-            [
-                d.device,
-                d.device_name,
-                f"{d.n_chunks:,}",
-                f"{d.n_rows:,}",
-                f"{d.rows_per_second:,.0f}",
-                f"{d.asked_share:.1%}",
-                f"{d.measured_share:.1%}",
-                f"{d.done_share:.1%}",
-            ]
-            for d in self.devices
-        ]
+        return [[format_cell(device) for format_cell in DEVICE_COLUMNS.values()] for device in self.devices]
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as one page of HTML that opens offline: timeline, speed, shares, memory, failures and facts.
+        """Render the report as one HTML page that opens offline: timeline, throughput, shares, memory, failures and facts.
 
         Parameters
         ----------
         path
-            Where the page is written, wholly or not at all; what is there is replaced. None: nowhere.
+            File that the page is written to atomically, replacing an existing one. None: the page is only returned.
 
         Returns
         -------
         str
-            The page, some 1.3 MB: the code that draws its charts is in it.
+            The page, about 1.3 MB: it contains the code that draws its charts.
 
         Raises
         ------
         SourceMissing
-            Where the folder of ``path`` does not exist.
+            If the folder of ``path`` does not exist.
 
         Examples
         --------
@@ -163,17 +150,17 @@ class RunReport:
         return page
 
     def plot(self) -> Figure:
-        """The report as a figure of matplotlib, which notebooks show: timeline, speed, shares and memory.
+        """Draw the report as a matplotlib figure, which notebooks show: timeline, throughput, shares and memory.
 
         Returns
         -------
         matplotlib.figure.Figure
-            Apart from pyplot, so there is nothing to close.
+            Created without pyplot, so there is nothing to close.
 
         Raises
         ------
         MissingExtra
-            Where matplotlib is not installed.
+            If matplotlib is not installed.
 
         Examples
         --------
@@ -184,187 +171,135 @@ class RunReport:
             from daskinfer.diagnostics.figure import plot_report
         except ImportError as error:
             raise MissingExtra(
-                f"RunReport.plot() needs matplotlib, which cannot be imported ({error}). Install it: "
-                'pip install "daskinfer[plot]"; or use to_html(), which needs nothing more.'
+                f"RunReport.plot() needs matplotlib, which cannot be imported ({error}). "
+                'Install it: pip install "daskinfer[plot]"; or use to_html(), which needs no extra.'
             ) from error
         return plot_report(self)
 
     def __str__(self) -> str:
-        lines = [format_text_table(_REPORT_HEADERS, self._format_devices()), self._format_summary(), self.details]
+        lines = [format_text_table(tuple(DEVICE_COLUMNS), self._format_devices()), self._format_summary(), self.details]
         return "\n".join(line for line in lines if line)
 
-    __repr__ = __str__  # what a notebook without HTML and the interpreter's prompt show
+    __repr__ = __str__  # shown at the interpreter's prompt and by notebooks without HTML
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{html.escape(line)}</p>" for line in (self.details, self._format_summary()) if line)
-        picture = render_svg(list_device_names(self), make_bars(self.timeline))
-        return f"{format_html_table(_REPORT_HEADERS, self._format_devices())}{picture}{said}"
+        return render_template(
+            "diagnostics/report.html.j2",
+            headers=tuple(DEVICE_COLUMNS),
+            rows=self._format_devices(),
+            svg=render_svg(list_device_names(self), make_bars(self.timeline)),
+            lines=[line for line in (self.details, self._format_summary()) if line],
+        )
 
     def _format_summary(self) -> str:
         return f"{self.totals}; {self.verdict}" if self.verdict else self.totals
 
     @property
     def totals(self) -> str:
-        """How much was done in which time, in one line."""
+        """How many rows were done in which time, in one line."""
         if self.rows_before and not any(device.n_chunks for device in self.devices):
-            return f"nothing to do: all {self.rows_before:,} rows were done before"
-        said = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
-        said += f"micro-batch {self.batch_size:,}"
-        said += f"; {self.rows_before:,} rows were done before" if self.rows_before else ""
-        said += f"; {len(self.failed_rows):,} rows have no answer" if self.failed_rows else ""
-        return said
+            return f"nothing to do: all {self.rows_before:,} rows were already done"
+        line = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
+        line += f"batch size {self.batch_size:,}"
+        line += f"; {self.rows_before:,} rows were already done" if self.rows_before else ""
+        line += f"; {len(self.failed_rows):,} rows failed" if self.failed_rows else ""
+        return line
 
     @property
     def details(self) -> str:
-        """What else is worth a line: a start that took long, micro-batches by kind, retries, a long wait for the last.
-
-        Empty where nothing is.
-        """
-        said = (
-            [f"before that the start took {self.start_seconds:.1f} s"] if self.start_seconds >= SLOW_STARTUP_SECONDS else []
-        )
-        said += [f"micro-batch by kind: {', '.join(f'{k} {n:,}' for k, n in self.by_kind.items())}"] if self.by_kind else []
-        said += [f"images in channels_last on {', '.join(self.channels_last)}"] if self.channels_last else []
-        said += [f"attempts that came to nothing: {self.n_retried:,}"] if self.n_retried else []
+        """What else is worth a line, or empty: a slow startup, tuned batch sizes, failed attempts, an idle tail."""
+        parts = [f"startup {self.start_seconds:.1f} s"] if self.start_seconds >= SLOW_STARTUP_SECONDS else []
+        if self.by_kind:
+            parts.append(f"batch size by kind: {', '.join(f'{kind} {n:,}' for kind, n in self.by_kind.items())}")
+        if self.channels_last:
+            parts.append(f"images in channels_last on {', '.join(self.channels_last)}")
+        if self.n_retried:
+            parts.append(f"{self.n_retried:,} failed attempt{'s' if self.n_retried > 1 else ''}")
         if self.tail_seconds > LONG_TAIL_FRACTION * self.seconds:
-            said.append(f"the first device was done {self.tail_seconds:.2f} s before the last")
-        return "; ".join(said)
+            parts.append(f"{self.tail_seconds:,.2f} s idle tail")
+        return "; ".join(parts)
 
     @property
     def verdict(self) -> str:
-        """What to change for more speed, in one line; empty where nothing was done. The first that holds:
+        """What limits the throughput and what to change, in one line; empty if nothing was done. The first that holds:
 
         1. Devices waited for reads for ``SIGNIFICANT_FRACTION`` of the time: input-bound.
         2. They computed for ``DOMINANT_FRACTION`` of it: compute-bound.
-        3. The first device was done ``SIGNIFICANT_FRACTION`` of it before the last: unbalanced.
+        3. The first device finished ``SIGNIFICANT_FRACTION`` of it before the last: unbalanced.
         4. Writing took ``DOMINANT_FRACTION`` of it: output-bound.
-        5. Otherwise what was around the chunks took the time.
+        5. Otherwise the work around the chunks took the time: overhead-bound.
         """
         total = self._total_device_seconds
         if not total:
             return ""
-        waited, computed, wrote = (
-            min(1.0, sum(getattr(device, f"{what}seconds") for device in self.devices if device.n_rows) / total)
-            for what in ("waited_", "", "write_")
-        )
+        seconds = [(d.waited_seconds, d.seconds, d.write_seconds) for d in self.devices if d.n_rows]
+        waited, computed, wrote = (min(1.0, sum(of_one_kind) / total) for of_one_kind in zip(*seconds, strict=True))
         if waited >= SIGNIFICANT_FRACTION:
-            return f"input-bound: devices waited {waited:.0%} for reads; raise prefetch"
+            return f"input-bound: devices waited for reads {waited:.0%} of the time; raise prefetch"
         if computed >= DOMINANT_FRACTION:
             return f"compute-bound: devices computed {computed:.0%} of the time"
         if self.tail_seconds >= SIGNIFICANT_FRACTION * self.seconds:
-            late = f"the last device ended {self.tail_seconds:.1f} s after the first"
-            return f"unbalanced: {late}; use weights of 'auto', or smaller micro-batches"
+            tail = f"the last device finished {self.tail_seconds:.1f} s after the first"
+            return f"unbalanced: {tail}; use device_weights='auto' or a smaller batch_size"
         if wrote >= DOMINANT_FRACTION:
             return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
-        cure = "give more rows per call, use fewer devices, or share them with no other run"
+        cure = "pass more rows per call, use fewer devices, or stop other work on them"
         return f"overhead-bound: devices computed {computed:.0%} of the time; {cure}"
 
 
 SIGNIFICANT_FRACTION, DOMINANT_FRACTION = 0.15, 0.7  # of the devices' time; arbitrary
-LONG_TAIL_FRACTION = 0.1  # of the wall time, from which on it is said; arbitrary
-SLOW_STARTUP_SECONDS = 1.0  # seconds, from which on it is said; arbitrary
+LONG_TAIL_FRACTION = 0.1  # of the wall time, from which on the idle tail is mentioned; arbitrary
+SLOW_STARTUP_SECONDS = 1.0  # from which on the startup is mentioned; arbitrary
 
-_REPORT_HEADERS = ("device", "name", "chunks", "rows", "rows/s", "asked", "measured", "done")
-
-
-def _convert_to_dict(record: Any) -> dict[str, Any]:
-    return {one.name: getattr(record, one.name) for one in fields(record)}
+DEVICE_COLUMNS: Mapping[str, Callable[[DeviceReport], str]] = {
+    "device": lambda device: device.device,
+    "name": lambda device: device.device_name,
+    "chunks": lambda device: f"{device.n_chunks:,}",
+    "rows": lambda device: f"{device.n_rows:,}",
+    "rows/s": lambda device: f"{device.rows_per_second:,.0f}",
+    "requested": lambda device: f"{device.asked_share:.1%}",
+    "measured": lambda device: f"{device.measured_share:.1%}",
+    "done": lambda device: f"{device.done_share:.1%}",
+}
 
 
 class RunAggregator:
-    """Sums a run's events up; holds a few numbers per device and a bounded timeline, however many chunks there are."""
+    """Adds up a run's events: a few numbers per device and a bounded timeline, however many chunks there are."""
 
     def __init__(self) -> None:
         self._failures: list[RowFailure] = []
-        self._devices: dict[str, _DeviceStats] = {}
+        self._devices = DeviceTable()
         self._timeline = Timeline()
-        self._batch_size, self._by_kind = 0, dict[str, int]()
-        self._channels_last: tuple[str, ...] = ()
+        self._batch = BatchConfig(0)
         self._facts: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
+        self._devices(event)
         if isinstance(event, ChunkDone):
-            self._get_stats(event.device).add(event.stats, event.n_failed)
             self._failures += event.failures
             self._timeline.add(event.stats)
-        elif isinstance(event, ChunkFailed):
-            self._get_stats(event.device).n_retried += 1
         elif isinstance(event, RunStarted):
-            self._devices = {asked.device: _DeviceStats(asked) for asked in event.devices}
-            self._set_batch_config(event)
-            self._facts = {"network": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
+            self._batch = event.batch
+            self._facts = {"model": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
         elif isinstance(event, BatchSizeChosen):
-            self._set_batch_config(event)
-
-    def _set_batch_config(self, event: RunStarted | BatchSizeChosen) -> None:
-        self._batch_size, self._by_kind = event.batch_size, dict(event.by_kind)
-        self._channels_last = event.channels_last
+            self._batch = event.batch
 
     def make_report(
         self, *, seconds: float, start_seconds: float = 0.0, facts: Mapping[str, str] | None = None
     ) -> RunReport:
-        """The sum so far, in ``seconds`` of wall time; ``facts`` come beside those that the events say."""
-        rows = sum(sums.n_rows for sums in self._devices.values())
-        speed = sum(sums.rows_per_second for sums in self._devices.values())
+        """Make the report of the events so far, in ``seconds`` of wall time; ``facts`` are added to those of the events."""
+        devices = self._devices.make_reports()
         failed = sorted(row for failure in self._failures for row in range(failure.start, failure.stop))
         return RunReport(
-            rows=rows,
+            rows=sum(device.n_rows for device in devices),
             seconds=seconds,
-            batch_size=self._batch_size,
-            devices=tuple(sums.make_report(rows, speed) for sums in self._devices.values()),
+            batch_size=self._batch.batch_size,
+            devices=devices,
             failed_rows=tuple(failed),
             failures=tuple(self._failures),
-            by_kind=self._by_kind,
-            channels_last=self._channels_last,
+            by_kind=dict(self._batch.by_kind),
+            channels_last=self._batch.channels_last,
             timeline=self._timeline.spans,
             facts={**self._facts, **(facts or {})},
             start_seconds=start_seconds,
-        )
-
-    def _get_stats(self, device: str) -> _DeviceStats:
-        return self._devices.setdefault(device, _DeviceStats(PlannedDevice(device, "", "", 0.0)))
-
-
-@dataclass
-class _DeviceStats:
-    planned: PlannedDevice
-    device_name: str = ""
-    n_chunks: int = 0
-    n_rows: int = 0
-    seconds: float = 0.0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-    waited_seconds: float = 0.0
-    batch_size: int = 0
-    peak_nbytes: int = 0
-    n_retried: int = 0
-    began: float = 0.0
-    ended: float = 0.0
-
-    def add(self, stats: ChunkStats, n_failed: int) -> None:
-        self.device_name = stats.device_name or self.device_name
-        self.n_chunks += 1
-        self.n_rows += stats.stop - stats.start - n_failed
-        self.seconds += stats.seconds
-        self.read_seconds += stats.read_seconds
-        self.write_seconds += stats.write_seconds
-        self.waited_seconds += stats.waited_seconds
-        if stats.batch_size:  # 0 where the chunk was given up
-            self.batch_size = min(self.batch_size or stats.batch_size, stats.batch_size)
-        self.peak_nbytes = max(self.peak_nbytes, stats.peak_nbytes)
-        self.began = min(self.began or stats.read_began, stats.read_began)
-        self.ended = max(self.ended, stats.ended)
-
-    @property
-    def rows_per_second(self) -> float:
-        return self.n_rows / self.seconds if self.seconds else 0.0
-
-    def make_report(self, n_rows_total: int, total_rows_per_second: float) -> DeviceReport:
-        own = {name: value for name, value in vars(self).items() if name != "planned"}
-        return DeviceReport(
-            self.planned.device,
-            asked_share=self.planned.share,
-            done_share=self.n_rows / n_rows_total if n_rows_total else 0.0,
-            measured_share=self.rows_per_second / total_rows_per_second if total_rows_per_second else 0.0,
-            **own,
         )

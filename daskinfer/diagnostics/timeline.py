@@ -1,7 +1,6 @@
-"""When each device read, computed and wrote: the chunks of a run as spans of time, boundedly many.
+"""Record when each device read, computed and wrote: a run's chunks as spans of time, in bounded number.
 
-A run of millions of chunks has no picture with millions of bars: once there are ``MAX_SPANS``, neighbours on a device are
-drawn as one.
+No picture shows the bars of millions of chunks: beyond ``MAX_SPANS``, neighbours on a device are merged.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from dataclasses import dataclass
 
 from daskinfer.core.chunks import ChunkStats
 
-MAX_SPANS = 4000  # some 1 MB of them; two thousand bars per device are more than a screen has columns
+MAX_SPANS = 4000  # about 1 MB; two thousand bars per device are more than a screen has columns
 
-Interval = tuple[float, float]  # when something began and ended, in seconds since 1970 by the worker's clock
+Interval = tuple[float, float]  # begin and end, in seconds since 1970 by the worker's clock
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """``n_rows`` of rows ``start:stop``, in ``n_chunks`` chunks on one device: when they were read, computed and written.
 
-    Rows between chunks that are drawn as one may be another device's. What took no time, such as the writing of an answer
-    that stays in memory, begins as it ends.
+    Between merged chunks there may be rows of other devices. A stage that took no time, such as writing a result that stays
+    in memory, ends when it begins.
     """
 
     device: str
@@ -34,11 +33,12 @@ class Span:
 
     @staticmethod
     def from_chunk_stats(stats: ChunkStats) -> Span:
-        """The span of one chunk.
+        """Make the span of one chunk.
 
         Examples
         --------
-        >>> Span.from_chunk_stats(Receipt(0, 8, "cpu:0", "", 4, 1.5, "", 0.5, 0.25, read_began=10.0, began=11.0, ended=13.0))
+        >>> stats = ChunkStats(0, 8, "cpu:0", "", 4, 1.5, "", 0.5, 0.25, read_began=10.0, began=11.0, ended=13.0)
+        >>> Span.from_chunk_stats(stats)
         Span(device='cpu:0', start=0, stop=8, n_chunks=1, n_rows=8,
              read=(10.0, 10.5), computed=(11.0, 12.5), wrote=(12.75, 13.0))
         """
@@ -54,7 +54,7 @@ class Span:
         )
 
     def merge(self, later: Span) -> Span:
-        """Both as one."""
+        """Return both as one."""
         return Span(
             self.device,
             min(self.start, later.start),
@@ -68,14 +68,14 @@ class Span:
 
 
 class Timeline:
-    """Collects spans as chunks end."""
+    """Collects a span per chunk, and merges neighbours if they become too many."""
 
     def __init__(self) -> None:
         self._by_device: dict[str, list[Span]] = {}
         self._n_spans = 0
 
     def add(self, stats: ChunkStats) -> None:
-        """One more chunk is done; one that was given up took no time that is known."""
+        """Add a finished chunk; for one that was given up no times are known, so it has no span."""
         if stats.is_abandoned:
             return
         self._by_device.setdefault(stats.device, []).append(Span.from_chunk_stats(stats))
@@ -91,7 +91,7 @@ class Timeline:
 
 
 def _merge_neighbors(spans: list[Span]) -> list[Span]:
-    """Every two neighbours as one."""
+    """Merge every two neighbours into one."""
     pairs = [first.merge(second) for first, second in zip(spans[::2], spans[1::2], strict=False)]
     return [*pairs, *spans[len(pairs) * 2 :]]
 

@@ -1,4 +1,4 @@
-"""The page on Dask's own dashboard: what it counts, what it keeps, and how it looks in a real browser while runs go on."""
+"""The page on Dask's own dashboard: what it counts, what it keeps, and how it looks in a real browser during runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import daskinfer as di
 from daskinfer.cluster.worker_spec import WorkerSpec
-from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
 from daskinfer.diagnostics.dashboard import page, plugin, publisher
 from daskinfer.diagnostics.dashboard.chunk_map import N_CELLS, UNKNOWN_DEVICE, ChunkMap
 from daskinfer.diagnostics.dashboard.publisher import INITIAL_DELAY_SECONDS, MAX_ERRORS, StatusPublisher
@@ -48,17 +48,17 @@ from daskinfer.diagnostics.dashboard.state import (
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, ChunkStarted, Event, PlannedDevice, RunEnded, RunStarted
 from tests.conftest import wait_until
 from tests.support import browser
-from tests.support.dask_commands import others
+from tests.support.dask_commands import external_cluster
 
-OUTPUT = np.empty(0, np.float32)  # what the networks answer, so that they need not be tried
-SENDER = "daskinfer.diagnostics.dashboard.publisher"
+OUTPUT = np.empty(0, np.float32)  # what the models return, so that they need not be tried
+PUBLISHER = "daskinfer.diagnostics.dashboard.publisher"
 Net = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 in_browser = pytest.mark.skipif(browser.PROGRAM is None, reason="needs a browser: apt-get install chromium")
 
 
-def receipt(start: int, stop: int, device: str = "cpu:0", began: float = 11.0) -> ChunkStats:
-    """What a worker says; ``began`` is 0 for rows that were given up."""
+def stats_of(start: int, stop: int, device: str = "cpu:0", began: float = 11.0) -> ChunkStats:
+    """The stats of a chunk; ``began`` is 0 for rows that were given up."""
     return ChunkStats(start, stop, device, "EPYC", 4, 1.0, "w", began=began)
 
 
@@ -67,33 +67,35 @@ def started(start: int, stop: int, device: str = "cpu:0") -> ChunkStarted:
     return ChunkStarted("a", 10.0, start, stop, device)
 
 
-def came_back(start: int, stop: int, why: str = "ValueError: no") -> ChunkFailed:
-    """The event of a chunk that came back."""
+def attempt_failed(start: int, stop: int, why: str = "ValueError: no") -> ChunkFailed:
+    """The event of a failed attempt."""
     return ChunkFailed("a", 11.0, start, stop, "cpu:0", why)
 
 
 def done(start: int, stop: int, *failed: int, attempts: int = 1, began: float = 11.0, device: str = "cpu:0") -> ChunkDone:
-    """The event of a chunk that is done, but for the rows that failed."""
+    """The event of a chunk that is done, except for the rows that failed."""
     failures = tuple(RowFailure(at, at + 1, device, f"ValueError: {at}") for at in failed)
-    return ChunkDone("a", 12.0, start, stop, device, receipt(start, stop, device, began), failures, attempts)
+    return ChunkDone("a", 12.0, start, stop, device, stats_of(start, stop, device, began), failures, attempts)
 
 
-def told(*events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2) -> StatusPublisher:
-    """A sender that has heard of a run."""
+def publisher_of(
+    *events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2
+) -> StatusPublisher:
+    """A publisher that has received these events of a run."""
     found = StatusPublisher()
-    asked = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
-    found(RunStarted(run, 9.0, model, ("x",), ("y",), (0, n_rows), (), 8, asked))
+    planned = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
+    found(RunStarted(run, 9.0, model, ("x",), ("y",), (0, n_rows), (), BatchConfig(8), planned))
     for event in events:
         found(event)
     return found
 
 
-def shown_on(board: RunRegistry, told: StatusPublisher, now: float = 20.0) -> None:
-    """Have a board show what a sender knows."""
-    board.update(pickle.loads(pickle.dumps(told.make_snapshot(now).to_message())))
+def shown_on(registry: RunRegistry, publisher: StatusPublisher, now: float = 20.0) -> None:
+    """Send a publisher's snapshot to a registry."""
+    registry.update(pickle.loads(pickle.dumps(publisher.make_snapshot(now).to_message())))
 
 
-# ---------------------------------------------------------------------------------------------------------- what is counted
+# --------------------------------------------------------------------------------------------------------------- counting
 
 
 def by_hand(counts: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
@@ -109,36 +111,36 @@ def by_hand(counts: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
 
 @given(st.data())
 def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
-    """However a run is cut and whatever becomes of its chunks, each cell tells the share of its rows in each state."""
+    """However a run is split and whatever happens to its chunks, each cell has the share of its rows in each state."""
     n_rows = data.draw(st.integers(1, 3 * N_CELLS))
     cuts = data.draw(st.sets(st.integers(1, n_rows), max_size=12))
-    rows = {state: np.zeros(n_rows, bool) for state in ("done", "in_flight", "failed", "again")}
+    rows = {state: np.zeros(n_rows, bool) for state in ("done", "in_flight", "failed", "retrying")}
     first = data.draw(st.sampled_from([0, 1000]))  # of a shard
     edges = sorted(cuts | {0, n_rows})
-    fates = ["waits", "was done before", "begins", "comes back", "begins again", "done", "given up"]
+    fates = ["pending", "done earlier", "started", "failed", "restarted", "done", "given up"]
     parts = [(a, b, data.draw(st.sampled_from(fates))) for a, b in itertools.pairwise(edges)]
-    before = [(first + a, first + b) for a, b, fate in parts if fate == "was done before"]
+    before = [(first + a, first + b) for a, b, fate in parts if fate == "done earlier"]
     drawn = ChunkMap((first, first + n_rows), before)
     for a, b, fate in parts:
         here, start, stop = slice(a, b), first + a, first + b
-        if fate == "was done before":
+        if fate == "done earlier":
             rows["done"][here] = True
-        if fate in ("waits", "was done before"):
+        if fate in ("pending", "done earlier"):
             continue
         drawn.mark_started(started(start, stop), 1)
         rows["in_flight"][here] = True
-        if fate in ("comes back", "begins again", "given up"):
-            drawn.mark_failed(came_back(start, stop))
-            rows["in_flight"][here], rows["again"][here] = False, True
-        if fate == "begins again":
+        if fate in ("failed", "restarted", "given up"):
+            drawn.mark_failed(attempt_failed(start, stop))
+            rows["in_flight"][here], rows["retrying"][here] = False, True
+        if fate == "restarted":
             drawn.mark_started(started(start, stop), 1)
             rows["in_flight"][here] = True
             if data.draw(st.booleans()):
                 drawn.mark_done(done(start, stop, attempts=2), 1)
-                rows["in_flight"][here], rows["again"][here], rows["done"][here] = False, False, True
+                rows["in_flight"][here], rows["retrying"][here], rows["done"][here] = False, False, True
         elif fate == "given up":
             drawn.mark_done(done(start, stop, *range(start, stop), began=0.0), 1)
-            rows["again"][here], rows["failed"][here] = False, True
+            rows["retrying"][here], rows["failed"][here] = False, True
         elif fate == "done":
             drawn.mark_done(done(start, stop, start), 1)
             rows["in_flight"][here], rows["done"][here] = False, True
@@ -151,8 +153,8 @@ def test_cells_are_what_counting_row_by_row_gives(data: st.DataObject) -> None:
     assert not any(drawn.get_cells().in_flight)
 
 
-def test_cells_know_who_was_there() -> None:
-    """A cell has the number of the last device that was there; those beyond the last number are not told apart."""
+def test_cells_know_their_device() -> None:
+    """A cell has the number of the last device that worked on it; from the last number on they are not told apart."""
     drawn = ChunkMap((0, 4))
     drawn.mark_started(started(0, 1), 0)
     drawn.mark_started(started(1, 2), 3)
@@ -163,21 +165,21 @@ def test_cells_know_who_was_there() -> None:
     assert ChunkMap((0, 0)).get_cells().done == b""
 
 
-def test_a_course_is_halved_when_it_grows_too_long() -> None:
-    """Points of time stay boundedly many over any run, evenly spaced, and the latest is always there."""
-    course = ThroughputHistory()
+def test_the_throughput_is_thinned_out_when_it_grows_too_long() -> None:
+    """Over any run, the number of points is bounded, they are evenly spaced, and the latest is always there."""
+    history = ThroughputHistory()
     for i in range(20 * MAX_POINTS):
-        course.add(i * STEP_SECONDS, (float(i),))
-    at = np.array([seconds for seconds, _ in course.points])
+        history.add(i * STEP_SECONDS, (float(i),))
+    at = np.array([seconds for seconds, _ in history.points])
     assert MAX_POINTS / 2 - 1 <= len(at) <= MAX_POINTS
     assert np.ptp(np.diff(at[:-1])) == 0
     assert at[-1] == (20 * MAX_POINTS - 1) * STEP_SECONDS
 
 
-def test_devices_beyond_the_last_colour_are_summed_up() -> None:
-    """Of many devices the first are told apart, the others are one."""
+def test_devices_beyond_the_last_colour_are_merged() -> None:
+    """Of many devices, the first are told apart, and the others are shown as one."""
     events = [started(i, i + 1, f"cpu:{i}") for i in range(30)] + [done(i, i + 1, device=f"cpu:{i}") for i in range(29)]
-    devices = told(*events, n_devices=30).make_snapshot(20.0).status.devices
+    devices = publisher_of(*events, n_devices=30).make_snapshot(20.0).status.devices
     assert [device.device for device in devices] == [*(f"cpu:{i}" for i in range(MAX_DEVICES - 1)), OTHERS]
     assert (devices[-1].label, devices[-1].n_rows, devices[-1].n_in_flight) == ("7 devices", 6, 1)
     assert sum(device.asked_share for device in devices) == pytest.approx(1.0)
@@ -185,9 +187,9 @@ def test_devices_beyond_the_last_colour_are_summed_up() -> None:
 
 
 def test_a_snapshot_crosses_processes_in_plain_values() -> None:
-    """What is told of a run is read as it was written, has the last messages, and grows with nothing."""
-    many = [came_back(i, i + 1, "E" * 10_000) for i in range(50)]
-    snapshot = told(started(0, 50), *many, done(60, 62, 61), model="N" * 10_000, n_rows=10**9).make_snapshot(20.0)
+    """A snapshot is read as it was written, has the last errors, and has the same size for any run."""
+    many = [attempt_failed(i, i + 1, "E" * 10_000) for i in range(50)]
+    snapshot = publisher_of(started(0, 50), *many, done(60, 62, 61), model="N" * 10_000, n_rows=10**9).make_snapshot(20.0)
     assert Snapshot.from_message(json.loads(json.dumps(snapshot.to_message(), default=list))).errors == snapshot.errors
     assert Snapshot.from_message(pickle.loads(pickle.dumps(snapshot.to_message()))) == snapshot
     assert len(snapshot.errors) == MAX_ERRORS
@@ -196,117 +198,117 @@ def test_a_snapshot_crosses_processes_in_plain_values() -> None:
 
 
 def test_the_last_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A board keeps boundedly many runs, those heard of last, and lists the one that began last first."""
+    """A registry keeps a bounded number of runs, those updated last, and lists the latest first."""
     clock = iter(range(1000))
     monkeypatch.setattr("daskinfer.diagnostics.dashboard.state.time.time", lambda: float(next(clock)))
-    board = RunRegistry()
-    shown_on(board, told(run="goes on"))
+    registry = RunRegistry()
+    shown_on(registry, publisher_of(run="running"))
     for i in range(MAX_RUNS + 3):
-        shown_on(board, told(run=f"run {i}"))
-        shown_on(board, told(started(0, 1), run="goes on"))
-    names = [shown.snapshot.status.run for shown in board.runs]
-    assert names == [*(f"run {i}" for i in range(MAX_RUNS + 2, 3, -1)), "goes on"]
-    assert len(board.runs[-1].throughput.points) == 1  # all was told of one moment
+        shown_on(registry, publisher_of(run=f"run {i}"))
+        shown_on(registry, publisher_of(started(0, 1), run="running"))
+    names = [shown.snapshot.status.run for shown in registry.runs]
+    assert names == [*(f"run {i}" for i in range(MAX_RUNS + 2, 3, -1)), "running"]
+    assert len(registry.runs[-1].throughput.points) == 1  # all snapshots are of one moment
 
 
-# --------------------------------------------------------------------------------------------------------- what one reads
+# --------------------------------------------------------------------------------------------------------- what is shown
 
 
-def seen(board: RunRegistry) -> tuple[page.PageView, str]:
-    """What a reader sees, as HTML."""
-    view = page.PageView(board)
+def seen(registry: RunRegistry) -> tuple[page.PageView, str]:
+    """The page of a reader, as HTML."""
+    view = page.PageView(registry)
     view.update()
     return view, view._headline.text + view._device_table.text + view._error_table.text
 
 
 def test_no_run_yet() -> None:
-    """Where nothing was computed yet the page says so."""
+    """The page tells if nothing was computed yet."""
     view, text = seen(RunRegistry())
     assert "No run yet" in text
     assert not view._body.visible
 
 
-def test_a_run_that_goes_on() -> None:
-    """Rows, speed, what is left, what is in flight and what came back stand at the top, escaped."""
-    board = RunRegistry()
+def test_a_running_run() -> None:
+    """Rows, throughput, time left, chunks in flight and errors are at the top, escaped."""
+    registry = RunRegistry()
     events = [
         started(0, 10),
         started(10, 20, "cpu:1"),
         done(0, 10, 3),
-        came_back(10, 20, "<i>no</i>"),
+        attempt_failed(10, 20, "<i>no</i>"),
         started(10, 20, "cpu:1"),
     ]
-    shown_on(board, told(*events, model="<b>Net"), now=14.0)
-    _, text = seen(board)
+    shown_on(registry, publisher_of(*events, model="<b>Net"), now=14.0)
+    _, text = seen(registry)
     assert "<b>&lt;b&gt;Net</b>" in text
-    assert "10%, 10 of 100 rows, 2 rows/s, 0:36 left, 1 failed, 1 tried again, 1 chunk in flight" in text
+    assert "10%, 10 of 100 rows, 2 rows/s, 0:36 left, 1 failed, 1 retried, 1 chunk in flight" in text
     assert "&lt;i&gt;no" in text
     assert "<i>" not in text
 
 
 def test_before_the_first_chunk_and_after_the_end() -> None:
-    """Before its first chunk a run's workers start; at its end its speed is that of all of it, and why it ended is there."""
-    board = RunRegistry()
-    shown_on(board, told())
-    assert "0%, 0 of 100 rows, workers start<" in seen(board)[1]
-    shown_on(board, told(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
-    view, text = seen(board)
-    assert "50%, 50 of 100 rows, ended after 0:10, 5 rows/s, ValueError: &lt;no&gt;" in text
+    """Before its first chunk, a run's workers start; at its end, its throughput is that of all of it, with the reason."""
+    registry = RunRegistry()
+    shown_on(registry, publisher_of())
+    assert "0%, 0 of 100 rows, starting workers<" in seen(registry)[1]
+    shown_on(registry, publisher_of(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
+    view, text = seen(registry)
+    assert "50%, 50 of 100 rows, stopped after 0:10, 5 rows/s, ValueError: &lt;no&gt;" in text
     assert f"Net (failed), {publisher._get_user()}" in view._run_select.options[1][1]
-    shown_on(board, told(started(0, 1), done(0, 1), RunEnded("a", 10.0, ""), n_rows=1))
-    assert "100%, 1 of 1 rows, done after" in seen(board)[1]
-    shown_on(board, told(started(0, 1), replace(done(0, 1), at=11.0), RunEnded("a", 11.0, ""), n_rows=0))
-    assert "100%, 1 of 0 rows, done after" in seen(board)[1]
+    shown_on(registry, publisher_of(started(0, 1), done(0, 1), RunEnded("a", 10.0, ""), n_rows=1))
+    assert "100%, 1 of 1 rows, done after" in seen(registry)[1]
+    shown_on(registry, publisher_of(started(0, 1), replace(done(0, 1), at=11.0), RunEnded("a", 11.0, ""), n_rows=0))
+    assert "100%, 1 of 0 rows, done after" in seen(registry)[1]
 
 
 def test_runs_of_one_second() -> None:
-    """Runs that begin in the same second with the same network can be told apart in the list, the first first."""
-    board = RunRegistry()
+    """Runs that begin in the same second with the same model can be told apart in the list, in their order."""
+    registry = RunRegistry()
     for number in range(3):
-        shown_on(board, told(started(0, 50), run=f"run {number}"))
-        board._runs[f"run {number}"].first_seen = 100.0 + number / 10
-    view, _ = seen(board)
+        shown_on(registry, publisher_of(started(0, 50), run=f"run {number}"))
+        registry._runs[f"run {number}"].first_seen = 100.0 + number / 10
+    view, _ = seen(registry)
     (_, latest), (run, third), (_, second), (_, first) = view._run_select.options
     assert (latest, run) == ("the latest", "run 2")
     assert (second, third) == (f"{first}, no. 2", f"{first}, no. 3")
 
 
 def test_a_run_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose process is gone without a word is said to be silent after a while."""
-    board = RunRegistry()
-    shown_on(board, told(started(0, 10)))
-    view, text = seen(board)
-    assert "nothing was heard" not in text
+    """A run whose process sends nothing any more is called silent after a while."""
+    registry = RunRegistry()
+    shown_on(registry, publisher_of(started(0, 10)))
+    view, text = seen(registry)
+    assert "no update" not in text
     monkeypatch.setattr(page, "SILENT_SECONDS", -1.0)
     view.update()
-    assert "nothing was heard of it for a while: its process may hang" in view._headline.text
+    assert "no update for a while: its process may be hanging" in view._headline.text
     assert "(silent), " in view._run_select.options[1][1]
 
 
-def test_who_computes_has_a_name_as_far_as_the_system_knows_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user and host stand beside each run; a number without a name is left out."""
+def test_the_user_and_host_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user and host are shown with each run; a user without a name is left out."""
     assert publisher._get_user().endswith(platform.node())
     publisher._get_user.cache_clear()
-    monkeypatch.setattr(publisher.getpass, "getuser", {}.__getitem__)  # as where no such user is known
+    monkeypatch.setattr(publisher.getpass, "getuser", {}.__getitem__)  # as if no such user were known
     assert publisher._get_user() == platform.node()
     publisher._get_user.cache_clear()
 
 
-def test_one_run_of_several_is_looked_at() -> None:
-    """The latest that goes on is shown until another is chosen; a run that is no longer kept gives way to the latest."""
-    board = RunRegistry()
+def test_one_run_of_several_is_shown() -> None:
+    """The latest active run is shown until another is chosen; a run that is no longer kept is replaced by the latest."""
+    registry = RunRegistry()
     for run in ("first", "second"):
-        shown_on(board, told(run=run, model=run))
-    view, text = seen(board)
+        shown_on(registry, publisher_of(run=run, model=run))
+    view, text = seen(registry)
     assert "<b>second</b>" in text
-    assert "another run goes on on this cluster" in text
+    assert "another run is active on this cluster" in text
     view._run_select.value = "first"
     assert "<b>first</b>" in view._headline.text
-    shown_on(board, told(run="third"))
+    shown_on(registry, publisher_of(run="third"))
     view.update()
-    assert "2 other runs go on on this cluster" in view._headline.text
+    assert "2 other runs are active on this cluster" in view._headline.text
     for run in ("second", "third"):
-        shown_on(board, told(RunEnded(run, 10.0, ""), run=run))
+        shown_on(registry, publisher_of(RunEnded(run, 10.0, ""), run=run))
     view.update()
     assert "on this cluster" not in view._headline.text
     view._run_select.value = ""
@@ -314,57 +316,57 @@ def test_one_run_of_several_is_looked_at() -> None:
     assert "<b>first</b>" in view._headline.text  # those that began after it have ended
     view._run_select.value = "first"
     for i in range(MAX_RUNS):
-        shown_on(board, told(run=f"run {i}", model=f"run {i}"))
+        shown_on(registry, publisher_of(run=f"run {i}", model=f"run {i}"))
     view.update()
     assert f"<b>run {MAX_RUNS - 1}</b>" in view._headline.text
 
 
-def test_devices_that_came_later_have_no_speed_before() -> None:
-    """A device that joined a run has its line from then on, and is not mistaken for another."""
-    board = RunRegistry()
-    shown_on(board, told(started(0, 10), done(0, 10)), now=14.0)
-    shown_on(board, told(started(0, 10), done(0, 10), started(10, 20, "inline")), now=15.0)
-    lines = seen(board)[0]._throughput_plot._source.data
+def test_devices_that_joined_later_have_no_throughput_before() -> None:
+    """A device that joined a run has its own line from then on."""
+    registry = RunRegistry()
+    shown_on(registry, publisher_of(started(0, 10), done(0, 10)), now=14.0)
+    shown_on(registry, publisher_of(started(0, 10), done(0, 10), started(10, 20, "inline")), now=15.0)
+    lines = seen(registry)[0]._throughput_plot._source.data
     assert lines["device"] == ["all", "cpu:0", "cpu:1", "inline"]
     assert [len(line) for line in lines["ys"]] == [2] * 4
-    assert len(set(lines["colour"])) == 4
+    assert len(set(lines["color"])) == 4
 
 
 # ------------------------------------------------------------------------------------------------------- what is not shown
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What a sender said in the log."""
-    return [record.getMessage() for record in caplog.records if record.name == SENDER]
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a publisher logged."""
+    return [record.getMessage() for record in caplog.records if record.name == PUBLISHER]
 
 
-def test_nothing_is_told_of_what_is_computed_here(caplog: pytest.LogCaptureFixture) -> None:
-    """A run in this process tells no scheduler anything."""
-    with caplog.at_level(logging.DEBUG, SENDER):
+def test_an_inline_run_is_not_published(caplog: pytest.LogCaptureFixture) -> None:
+    """A run in this process sends nothing to any scheduler."""
+    with caplog.at_level(logging.DEBUG, PUBLISHER):
         di.predict(abs, np.ones(5), devices="inline")
-    assert not said(caplog)
+    assert not messages(caplog)
 
 
-def test_a_short_run_is_not_told(cluster_client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    """A run that ends well before anybody could look costs no message, one that fails is shown however short it is."""
+def test_a_short_run_is_not_published(cluster_client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """A short run that succeeds costs no message; one that fails is shown however short it is."""
     handler = plugin.HANDLER
-    with caplog.at_level(logging.INFO, SENDER):
+    with caplog.at_level(logging.INFO, PUBLISHER):
         publisher._registered_clients.discard(cluster_client)
         di.predict(abs, [1.0], client=cluster_client)
-        time.sleep(2 * INITIAL_DELAY_SECONDS)  # nothing is what is waited for
-        assert not said(caplog)
+        time.sleep(2 * INITIAL_DELAY_SECONDS)  # nothing must happen
+        assert not messages(caplog)
         with pytest.raises(di.DaskInferError, match="ZeroDivisionError"):
             di.predict(lambda batch: 1 // 0, [1.0], client=cluster_client, output=OUTPUT)
-        wait_until(lambda: any(line.startswith("runs are shown at http://127.0.0.1:") for line in said(caplog)))
+        wait_until(lambda: any(line.startswith("runs are shown at http://127.0.0.1:") for line in messages(caplog)))
     wait_until(lambda: cluster_client.run_on_scheduler(lambda dask_scheduler: handler in dask_scheduler.handlers))
 
 
 def slow(seconds: float, until: Path | None = None) -> Net:
-    """A network that takes so long per micro-batch, until a file is there."""
+    """A model that takes so long per micro-batch, until a file exists."""
 
     def slowly(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if until is None or not until.exists():
-            time.sleep(seconds)  # stands for a network's work
+            time.sleep(seconds)  # stands for a model's work
         return batch
 
     return slowly
@@ -375,65 +377,67 @@ def rows(n_rows: int, per_chunk: int = 4) -> da.Array:
     return da.from_array(np.arange(n_rows, dtype=np.float32), chunks=per_chunk)
 
 
-def test_a_cluster_of_ours_has_the_page_from_its_start() -> None:
-    """Whoever opens it before the first run finds it."""
+def test_a_managed_cluster_has_the_page_from_its_start() -> None:
+    """It can be opened before the first run."""
     with di.LocalDeviceCluster("cpu") as cluster:
         dashboard = cluster.dashboard_link.removesuffix("/status")
         assert plots(dashboard)["Individual Daskinfer"] == page.PLOT_PATH
-        with urllib.request.urlopen(dashboard + page.PAGE_PATH, timeout=30) as answer:
-            assert answer.read().count(b'href="daskinfer"') == 1
+        with urllib.request.urlopen(dashboard + page.PAGE_PATH, timeout=30) as response:
+            assert response.read().count(b'href="daskinfer"') == 1
 
 
 def test_preloads_that_are_configured_stay() -> None:
-    """A configured preload of the scheduler is not replaced by our page's, which then comes with the first run."""
+    """A configured preload of the scheduler is not replaced by the page's, which is then added by the first run."""
     start = WorkerSpec(2**30, ".", "127.0.0.1:0", 1.0)
     assert start.scheduler_options()["preload"] == ["daskinfer.diagnostics.dashboard.plugin"]
     assert replace(start, dashboard_address=None).scheduler_options()["preload"] == []
-    with dask.config.set({"distributed.scheduler.preload": ["theirs"]}):
-        assert start.scheduler_options()["preload"] == ["theirs"]
+    with dask.config.set({"distributed.scheduler.preload": ["configured"]}):
+        assert start.scheduler_options()["preload"] == ["configured"]
 
 
 def test_a_scheduler_without_a_dashboard(caplog: pytest.LogCaptureFixture) -> None:
-    """Where there is no dashboard the run goes on as ever, and one DEBUG line says why nothing is shown."""
+    """Without a dashboard the run works as usual, and one DEBUG line tells why nothing is shown."""
     how = {"n_workers": 1, "dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
     with (
         LocalCluster(processes=False, **how) as cluster,
         Client(cluster, set_as_default=False) as client,
-        caplog.at_level(logging.DEBUG, SENDER),
+        caplog.at_level(logging.DEBUG, PUBLISHER),
     ):
         y = di.predict(slow(0.05), rows(80), client=client, batch_size=4)
-        wait_until(lambda: said(caplog))
+        wait_until(lambda: messages(caplog))
     np.testing.assert_array_equal(y, np.arange(80))
-    assert said(caplog) == ["the dashboard shows this run no more: _NotShownError: the scheduler has no dashboard"]
+    assert messages(caplog) == [
+        "the dashboard no longer shows this run: _PageUnavailableError: the scheduler has no dashboard"
+    ]
 
 
 def test_a_client_that_closes_with_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    """What can be told to nobody any more is one DEBUG line."""
-    found = told(started(0, 50))
+    """A snapshot that nobody can receive any more is one DEBUG line."""
+    found = publisher_of(started(0, 50))
     with (
-        caplog.at_level(logging.DEBUG, SENDER),
+        caplog.at_level(logging.DEBUG, PUBLISHER),
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         with Client(cluster, set_as_default=False) as client:
             found.attach_client(client)
-            found.attach_client(client)  # the same again changes nothing
+            found.attach_client(client)  # the second time changes nothing
             wait_until(lambda: client in publisher._registered_clients)
         found(RunEnded("a", 13.0, ""))
-        wait_until(lambda: len(said(caplog)) == 2)  # where it was shown, and why no more
-    assert said(caplog)[1].startswith("the dashboard shows this run no more: ")
+        wait_until(lambda: len(messages(caplog)) == 2)  # where it was shown, and why no longer
+    assert messages(caplog)[1].startswith("the dashboard no longer shows this run: ")
     assert client not in publisher._registered_clients
 
 
 def test_another_version_of_daskinfer_on_the_scheduler(cluster_client: Client) -> None:
-    """A message that the scheduler cannot read is answered with why, and is nothing in its log."""
+    """For a message that it cannot read, the scheduler returns the reason, and logs nothing."""
     cluster_client.register_plugin(plugin.DashboardPlugin())
     handler, message = plugin.HANDLER, {"status": {"devices": [], "unheard": 1}}
-    answer = cluster_client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.handlers[handler](message=message))
-    assert answer.startswith("the scheduler has another version of daskinfer: ")
+    reason = cluster_client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.handlers[handler](message=message))
+    assert reason.startswith("the scheduler has another version of daskinfer: ")
 
 
-def test_insides_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the page cannot be added to a dashboard of another version, the scheduler says what kept it from that."""
+def test_other_internals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the page cannot be added to a dashboard of another version, the scheduler returns the reason."""
     assert (
         plugin._install_page(None, RunRegistry()) == "AttributeError: 'NoneType' object has no attribute 'http_application'"
     )
@@ -446,39 +450,41 @@ def test_insides_that_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_scheduler_without_bokeh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where bokeh is not installed nothing is shown: the run goes on as ever, one DEBUG line here, nothing in its log."""
-    with others(tmp_path, lacks="bokeh") as (client, log), caplog.at_level(logging.DEBUG, SENDER):
+    """Without bokeh nothing is shown: the run works as usual, with one DEBUG line, and none in the scheduler's log."""
+    with external_cluster(tmp_path, lacks="bokeh") as (client, log), caplog.at_level(logging.DEBUG, PUBLISHER):
         assert client.run_on_scheduler(find_spec, "bokeh") is None
-        n_heard = len(log.read_text())
+        n_logged = len(log.read_text())
         y = di.predict(slow(0.05), rows(80), client=client, batch_size=4)
-        wait_until(lambda: said(caplog))
-        heard = log.read_text()[n_heard:]
+        wait_until(lambda: messages(caplog))
+        logged = log.read_text()[n_logged:]
     assert not [
-        word for word in ("bokeh", "Page", plugin.HANDLER, "Traceback", " - ERROR - ", " - WARNING - ") if word in heard
+        word
+        for word in ("bokeh", "DashboardPlugin", "Page", plugin.HANDLER, "Traceback", " - ERROR - ", " - WARNING - ")
+        if word in logged
     ]
     np.testing.assert_array_equal(y, np.arange(80))
     why = "the scheduler has no bokeh, or no dashboard"
-    assert said(caplog) == [f"the dashboard shows this run no more: _NotShownError: {why}"]
+    assert messages(caplog) == [f"the dashboard no longer shows this run: _PageUnavailableError: {why}"]
 
 
 @pytest.mark.slow
 @in_browser
 def test_the_page_of_a_scheduler_behind_a_proxy(tmp_path: Path) -> None:
-    """On a cluster that others started the page comes with the first run, below the prefix that its dashboard has."""
-    with others(tmp_path, "--dashboard-prefix", "behind/it") as (client, _):
+    """On an external cluster, the first run adds the page, below the prefix that its dashboard has."""
+    with external_cluster(tmp_path, "--dashboard-prefix", "behind/it") as (client, _):
         di.predict(slow(0.05), rows(80), client=client, batch_size=4)
         prefix = client.dashboard_link.replace("/status", "/behind/it")
         wait_until(lambda: "/individual-daskinfer" in plots(prefix).values())
-        with browser.opened(f"{prefix}/daskinfer") as tab:
+        with browser.open_tab(f"{prefix}/daskinfer") as tab:
             tab.wait_for(lambda: "100%, 80 of 80 rows, done after" in tab.text)
             assert "Daskinfer More..." in tab.text
-            assert not tab.complaints
+            assert not tab.errors
 
 
 @pytest.mark.slow
 def test_a_scheduler_that_loads_the_page_itself(tmp_path: Path) -> None:
-    """Others can have the page from their scheduler's start; a client's first run adds no second one."""
-    with others(tmp_path, "--preload", "daskinfer.diagnostics.dashboard.plugin") as (client, _):
+    """An external cluster can have the page from its scheduler's start; a client's first run adds no second one."""
+    with external_cluster(tmp_path, "--preload", "daskinfer.diagnostics.dashboard.plugin") as (client, _):
         dashboard = client.dashboard_link.removesuffix("/status")
         assert (before := plots(dashboard))["Individual Daskinfer"] == "/individual-daskinfer"
         di.predict(slow(0.05), rows(80), client=client, batch_size=4)
@@ -487,9 +493,9 @@ def test_a_scheduler_that_loads_the_page_itself(tmp_path: Path) -> None:
 
 
 def plots(dashboard: str) -> dict[str, str]:
-    """The plots that a dashboard offers to JupyterLab, by their title."""
-    with urllib.request.urlopen(f"{dashboard}/individual-plots.json", timeout=30) as answer:
-        return dict(json.load(answer))
+    """The plots that a dashboard offers to JupyterLab, by title."""
+    with urllib.request.urlopen(f"{dashboard}/individual-plots.json", timeout=30) as response:
+        return dict(json.load(response))
 
 
 # ------------------------------------------------------------------------------------------------------- in a real browser
@@ -497,26 +503,26 @@ def plots(dashboard: str) -> dict[str, str]:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads for runs that go on while a test looks at them."""
+    """Threads for runs that a test watches."""
     with ThreadPoolExecutor(2) as threads:
         yield threads
 
 
 def column(tab: browser.Tab, source: str, name: str) -> list[Any]:
-    """What a plot is drawn from."""
+    """A column of a plot's data."""
     script = "JSON.stringify([...Bokeh.documents[0].get_model_by_name({!r}).data[{!r}]].map(x => x.length ? [...x] : x))"
     return list(json.loads(tab.evaluate(script.format(source, name))))
 
 
 def n_done(tab: browser.Tab) -> int:
-    """Rows that the page says are done."""
+    """The number of done rows on the page."""
     head = tab.text.partition("%, ")[2].partition(" of ")[0]
     return int(head.replace(",", "")) if head else 0
 
 
 @in_browser
 def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
-    """While a run goes on its numbers and plots move, and what failed is there to read; the browser complains of nothing."""
+    """During a run, its numbers and plots move, and errors can be read; the browser logs none of its own."""
     enough, hasty = tmp_path / "enough", slow(0.02, tmp_path / "enough")
 
     def net(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -529,11 +535,11 @@ def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tm
     run = pool.submit(di.predict, net, rows(20_000), client=cluster_client, **how)
     try:
         wait_until(lambda: "/individual-daskinfer" in plots(dashboard).values())
-        with browser.opened(f"{dashboard}/daskinfer") as tab:
+        with browser.open_tab(f"{dashboard}/daskinfer") as tab:
             before = tab.wait_for(lambda: n_done(tab))
             points = len(column(tab, "daskinfer-speeds", "xs")[0])
             tab.wait_for(lambda: n_done(tab) > before and len(column(tab, "daskinfer-speeds", "xs")[0]) > points)
-            assert column(tab, "daskinfer-shares", "asked") == [0.25, 0.75]
+            assert column(tab, "daskinfer-shares", "requested") == [0.25, 0.75]
             assert any(0 < share <= 1 for share in column(tab, "daskinfer-cells", "done"))
             tab.wait_for(lambda: "rows 17:18 ArithmeticError: <img src=x onerror=alert(1)> is no number" in tab.text)
             assert re.search("chunks? in flight", tab.text)
@@ -548,7 +554,7 @@ def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tm
             assert "More..." not in tab.text
             tab.open(f"{dashboard}/workers")
             tab.wait_for(lambda: "Daskinfer More..." in tab.text)
-            assert not tab.complaints
+            assert not tab.errors
     finally:
         enough.touch()
         run.result()
@@ -556,23 +562,23 @@ def test_a_run_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tm
 
 @in_browser
 def test_no_run_yet_in_a_browser() -> None:
-    """A page that has nothing to show yet is as quiet in a browser, and fills when the first run is heard of."""
+    """A page that has nothing to show yet logs no errors in a browser, and fills when the first snapshot arrives."""
     how = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**how) as cluster, Client(cluster, set_as_default=False) as client:
         client.register_plugin(plugin.DashboardPlugin())
-        with browser.opened(f"http://127.0.0.1:{cluster.scheduler.http_server.port}/daskinfer") as tab:
+        with browser.open_tab(f"http://127.0.0.1:{cluster.scheduler.http_server.port}/daskinfer") as tab:
             tab.wait_for(lambda: "No run yet" in tab.text)
-            found = told(started(0, 10), done(0, 10, 3))
+            found = publisher_of(started(0, 10), done(0, 10, 3))
             found.attach_client(client)
             tab.wait_for(lambda: "10 of 100 rows" in tab.text)
             found(RunEnded("a", 13.0, "ValueError: no"))
-            tab.wait_for(lambda: "ended after 0:03, 3 rows/s, 1 failed, ValueError: no" in tab.text)
-            assert not tab.complaints
+            tab.wait_for(lambda: "stopped after 0:03, 3 rows/s, 1 failed, ValueError: no" in tab.text)
+            assert not tab.errors
 
 
 @in_browser
 def test_two_runs_of_one_cluster_in_a_browser(cluster_client: Client, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
-    """Two clients that compute on one cluster have a run each on its page; the one that is chosen stays in view."""
+    """Two clients that compute on one cluster have a run each on its page; the one that is chosen stays visible."""
     enough = tmp_path / "enough"
 
     def first(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -589,15 +595,15 @@ def test_two_runs_of_one_cluster_in_a_browser(cluster_client: Client, pool: Thre
         try:
             dashboard = cluster_client.dashboard_link.removesuffix("/status")
             wait_until(lambda: "/individual-daskinfer" in plots(dashboard).values())
-            with browser.opened(f"{dashboard}/daskinfer") as tab:
+            with browser.open_tab(f"{dashboard}/daskinfer") as tab:
                 for name in ("first", "second"):
-                    tab.wait_for(lambda name=name: f"{name} (goes on)" in tab.text)
+                    tab.wait_for(lambda name=name: f"{name} (running)" in tab.text)
                 for name in ("first", "second", "first"):
                     tab.evaluate(_CHOOSE.format(name))
-                    tab.wait_for(lambda name=name: f" {name} " in tab.text.rpartition(")")[2].partition("%")[0])
+                    tab.wait_for(lambda name=name: f" {name} " in tab.text.partition("%")[0].rpartition(")")[2])
                     before = tab.wait_for(lambda: n_done(tab))
                     tab.wait_for(lambda before=before: n_done(tab) > before)
-                assert not tab.complaints
+                assert not tab.errors
         finally:
             enough.touch()
             assert all(len(run.result()) == 10_000 for run in runs)
@@ -621,26 +627,26 @@ COMPUTING = """
 
 @in_browser
 def test_a_client_that_was_killed_in_a_browser(cluster_client: Client) -> None:
-    """A run whose process was killed is said to be lost as soon as the scheduler knows it."""
+    """A run whose process was killed is called lost as soon as the scheduler notices."""
     address, dashboard = cluster_client.scheduler.address, cluster_client.dashboard_link.removesuffix("/status")
-    with browser.opened(f"{dashboard}/daskinfer") as tab:
+    with browser.open_tab(f"{dashboard}/daskinfer") as tab:
         with subprocess.Popen([sys.executable, "-c", dedent(COMPUTING), address]) as script:
             try:
-                tab.wait_for(lambda: n_done(tab) and "slowly (goes on)" in tab.text, 60)
+                tab.wait_for(lambda: n_done(tab) and "slowly (running)" in tab.text, 60)
             finally:
                 script.kill()
-        tab.wait_for(lambda: "its client is gone before its end was heard of" in tab.text)
+        tab.wait_for(lambda: "its client disconnected before the run ended" in tab.text)
         assert "slowly (lost)" in tab.text
-        assert not tab.complaints
+        assert not tab.errors
 
 
 @in_browser
 @pytest.mark.parametrize("width", [600, 900, 1000, 1280])
 def test_nothing_is_covered_or_cut_off(cluster_client: Client, width: int) -> None:
-    """At any width the bar of links leaves the page's head free, and the legend of the map is all there."""
+    """At any width, the bar of links does not cover the page's head, and the legend of the map is complete."""
     di.predict(slow(0.05), rows(80), client=cluster_client, batch_size=4)
     dashboard = cluster_client.dashboard_link.removesuffix("/status")
-    with browser.opened(f"{dashboard}/daskinfer") as tab:
+    with browser.open_tab(f"{dashboard}/daskinfer") as tab:
         tab.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         tab.wait_for(lambda: "rows, done after" in tab.text)
         places = json.loads(tab.evaluate(_PLACES))
@@ -648,7 +654,7 @@ def test_nothing_is_covered_or_cut_off(cluster_client: Client, width: int) -> No
         assert places["legend"] <= places["width"] <= width
 
 
-# Where the bar of links ends and the page begins, and how far the words of the map's legend reach to the right.
+# The bottom of the bar of links, the top of the page, and the right edge of the legend of the map.
 _PLACES = """
 (() => {
   const all = node => [...(node.shadowRoot || node).querySelectorAll("*")].flatMap(x =>
@@ -663,7 +669,7 @@ _PLACES = """
 })()
 """
 
-# As a hand would: the model hears of it by the event, and the server by the model.
+# As a user would: the event updates the model, and the model the server.
 _CHOOSE = """
 (() => {{
   const find = node => [...(node.shadowRoot || node).querySelectorAll("*")].flatMap(x =>

@@ -1,7 +1,7 @@
-"""What has become of the rows of a run, as a picture of boundedly many cells.
+"""Count the states of a run's rows in a bounded number of cells.
 
 A run may have a million chunks and a screen has a thousand columns: rows are counted in ``N_CELLS`` cells of equal width,
-so that one chunk more costs two or three additions, and the whole picture some kilobytes whatever the run.
+so that each chunk costs two or three additions, and the whole map some kilobytes for any run.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from daskinfer.core.row_ranges import Range, Ranges
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, ChunkStarted
 
-N_CELLS = 400  # half a screen's columns; arbitrary
-UNKNOWN_DEVICE = 255  # the device of a cell where none was: its rows wait, or earlier calls computed them
-_FULL_PERCENT = 100  # what a cell's parts are told in: percent of its rows
+N_CELLS = 400  # half of a screen's columns; arbitrary
+UNKNOWN_DEVICE = 255  # of a cell without a device: its rows are pending, or earlier calls computed them
+_FULL_PERCENT = 100  # the states of a cell are percentages of its rows
 
 
 @dataclass(frozen=True, slots=True)
 class CellStates:
-    """A picture of ``n_rows`` rows from ``start``: cell i stands for an even share of them; the fields have a byte per cell.
+    """The states of ``n_rows`` rows from ``start``: cell i stands for an even share of them; each field has a byte per cell.
 
-    ``mark_done``, ``in_flight`` and ``failed`` are percent of the cell's rows, what is left of them waits; ``retrying`` is percent
-    of rows that came back without an answer and are tried again. ``device`` is the number of the last device that was
-    there, ``UNKNOWN_DEVICE`` where none was.
+    ``done``, ``in_flight`` and ``failed`` are percentages of the cell's rows, the rest is pending; ``retrying`` is the
+    percentage whose last attempt failed and that are retried. ``device`` is the number of the last device that worked on
+    the cell, ``UNKNOWN_DEVICE`` if none did.
     """
 
     start: int = 0
@@ -37,14 +37,14 @@ class CellStates:
 
 
 class ChunkMap:
-    """Counts ``rows`` (start, stop) by cell and state as chunks begin and end; earlier calls have ``computed`` some.
+    """Counts ``rows`` (start, stop) by cell and state as chunks begin and end; ``computed`` are those of earlier calls.
 
-    Devices are numbers from 0; from ``UNKNOWN_DEVICE`` on they are not told apart. Not for several threads at a time.
+    Devices are numbers from 0; those from ``UNKNOWN_DEVICE`` on are not told apart. Not thread-safe.
     """
 
     def __init__(self, rows: Range, computed: Ranges = ()) -> None:
-        self.start, n_rows = rows[0], rows[1] - rows[0]
-        self.n_rows = n_rows
+        self.start = rows[0]
+        self.n_rows = n_rows = rows[1] - rows[0]
         n_cells = min(N_CELLS, n_rows)
         self._edges = [i * n_rows // n_cells for i in range(n_cells + 1)] if n_cells else [0]
         self._done = [0] * n_cells
@@ -57,20 +57,20 @@ class ChunkMap:
                 self._done[cell] += n_done
 
     def mark_started(self, event: ChunkStarted, device: int) -> None:
-        """A chunk is on its way."""
+        """Count a chunk as in flight."""
         for cell, n_rows in self._iter_cells(event.start, event.stop):
             self._in_flight[cell] += n_rows
             self._device[cell] = min(device, UNKNOWN_DEVICE)
 
     def mark_failed(self, event: ChunkFailed) -> None:
-        """It came back without an answer."""
+        """Count a chunk whose attempt failed as retrying."""
         for cell, n_rows in self._iter_cells(event.start, event.stop):
             self._in_flight[cell] -= n_rows
             self._retrying[cell] += n_rows
 
     def mark_done(self, event: ChunkDone, device: int) -> None:
-        """It needs nothing more: its rows have their answer, or failed for good."""
-        given_up = event.stats.is_abandoned  # and so has come back before
+        """Count a chunk as finished: its rows have their result, or failed for good."""
+        given_up = event.stats.is_abandoned  # so its last attempt has been counted as failed
         for cell, n_rows in self._iter_cells(event.start, event.stop):
             self._in_flight[cell] -= 0 if given_up else n_rows
             self._done[cell] += n_rows
@@ -83,18 +83,23 @@ class ChunkMap:
                 self._failed[cell] += n_rows
 
     def mark_ended(self) -> None:
-        """Nothing is on its way any more."""
+        """The run is over: nothing is in flight any more."""
         self._in_flight = [0] * len(self._in_flight)
 
     def get_cells(self) -> CellStates:
-        """The picture as it is now."""
-        done, in_flight, failed, again = map(
-            self._encode_percent, (self._done, self._in_flight, self._failed, self._retrying)
+        """Return the states as they are now."""
+        return CellStates(
+            self.start,
+            self.n_rows,
+            done=self._encode_percent(self._done),
+            in_flight=self._encode_percent(self._in_flight),
+            failed=self._encode_percent(self._failed),
+            retrying=self._encode_percent(self._retrying),
+            device=bytes(self._device),
         )
-        return CellStates(self.start, self.n_rows, done, in_flight, failed, again, bytes(self._device))
 
     def _iter_cells(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The cells that rows ``start:stop`` lie in, and how many rows in each."""
+        """Yield the cells that contain rows ``start:stop``, and how many of the rows each contains."""
         edges, start, stop = self._edges, start - self.start, min(stop - self.start, self.n_rows)
         cell = bisect_right(edges, start) - 1
         while start < stop:
@@ -103,7 +108,7 @@ class ChunkMap:
             start, cell = end, cell + 1
 
     def _encode_percent(self, counts: list[int]) -> bytes:
-        """Percent of each cell's rows; what is there is never nothing, and what is missing is never all."""
+        """Convert counts to percentages of each cell's rows; 0 only if there are none, 100 only if it is all of them."""
         widths = (after - before for before, after in zip(self._edges, self._edges[1:], strict=False))
         return bytes(_compute_percent(count, width) for count, width in zip(counts, widths, strict=True))
 

@@ -1,22 +1,22 @@
-"""The page ``/daskinfer`` of a scheduler's dashboard: what runs where, how fast, how long still, and what went wrong.
+"""The page ``/daskinfer`` of a scheduler's dashboard: what runs where, how fast, how long it still takes, what went wrong.
 
-It is a bokeh document like the dashboard's other pages, made anew for everybody who opens it, and drawn again as often as
-there is news of the run that is looked at. The dashboard's bokeh application takes no page once it has begun, so this one
-comes with an application of its own beside it, made by the same function and therefore with the dashboard's address prefix,
-allowed origins and looks. That of the dashboard is told of it too: it lists the plots that JupyterLab's Dask extension
-offers, and its bar of links.
+It is a bokeh document like the dashboard's other pages: each reader gets one, which is redrawn when there is news of the
+run it shows. The dashboard's bokeh application takes no pages once it has started, so this page comes with a second
+application beside it, made by the same function and therefore with the dashboard's address prefix, allowed origins and
+style. The dashboard's application is told of it too: it lists the plots that JupyterLab's Dask extension offers, and the
+links in the bar.
 
-Only loaded in a scheduler that has a dashboard. Everything that a client tells is escaped, by bokeh or by the tables here.
+Only imported in a scheduler that has a dashboard. Everything a client sends is escaped, by bokeh or by the templates here.
 """
 
 from __future__ import annotations
 
-import html
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,55 +33,35 @@ from distributed.dashboard.core import BokehApplication
 from distributed.dashboard.scheduler import template_variables
 from tornado.ioloop import IOLoop
 
-from daskinfer.core.formatting import format_html_table
+from daskinfer.core.formatting import format_html_table, render_template
 from daskinfer.diagnostics.dashboard.chunk_map import UNKNOWN_DEVICE
 from daskinfer.diagnostics.dashboard.state import OTHERS, RunRegistry, RunView
-from daskinfer.diagnostics.status import THROUGHPUT_WINDOW_SECONDS, DeviceStatus
-from daskinfer.diagnostics.status_text import DEVICE_HEADERS, format_device, format_progress
+from daskinfer.diagnostics.device_stats import THROUGHPUT_WINDOW_SECONDS, DeviceStatus
+from daskinfer.diagnostics.status import DEVICE_HEADERS, format_devices, format_progress
 
 PAGE_PATH, PLOT_PATH = "/daskinfer", "/individual-daskinfer"
 
 DRAW_SECONDS = 0.5
-SILENT_SECONDS = 15.0  # without news until a run is said to be silent: thirty times what is usual; arbitrary
+SILENT_SECONDS = 15.0  # without news until a run counts as silent: thirty times the usual interval; arbitrary
 
-# Neither red nor orange, which are what went wrong; neighbours differ in lightness too.
+# Neither red nor orange, which mean that something went wrong; neighbours differ in lightness too.
 _DEVICE_COLORS = (
-    "#4e79a7",
-    "#59a14f",
-    "#b07aa1",
-    "#76b7b2",
-    "#9c755f",
-    "#2f4b7c",
-    "#8cd17d",
-    "#d4a6c8",
-    "#499894",
-    "#b6992d",
+    *("#4e79a7", "#59a14f", "#b07aa1", "#76b7b2", "#9c755f"),
+    *("#2f4b7c", "#8cd17d", "#d4a6c8", "#499894", "#b6992d"),
 )
-_OTHERS_COLOR, _FAILED_COLOR, _RETRYING_COLOR, _PENDING_COLOR, _DONE_BEFORE_COLOR, _TOTAL_COLOR = (
-    "#79706e",
-    "#d62728",
-    "#ff9d1c",
-    "#e6e6e6",
-    "#a3a3a3",
-    "#404040",
-)
-_PLOT_HEIGHT, _LABEL_HEIGHT, _AXES_HEIGHT = (
-    230,
-    15,
-    70,
-)  # pixels: of a plot, of a label, and of what is around a plot's frame
-_MIN_PLOT_WIDTH = (
-    400  # pixels; in a window that is narrower than two of them, as JupyterLab's are, one stands below the other
-)
-_MAX_NAME_CHARACTERS = 80  # of a network; arbitrary
+_OTHERS_COLOR, _TOTAL_COLOR, _DONE_BEFORE_COLOR = "#79706e", "#404040", "#a3a3a3"
+_FAILED_COLOR, _RETRYING_COLOR, _PENDING_COLOR = "#d62728", "#ff9d1c", "#e6e6e6"
+_PLOT_HEIGHT, _LABEL_HEIGHT, _AXES_HEIGHT = 230, 15, 70  # pixels: of a plot, a label, and what surrounds a plot's frame
+_MIN_PLOT_WIDTH = 400  # pixels; in a window narrower than two plots, like JupyterLab's, one is below the other
+_MAX_NAME_CHARACTERS = 80  # of a model; arbitrary
 _FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px"
 
 
 def install_page(scheduler: Scheduler, registry: RunRegistry) -> bool:
-    """Add the page to a scheduler's dashboard, shown from ``board``; whether there is a dashboard."""
-    served = scheduler.http_application.applications
-    of_dask = next((application for application in served if isinstance(application, BokehTornado)), None)
-    if of_dask is None:
+    """Add the page to a scheduler's dashboard, fed from ``registry``; return whether there is a dashboard."""
+    applications = scheduler.http_application.applications
+    dashboard = next((application for application in applications if isinstance(application, BokehTornado)), None)
+    if dashboard is None:
         return False
     variables = template_variables(scheduler)
     # These lists are the ones that the dashboard's own pages are drawn with.
@@ -91,19 +71,19 @@ def install_page(scheduler: Scheduler, registry: RunRegistry) -> bool:
 
     def render_page(scheduler: Scheduler, extra: Mapping[str, Any], doc: Any) -> None:
         fill_document(registry, doc)
-        doc.template = env.from_string(_TEMPLATE)
+        doc.template = env.from_string(Path(__file__).with_name("page.html.j2").read_text("utf-8"))
         doc.template_variables.update(extra)
 
     def render_plot(scheduler: Scheduler, extra: Mapping[str, Any], doc: Any) -> None:
         fill_document(registry, doc)
 
     pages = {PAGE_PATH: render_page, PLOT_PATH: render_plot}
-    ours = BokehApplication(pages, scheduler, prefix=of_dask.prefix, template_variables=variables)
-    scheduler.http_application.add_application(ours)
-    ours.initialize(IOLoop.current())
-    ours.start()
-    # Only to be listed there: the plot is served, and its readers are seen to, by the application beside it.
-    of_dask._applications[PLOT_PATH] = ApplicationContext(Application(), url=PLOT_PATH, io_loop=IOLoop.current())
+    added = BokehApplication(pages, scheduler, prefix=dashboard.prefix, template_variables=variables)
+    scheduler.http_application.add_application(added)
+    added.initialize(IOLoop.current())
+    added.start()
+    # Only to be listed there: the application beside it serves the plot and its readers.
+    dashboard._applications[PLOT_PATH] = ApplicationContext(Application(), url=PLOT_PATH, io_loop=IOLoop.current())
     return True
 
 
@@ -118,7 +98,7 @@ def fill_document(registry: RunRegistry, doc: Any) -> None:
 
 
 class PageView:
-    """What one reader sees: the run that was chosen, or the latest."""
+    """The page as one reader sees it: the run that was chosen, or the latest."""
 
     def __init__(self, registry: RunRegistry) -> None:
         self._registry = registry
@@ -143,54 +123,55 @@ class PageView:
         self.root = column(top, self._body, sizing_mode="stretch_width")
 
     def update(self) -> None:
-        """Draw again, where there is news."""
-        runs = {shown.snapshot.status.run: shown for shown in self._registry.runs}
+        """Redraw the page if there is news."""
+        runs = {run.snapshot.status.run: run for run in self._registry.runs}
         if not runs:
             return
-        going_on = (each for each in runs.values() if _get_state(each) == _RUNNING)
-        shown = runs.get(self._run_select.value) or next(going_on, next(iter(runs.values())))
-        choice = [("", "the latest"), *_format_titles(runs)]
-        n_others = sum(_get_state(other) == _RUNNING for other in runs.values() if other is not shown)
-        seen = (shown.snapshot.status.run, shown.n_updates, choice)
-        if seen != self._drawn_state:
-            self._drawn_state = seen
-            self._run_select.options = choice
+        running = (run for run in runs.values() if _get_state(run) == _RUNNING)
+        shown = runs.get(self._run_select.value) or next(running, next(iter(runs.values())))
+        options = [("", "the latest"), *_format_titles(runs)]
+        n_others = sum(_get_state(run) == _RUNNING for run in runs.values() if run is not shown)
+        state = (shown.snapshot.status.run, shown.n_updates, options)
+        if state != self._drawn_state:
+            self._drawn_state = state
+            self._run_select.options = options
             self._draw(shown, n_others)
 
     def _draw(self, run: RunView, n_others: int) -> None:
         status = run.snapshot.status
-        colours = _assign_colors(status.devices)
+        colors = _assign_colors(status.devices)
         self._body.visible = True
         self._headline.text = _render_headline(run, n_others)
-        self._throughput_plot.draw(run, colours)
-        self._shares_plot.draw(status.devices, colours)
-        self._chunk_map_plot.draw(run, colours)
-        self._device_table.stylesheets = [_TABLE_STYLE, *_make_swatch_styles(colours)]
-        self._device_table.text = format_html_table(
-            DEVICE_HEADERS, [format_device(device, status) for device in status.devices]
-        )
+        self._throughput_plot.draw(run, colors)
+        self._shares_plot.draw(status.devices, colors)
+        self._chunk_map_plot.draw(run, colors)
+        self._device_table.stylesheets = [_TABLE_STYLE, *_make_swatch_styles(colors)]
+        self._device_table.text = format_html_table(DEVICE_HEADERS, format_devices(status))
         self._error_table.stylesheets = [_TABLE_STYLE]
         self._error_table.text = _render_errors(run)
+
+
+def _make_source(name: str, *columns: str) -> ColumnDataSource:
+    """Make what a plot is drawn from, empty at first."""
+    return ColumnDataSource({column: [] for column in columns}, name=name)
+
+
+def _make_plot(height: int, **options: Any) -> Any:
+    """Make an empty plot without tools."""
+    how = {"x_range": Range1d(0, 1), "sizing_mode": "stretch_width", "tools": "", "toolbar_location": None}
+    return figure(height=height, **how, **options)
 
 
 class _ThroughputPlot:
     """Rows/s of each device over time."""
 
     def __init__(self) -> None:
-        names = ("xs", "ys", "colour", "device", "width")
-        self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-speeds")
-        self.root = figure(
-            title=f"rows/s, over {THROUGHPUT_WINDOW_SECONDS:.0f} s each (dark: all devices)",
-            x_axis_label="seconds",
-            x_range=Range1d(0, 1),
-            y_range=Range1d(0, 1),
-            height=_PLOT_HEIGHT,
-            min_width=_MIN_PLOT_WIDTH,
-            sizing_mode="stretch_width",
-            tools="",
-            toolbar_location=None,
+        self._source = _make_source("daskinfer-speeds", "xs", "ys", "color", "device", "width")
+        title = f"rows/s, {THROUGHPUT_WINDOW_SECONDS:.0f} s averages (dark: all devices)"
+        self.root = _make_plot(
+            _PLOT_HEIGHT, title=title, x_axis_label="seconds", y_range=Range1d(0, 1), min_width=_MIN_PLOT_WIDTH
         )
-        lines = self.root.multi_line("xs", "ys", color="colour", line_width="width", source=self._source)
+        lines = self.root.multi_line("xs", "ys", color="color", line_width="width", source=self._source)
         self.root.add_tools(HoverTool(renderers=[lines], tooltips=[("device", "@device"), ("rows/s", "$y{0,0}")]))
         self.root.yaxis.formatter = NumeralTickFormatter(format="0,0")
 
@@ -199,39 +180,31 @@ class _ThroughputPlot:
         seconds = np.array([at for at, _ in points])
         devices = run.snapshot.status.devices
         speeds = np.zeros((len(devices), len(points)))
-        for i, (_, known) in enumerate(points):  # devices that came later were not there yet
+        for i, (_, known) in enumerate(points):  # devices that joined later were not there yet
             speeds[: len(known), i] = known
-        together = speeds.sum(axis=0)
+        total = speeds.sum(axis=0)
         self.root.x_range.end = max([1.0, *seconds])
-        self.root.y_range.end = max([1.0, *1.05 * together])
+        self.root.y_range.end = max([1.0, *1.05 * total])
         self._source.data = {
             "xs": [seconds] * (len(devices) + 1),
-            "ys": [together, *speeds],
-            "colour": [_TOTAL_COLOR, *colors],
+            "ys": [total, *speeds],
+            "color": [_TOTAL_COLOR, *colors],
             "device": ["all", *(device.device for device in devices)],
             "width": [1.5] + [2.5] * len(devices),
         }
 
 
 class _SharesPlot:
-    """Which share of the rows each device was asked for, and which it has done."""
+    """The share of the rows that was requested of each device, and the share that it has done."""
 
     def __init__(self) -> None:
-        names = ("device", "asked", "done", "colour")
-        self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-shares")
-        self.root = figure(
-            title="share of the rows (grey: as planned, coloured: done)",
-            x_range=Range1d(0, 1),
-            y_range=FactorRange(" "),
-            height=_PLOT_HEIGHT,
-            min_width=_MIN_PLOT_WIDTH,
-            sizing_mode="stretch_width",
-            tools="",
-            toolbar_location=None,
-        )
-        self.root.hbar("device", right="asked", height=0.8, color=_PENDING_COLOR, line_color="#bbbbbb", source=self._source)
-        self.root.hbar("device", right="done", height=0.4, color="colour", source=self._source)
-        tooltips = [("device", "@device"), ("planned", "@asked{0.0%}"), ("done", "@done{0.0%}")]
+        self._source = _make_source("daskinfer-shares", "device", "requested", "done", "color")
+        title = "share of rows (grey: requested, coloured: done)"
+        self.root = _make_plot(_PLOT_HEIGHT, title=title, y_range=FactorRange(" "), min_width=_MIN_PLOT_WIDTH)
+        requested = {"right": "requested", "color": _PENDING_COLOR, "line_color": "#bbbbbb"}
+        self.root.hbar("device", height=0.8, source=self._source, **requested)
+        self.root.hbar("device", height=0.4, source=self._source, right="done", color="color")
+        tooltips = [("device", "@device"), ("requested", "@requested{0.0%}"), ("done", "@done{0.0%}")]
         self.root.add_tools(HoverTool(tooltips=tooltips))
         self.root.xaxis.formatter = NumeralTickFormatter(format="0%")
         self.root.ygrid.visible = False
@@ -245,46 +218,39 @@ class _SharesPlot:
         self.root.x_range.end = 1.05 * max(shares, default=0.0) or 1.0
         self._source.data = {
             "device": names,
-            "asked": [device.asked_share for device in devices],
+            "requested": [device.asked_share for device in devices],
             "done": [device.done_share for device in devices],
-            "colour": list(colors),
+            "color": list(colors),
         }
 
 
 class _ChunkMapPlot:
-    """All rows from left to right, coloured by device and by what has become of them."""
+    """All rows from left to right, coloured by device and state."""
 
     def __init__(self) -> None:
-        names = ("left", "right", "zero", "done", "in_flight", "failed", "again", "colour")
-        self._source = ColumnDataSource({name: [] for name in names}, name="daskinfer-cells")
-        plot = figure(
-            x_axis_label="row",
-            x_range=Range1d(0, 1),
-            y_range=Range1d(0, 1),
-            height=125,
-            sizing_mode="stretch_width",
-            tools="",
-            toolbar_location=None,
-            background_fill_color=_PENDING_COLOR,
-        )
+        columns = ("left", "right", "zero", "done", "in_flight", "failed", "retrying", "color")
+        self._source = _make_source("daskinfer-cells", *columns)
+        plot = _make_plot(125, x_axis_label="row", y_range=Range1d(0, 1), background_fill_color=_PENDING_COLOR)
         quads = {"left": "left", "right": "right", "line_color": None, "source": self._source}
-        plot.quad(bottom="zero", top="done", color="colour", **quads)
-        plot.quad(bottom="done", top="in_flight", color="colour", alpha=0.45, **quads)
+        plot.quad(bottom="zero", top="done", color="color", **quads)
+        plot.quad(bottom="done", top="in_flight", color="color", alpha=0.45, **quads)
         plot.quad(bottom="in_flight", top="failed", color=_FAILED_COLOR, **quads)
-        plot.quad(bottom="again", top=1.0, color=_RETRYING_COLOR, **quads)
+        plot.quad(bottom="retrying", top=1.0, color=_RETRYING_COLOR, **quads)
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
         plot.yaxis.visible = plot.grid.visible = False
         self._x_range = plot.x_range
-        # No title of the plot's: that is cut off in a narrow window, where this goes on in a second line.
-        legend = Div(text=_LEGEND_HTML, sizing_mode="stretch_width", stylesheets=[_WIDE_STYLE])
-        self.root = column(legend, plot, sizing_mode="stretch_width")
+        # Not the plot's title, which a narrow window cuts off: this wraps to a second line.
+        text = render_template("diagnostics/dashboard/legend.html.j2", font=_FONT, entries=_LEGEND_ENTRIES)
+        self.root = column(
+            Div(text=text, sizing_mode="stretch_width", stylesheets=[_WIDE_STYLE]), plot, sizing_mode="stretch_width"
+        )
 
     def draw(self, run: RunView, colors: Sequence[str]) -> None:
         cells = run.snapshot.cells
         bars = np.array([list(part) for part in (cells.done, cells.in_flight, cells.failed, cells.retrying, cells.device)])
-        # Neighbours that look the same are one bar: seams between them show.
+        # Equal neighbours become one bar: a seam between them would show.
         first = np.flatnonzero(np.any(bars != np.roll(bars, 1, axis=1), axis=0) | (np.arange(bars.shape[1]) == 0))
-        done, in_flight, failed, again = bars[:4, first] / 100
+        done, in_flight, failed, retrying = bars[:4, first] / 100
         edges = cells.start + np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
         by_number = dict(enumerate(colors)) | {UNKNOWN_DEVICE: _DONE_BEFORE_COLOR}
         self._x_range.start, self._x_range.end = cells.start, cells.start + max(1, cells.n_rows)
@@ -295,14 +261,14 @@ class _ChunkMapPlot:
             "done": done,
             "in_flight": done + in_flight,
             "failed": done + in_flight + failed,
-            "again": np.where(again > 0, 0.85, 1.0),  # a band at the top
-            "colour": [by_number.get(number, _OTHERS_COLOR) for number in bars[4, first].tolist()],
+            "retrying": np.where(retrying > 0, 0.85, 1.0),  # a band at the top
+            "color": [by_number.get(number, _OTHERS_COLOR) for number in bars[4, first].tolist()],
         }
 
 
 def _assign_colors(devices: Sequence[DeviceStatus]) -> list[str]:
-    colours = list(islice(cycle(_DEVICE_COLORS), len(devices)))
-    return [_OTHERS_COLOR if device.device == OTHERS else colour for device, colour in zip(devices, colours, strict=True)]
+    colors = list(islice(cycle(_DEVICE_COLORS), len(devices)))
+    return [_OTHERS_COLOR if device.device == OTHERS else color for device, color in zip(devices, colors, strict=True)]
 
 
 def _get_state(run: RunView) -> str:
@@ -313,18 +279,18 @@ def _get_state(run: RunView) -> str:
 
 
 def _format_title(run: RunView) -> str:
-    """A run among others; its words do not change each time, or the list could not be chosen from."""
+    """Format a run's entry in the list; it must not change while the run goes on, or nobody could choose from the list."""
     began = time.strftime("%H:%M:%S", time.localtime(run.first_seen))
     return f"{began} {_shorten_name(run.snapshot.status.model)} ({_get_state(run)}), {run.snapshot.user}"
 
 
 def _format_titles(runs: dict[str, RunView]) -> list[tuple[str, str]]:
-    """Each run and its title, the latest first; those of one title are numbered in the order they came."""
+    """Return each run and its title, the latest first; equal titles are numbered, the first run first."""
     counts: Counter[str] = Counter()
     titled = []
-    for run, shown in reversed(runs.items()):
-        counts[title := _format_title(shown)] += 1
-        titled.append((run, title if counts[title] == 1 else f"{title}, no. {counts[title]}"))
+    for name, run in reversed(runs.items()):
+        counts[title := _format_title(run)] += 1
+        titled.append((name, title if counts[title] == 1 else f"{title}, no. {counts[title]}"))
     return titled[::-1]
 
 
@@ -332,57 +298,42 @@ def _shorten_name(name: str) -> str:
     return name if len(name) <= _MAX_NAME_CHARACTERS else f"{name[:_MAX_NAME_CHARACTERS]}…"
 
 
-_EMPTY_HTML = (
-    f'<div style="{_FONT}; padding: 1em">No run yet: this page fills when daskinfer computes on this cluster.</div>'
-)
-_BAR_HTML = (
-    '<div style="background: #ddd; border-radius: 3px; height: 14px; margin: 6px 0">'
-    '<div style="background: {colour}; border-radius: 3px; height: 14px; width: {percent:.2f}%"></div></div>'
-)
-
-
 def _render_headline(run: RunView, n_others: int) -> str:
     status, state = run.snapshot.status, _get_state(run)
-    gone = status.error or state == "lost"
-    bar = _BAR_HTML.format(percent=100 * status.fraction_done, colour=_FAILED_COLOR if gone else _DEVICE_COLORS[0])
-    said = format_progress(status)
+    parts = format_progress(status)
     if state in _STATE_MESSAGES:
-        said.append(_STATE_MESSAGES[state])
+        parts.append(_STATE_MESSAGES[state])
     elif status.seconds is not None and not status.ended:
         n_in_flight = sum(device.n_in_flight for device in status.devices)
-        said.append("1 chunk in flight" if n_in_flight == 1 else f"{n_in_flight:,} chunks in flight")
-    head = f"<b>{html.escape(_shorten_name(status.model))}</b>{bar}{html.escape(', '.join(said))}"
-    if n_others:
-        others = "another run goes on" if n_others == 1 else f"{n_others} other runs go on"
-        head += f"<br><i>{others} on this cluster: see the list of runs</i>"
-    return f'<div style="{_FONT}; padding: 4px 1em">{head}</div>'
+        parts.append("1 chunk in flight" if n_in_flight == 1 else f"{n_in_flight:,} chunks in flight")
+    return render_template(
+        "diagnostics/dashboard/headline.html.j2",
+        font=_FONT,
+        model=_shorten_name(status.model),
+        color=_FAILED_COLOR if status.error or state == "lost" else _DEVICE_COLORS[0],
+        percent=100 * status.fraction_done,
+        text=", ".join(parts),
+        n_others=n_others,
+    )
 
 
-_RUNNING = "goes on"
+_RUNNING = "running"
 _STATE_MESSAGES = {
-    "lost": "its client is gone before its end was heard of",
-    "silent": "nothing was heard of it for a while: its process may hang",
+    "lost": "its client disconnected before the run ended",
+    "silent": "no update for a while: its process may be hanging",
 }
 
-
-# The dashboard's bar of links lies over its pages and has room for one line of them: here it takes the room that it needs.
-_TEMPLATE = """{% extends "simple.html" %}
-{% block extra_resources %}
-<style>body { padding-top: 0 } .navbar { position: sticky; margin: 0 -10px 8px }</style>
-{% endblock %}"""
-_SWATCH_HTML = (
-    '<span style="white-space: nowrap; margin-right: 1em"><span style="background: {}; opacity: {}; display: inline-block; '
-    'width: 12px; height: 12px; margin-right: 4px; border: 1px solid #bbb"></span>{}</span>'
+_EMPTY_HTML = (
+    f'<div style="{_FONT}; padding: 1em">No run yet: this page fills when daskinfer computes on this cluster.</div>'
 )
 _LEGEND_ENTRIES = (
     (_DEVICE_COLORS[0], 1, "done, in the device's colour"),
     (_DEVICE_COLORS[0], 0.45, "in flight"),
-    (_PENDING_COLOR, 1, "waits"),
-    (_DONE_BEFORE_COLOR, 1, "done before"),
-    (_RETRYING_COLOR, 1, "tried again"),
+    (_PENDING_COLOR, 1, "pending"),
+    (_DONE_BEFORE_COLOR, 1, "done earlier"),
+    (_RETRYING_COLOR, 1, "retrying"),
     (_FAILED_COLOR, 1, "failed"),
 )
-_LEGEND_HTML = f'<div style="{_FONT}; padding: 4px 1em"><b>rows</b>&ensp;{"".join(_SWATCH_HTML.format(*s) for s in _LEGEND_ENTRIES)}</div>'
 _WRAP_STYLE = ":host { flex-wrap: wrap }"
 _WIDE_STYLE = ":host, .bk-clearfix { width: 100% }"
 _TABLE_STYLE = f"""
@@ -393,15 +344,15 @@ th {{ font-weight: normal; color: #666 }}
 
 
 def _make_swatch_styles(colors: Sequence[str]) -> list[str]:
-    """The device's colour before its name."""
+    """Make the styles that put a device's colour before its name."""
     cell = "tbody tr:nth-child({}) td:first-child {{ border-left: 10px solid {} }}"
-    return [cell.format(i, colour) for i, colour in enumerate(colors, 1)]
+    return [cell.format(i, color) for i, color in enumerate(colors, 1)]
 
 
 def _render_errors(run: RunView) -> str:
-    """The last messages of what went wrong, the latest first."""
+    """Render the last errors as a table, the latest first."""
     rows = [
-        (time.strftime("%H:%M:%S", time.localtime(t.at)), t.device, f"rows {t.start:,}:{t.stop:,}", t.exception)
-        for t in reversed(run.snapshot.errors)
+        (time.strftime("%H:%M:%S", time.localtime(one.at)), one.device, f"rows {one.start:,}:{one.stop:,}", one.exception)
+        for one in reversed(run.snapshot.errors)
     ]
-    return format_html_table(("when", "device", "", "what went wrong, the latest first"), rows) if rows else ""
+    return format_html_table(("time", "device", "", "error, the latest first"), rows) if rows else ""

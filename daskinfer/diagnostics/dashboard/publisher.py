@@ -1,4 +1,4 @@
-"""Tells the scheduler of the client that computes how a run stands."""
+"""The client's side: a listener that sends snapshots of its run to the scheduler of the client that computes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ logger = logging.getLogger(__name__)
 
 SEND_SECONDS = 0.5  # as often as the page is drawn
 INITIAL_DELAY_SECONDS = 0.5  # arbitrary; the cost of two messages is less than a hundredth of it
-RESPONSE_TIMEOUT_SECONDS = 60.0  # that a scheduler may take to answer before it is left alone; arbitrary
-MAX_ERRORS = 12  # that are told, the latest; arbitrary
-MAX_TEXT_CHARACTERS = 300  # of each, and of a network's name; arbitrary
+RESPONSE_TIMEOUT_SECONDS = 60.0  # without a response until the scheduler is given up; arbitrary
+MAX_ERRORS = 12  # in a snapshot, the latest; arbitrary
+MAX_TEXT_CHARACTERS = 300  # of each, and of a model's name; arbitrary
 
 _registered_clients: weakref.WeakSet[Client] = weakref.WeakSet()  # clients whose scheduler has the page
 
 
 class StatusPublisher:
-    """A listener that has a run shown on the dashboard of the cluster that computes it.
+    """A listener that shows its run on the dashboard of the cluster that computes it.
 
-    Note: the thread that waits for the answers tells it events, the client's loop asks how the run stands; both hold a lock,
-    for microseconds and for half a millisecond.
+    Note: the thread that waits for results passes it events, the client's loop makes snapshots; both hold a lock, for
+    microseconds and for half a millisecond.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tracker = StatusTracker()
         self._chunk_map = ChunkMap((0, 0))
-        self._device_numbers: dict[str, int] = {}  # of devices, in the order in which Standing has them
+        self._device_numbers: dict[str, int] = {}  # in the order of Status.devices
         self._errors: deque[ChunkErrorRecord] = deque(maxlen=MAX_ERRORS)
         self._client: Client | None = None
         self._ended = asyncio.Event()
@@ -54,37 +54,34 @@ class StatusPublisher:
 
     def __call__(self, event: Event) -> None:
         self._tracker(event)
-        if see := _HANDLERS.get(type(event)):
+        if handle := _HANDLERS.get(type(event)):
             with self._lock:
-                see(self, event)
+                handle(self, event)
         if isinstance(event, RunEnded) and self._client is not None:
             self._client.loop.add_callback(self._ended.set)
 
     def attach_client(self, client: Client) -> None:
-        """The run is computed by this client's cluster: show it there, from now on."""
+        """Show the run on the dashboard of this client's cluster, from now on."""
         if self._client is None:
             self._client = client
             client.loop.add_callback(self._publish, client)
 
     def make_snapshot(self, now: float) -> Snapshot:
-        """How the run stands ``now``, in seconds since 1970."""
+        """Return a snapshot of the run ``now``, in seconds since 1970."""
         status = self._tracker.get_status(now)
         with self._lock:
-            told = tuple(self._errors)
-            cells = self._chunk_map.get_cells()
-        model, error = status.model[:MAX_TEXT_CHARACTERS], status.error[:MAX_TEXT_CHARACTERS]
-        client = "" if self._client is None else self._client.id
-        return Snapshot(
-            replace(status, devices=limit_devices(status.devices), model=model, error=error),
-            cells,
-            told,
-            _get_user(),
-            client,
+            errors, cells = tuple(self._errors), self._chunk_map.get_cells()
+        status = replace(
+            status,
+            devices=limit_devices(status.devices),
+            model=status.model[:MAX_TEXT_CHARACTERS],
+            error=status.error[:MAX_TEXT_CHARACTERS],
         )
+        return Snapshot(status, cells, errors, _get_user(), "" if self._client is None else self._client.id)
 
     def _handle_run_started(self, event: RunStarted) -> None:
         self._chunk_map = ChunkMap(event.rows, event.done)
-        self._device_numbers = {asked.device: number for number, asked in enumerate(event.devices)}
+        self._device_numbers = {planned.device: number for number, planned in enumerate(event.devices)}
 
     def _handle_chunk_started(self, event: ChunkStarted) -> None:
         self._chunk_map.mark_started(event, self._get_device_number(event.device))
@@ -109,27 +106,27 @@ class StatusPublisher:
         self._errors.append(ChunkErrorRecord(at, start, stop, device, exception[:MAX_TEXT_CHARACTERS]))
 
     async def _publish(self, client: Client) -> None:
-        """Tell the scheduler how the run stands, until it has ended."""
+        """Send snapshots to the scheduler until the run has ended."""
         try:
             if await self._wait_ended(INITIAL_DELAY_SECONDS) and self._succeeded:
                 return
             if client not in _registered_clients:
                 await client.register_plugin(DashboardPlugin())
             while True:
-                over = self._ended.is_set()  # asked first: what is told after it is the end
+                is_last = self._ended.is_set()  # read before sending, so that the last snapshot has the end
                 await self._send_snapshot(client)
-                if over:
+                if is_last:
                     return
                 await self._wait_ended(SEND_SECONDS)
-        except (Exception, asyncio.CancelledError) as error:  # cancelled: the loop ends
+        except (Exception, asyncio.CancelledError) as error:  # cancelled: the loop stops
             _registered_clients.discard(client)
-            logger.debug("the dashboard shows this run no more: %s: %s", type(error).__name__, error)
+            logger.debug("the dashboard no longer shows this run: %s: %s", type(error).__name__, error)
 
     async def _send_snapshot(self, client: Client) -> None:
         message = self.make_snapshot(time.time()).to_message()
-        why = await asyncio.wait_for(getattr(client.scheduler, HANDLER)(message=message), RESPONSE_TIMEOUT_SECONDS)
-        if why:
-            raise _PageUnavailableError(why)
+        problem = await asyncio.wait_for(getattr(client.scheduler, HANDLER)(message=message), RESPONSE_TIMEOUT_SECONDS)
+        if problem:
+            raise _PageUnavailableError(problem)
         if client not in _registered_clients:
             _registered_clients.add(client)
             logger.info("runs are shown at %s", str(client.dashboard_link).replace("/status", "/daskinfer"))
@@ -144,15 +141,15 @@ class StatusPublisher:
 
 @functools.cache
 def _get_user() -> str:
-    """The user and the host of this process, as far as they have names."""
+    """Return user@host of this process, or the host alone if the user has no name."""
     user = ""
-    with contextlib.suppress(Exception):  # a number without a name, as in containers, raises what the system pleases
+    with contextlib.suppress(Exception):  # without a name, as in containers, the error depends on the system
         user = f"{getpass.getuser()}@"
     return f"{user}{platform.node()}"[:MAX_TEXT_CHARACTERS]
 
 
 class _PageUnavailableError(Exception):
-    """The scheduler has no page; its argument says why."""
+    """The scheduler cannot show the page; the argument is the reason."""
 
 
 _HANDLERS: dict[type[Event], Callable[[StatusPublisher, Any], None]] = {

@@ -1,8 +1,7 @@
-"""The last runs as a scheduler knows them: what their clients told of them, boundedly much.
+"""The latest runs as a scheduler knows them, in bounded memory: the snapshots that their clients sent.
 
-A client does not pass its events on: it sums them up and tells how the run stands, which is some kilobytes whatever the run,
-and complete: one message that is lost, or a scheduler that was met late, leaves no hole. What the scheduler adds is the
-course of the speeds over time.
+A client does not forward its events: it adds them up and sends a snapshot, which is some kilobytes for any run, and
+complete: a lost message, or a scheduler that is reached late, leaves no gap. The scheduler adds the throughput over time.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from daskinfer.diagnostics.dashboard.chunk_map import CellStates
-from daskinfer.diagnostics.status import DeviceStatus, Status
+from daskinfer.diagnostics.device_stats import DeviceStatus, merge_devices
+from daskinfer.diagnostics.status import Status
 
-MAX_RUNS = 12  # that are kept, the latest; arbitrary
-MAX_DEVICES = 24  # that are told apart, as colours are; arbitrary
-MAX_POINTS = 400  # of time; half as many once there are more
-STEP_SECONDS = 0.5  # between two of them, at first
+MAX_RUNS = 12  # kept, the latest; arbitrary
+MAX_DEVICES = 24  # told apart, like their colours; arbitrary
+MAX_POINTS = 400  # of time; halved once there are more
+STEP_SECONDS = 0.5  # between two of them, initially
 OTHERS = "others"
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkErrorRecord:
-    """Rows ``start:stop`` that came back without an answer, and why; ``at`` in seconds since 1970 by the client's clock."""
+    """A failed attempt at rows ``start:stop``, and its error; ``at`` in seconds since 1970 by the client's clock."""
 
     at: float
     start: int
@@ -35,9 +35,9 @@ class ChunkErrorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How a run stands: all that the page shows of it at one moment, ``MAX_DEVICES`` devices at most.
+    """All that the page shows of a run at one moment, with ``MAX_DEVICES`` devices at most.
 
-    ``user`` is the user and host that computes, ``client`` the id of its client.
+    ``user`` is the user and host that started it, ``client`` the id of its client.
     """
 
     status: Status
@@ -47,33 +47,33 @@ class Snapshot:
     client: str = ""
 
     def to_message(self) -> dict[str, Any]:
-        """The same in plain values, for one message."""
+        """Convert it to plain values, for one message."""
         return asdict(self)
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Snapshot:
-        """What a message says.
+        """Read a message.
 
         Raises
         ------
         TypeError, KeyError
-            Where another version of daskinfer wrote it.
+            If another version of daskinfer wrote it.
         """
         devices = tuple(DeviceStatus(**device) for device in message["status"]["devices"])
         status = Status(**{**message["status"], "devices": devices})
-        troubles = tuple(ChunkErrorRecord(**trouble) for trouble in message["troubles"])
-        return Snapshot(status, CellStates(**message["cells"]), troubles, message["who"], message["client"])
+        errors = tuple(ChunkErrorRecord(**error) for error in message["errors"])
+        return Snapshot(status, CellStates(**message["cells"]), errors, message["user"], message["client"])
 
 
 @dataclass
 class ThroughputHistory:
-    """Rows/s over time, by device in the order in which they came; halved when it grows too long."""
+    """Rows/s over time, by device in the order of their arrival; thinned out when it grows too long."""
 
     points: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
     step: float = STEP_SECONDS
 
     def add(self, seconds: float, speeds: tuple[float, ...]) -> None:
-        """One more point; of each step the last one stays."""
+        """Add a point; of each step only the last is kept."""
         points = self.points
         if points and points[-1][0] // self.step == seconds // self.step:
             points.pop()
@@ -85,9 +85,9 @@ class ThroughputHistory:
 
 @dataclass
 class RunView:
-    """A run that is shown: its latest snapshot, its course, and when it was first and last heard of by this clock.
+    """A run that is shown: its latest snapshot, its throughput, and when its first and last snapshot arrived by this clock.
 
-    ``lost``: its client is gone.
+    ``lost``: its client disconnected before the run ended.
     """
 
     snapshot: Snapshot
@@ -99,56 +99,41 @@ class RunView:
 
 
 class RunRegistry:
-    """Keeps the last runs; all clients of a scheduler tell the same one.
+    """Keeps the latest runs; all clients of a scheduler send to the same one.
 
-    Note: only for the scheduler's loop.
+    Note: only used on the scheduler's loop.
     """
 
     def __init__(self) -> None:
         self._runs: dict[str, RunView] = {}
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """What a client tells of a run."""
+        """Take a client's snapshot of a run."""
         snapshot, now = Snapshot.from_message(message), time.time()
         status = snapshot.status
-        # Those heard of last come last: a run that goes on is never the one that has to leave.
-        shown = self._runs.pop(status.run) if status.run in self._runs else RunView(snapshot, now, now)
-        self._runs[status.run] = shown
-        shown.snapshot, shown.last_seen, shown.n_updates, shown.lost = snapshot, now, shown.n_updates + 1, False
-        if status.seconds is not None and status.seconds >= STEP_SECONDS:  # before, one chunk makes any speed
-            shown.throughput.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
+        # Those updated last come last: a run that is still running is never the one to be dropped.
+        run = self._runs.pop(status.run) if status.run in self._runs else RunView(snapshot, now, now)
+        self._runs[status.run] = run
+        run.snapshot, run.last_seen, run.n_updates, run.lost = snapshot, now, run.n_updates + 1, False
+        if status.seconds is not None and status.seconds >= STEP_SECONDS:  # before that, one chunk gives any throughput
+            run.throughput.add(status.seconds, tuple(device.rows_per_second for device in status.devices))
         while len(self._runs) > MAX_RUNS:
             del self._runs[next(iter(self._runs))]
 
     def mark_lost(self, client: str) -> None:
-        """A client is gone, and with it the runs of it that have not ended."""
-        for shown in self._runs.values():
-            if shown.snapshot.client == client:
-                shown.lost = not shown.snapshot.status.ended
+        """Mark the runs of a client that disconnected, except those that have ended."""
+        for run in self._runs.values():
+            if run.snapshot.client == client:
+                run.lost = not run.snapshot.status.ended
 
     @property
     def runs(self) -> list[RunView]:
-        """All that are kept, the one that began last first."""
-        return sorted(self._runs.values(), key=lambda shown: shown.first_seen, reverse=True)
+        """All runs that are kept, the latest first."""
+        return sorted(self._runs.values(), key=lambda run: run.first_seen, reverse=True)
 
 
 def limit_devices(devices: Sequence[DeviceStatus]) -> tuple[DeviceStatus, ...]:
-    """At most ``MAX_DEVICES`` devices: the first ones, and what the others do together."""
+    """Limit devices to ``MAX_DEVICES``: the first ones, and all others as one."""
     if len(devices) <= MAX_DEVICES:
         return tuple(devices)
-    kept, others = devices[: MAX_DEVICES - 1], devices[MAX_DEVICES - 1 :]
-    together = DeviceStatus(
-        device=OTHERS,
-        label=f"{len(others)} devices",
-        kind="",
-        n_rows=sum(device.n_rows for device in others),
-        n_failed=sum(device.n_failed for device in others),
-        n_in_flight=sum(device.n_in_flight for device in others),
-        n_retried=sum(device.n_retried for device in others),
-        rows_per_second=sum(device.rows_per_second for device in others),
-        asked_share=sum(device.asked_share for device in others),
-        done_share=sum(device.done_share for device in others),
-        batch_size=max(device.batch_size for device in others),
-        state="",
-    )
-    return (*kept, together)
+    return (*devices[: MAX_DEVICES - 1], merge_devices(devices[MAX_DEVICES - 1 :], OTHERS))

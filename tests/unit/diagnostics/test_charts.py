@@ -1,4 +1,4 @@
-"""What pictures of a run are drawn from."""
+"""The numbers behind the charts of a run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from daskinfer.diagnostics.charts import (
     make_bars,
     render_svg,
     shorten_label,
+    stack_throughput,
 )
 from daskinfer.diagnostics.device_stats import DeviceReport
 from daskinfer.diagnostics.report import RunReport
@@ -33,8 +34,8 @@ def span(device: str, began: float, seconds: float, n_rows: int = 8) -> Span:
     return Span(device, 0, n_rows, 1, n_rows, nothing, (began, began + seconds), nothing)
 
 
-def test_what_took_no_time_has_no_bar() -> None:
-    """A bar for each part of a span that took time, from the first one's begin on; none of nothing."""
+def test_a_stage_that_took_no_time_has_no_bar() -> None:
+    """There is a bar for each stage of a span that took time, counted from the first one's begin."""
     both = [Span("a", 0, 8, 1, 8, (5.0, 6.0), (7.0, 9.0), (9.0, 9.5)), span("b", 4.0, 2.0)]
     assert [(bar.span.device, bar.stage, bar.begin, bar.end) for bar in make_bars(both)] == [
         ("a", "read", 1.0, 2.0),
@@ -48,9 +49,9 @@ def test_what_took_no_time_has_no_bar() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 1e4), st.floats(1e-3, 1e3), st.integers(1, 1000))))
 def test_every_row_counts_once_in_the_speed(chunks: list[tuple[str, float, float, int]]) -> None:
-    """Rows/s times the seconds of the bins are the rows of each device, however chunks lie across bins."""
-    drawn = make_bars([span(device, began, seconds, n_rows) for device, began, seconds, n_rows in chunks])
-    edges, by_device = compute_throughput(drawn)
+    """Rows/s times the seconds of the bins are the rows of each device, however chunks overlap with bins."""
+    bars = make_bars([span(device, began, seconds, n_rows) for device, began, seconds, n_rows in chunks])
+    edges, by_device = compute_throughput(bars)
     assert len(edges) == N_BINS + 1
     assert set(by_device) == {device for device, *_ in chunks}
     for device, speed in by_device.items():
@@ -58,15 +59,28 @@ def test_every_row_counts_once_in_the_speed(chunks: list[tuple[str, float, float
         assert sum(speed) * edges[1] == pytest.approx(n_rows, rel=1e-6)
 
 
+def test_throughput_is_stacked() -> None:
+    """Each device's rows/s begin where those of the device before it end, in the devices' order and colours."""
+    edges, (first, idle, last) = stack_throughput(["a", "c", "b"], make_bars([span("a", 0.0, 2.0), span("b", 0.0, 2.0, 16)]))
+    assert (len(edges), first.device, idle.device, last.device) == (N_BINS + 1, "a", "c", "b")
+    assert (first.bottom[0], first.top[0], idle.top, last.top[0]) == (
+        0.0,
+        pytest.approx(4.0),
+        first.top,
+        pytest.approx(12.0),
+    )
+    assert (first.color, last.color) == (get_device_color(0), get_device_color(2))
+
+
 def test_devices_are_those_of_the_plan_first() -> None:
-    """The plan's devices in its order, those that did nothing too, then whatever else has a span."""
+    """The plan's devices come first in its order, including idle ones, then any other that has a span."""
     devices = tuple(DeviceReport(name, "", 0, 0, 0.0, 0.0, 0.0) for name in ("b", "a"))
     report = RunReport(0, 0.0, 1, devices, timeline=(span("c", 0.0, 1.0), span("a", 0.0, 1.0)))
     assert list_device_names(report) == ["b", "a", "c"]
 
 
-def test_who_waited_for_the_last() -> None:
-    """Each device that did something waited for the last; one without a chunk has no time."""
+def test_idle_until_the_last_finished() -> None:
+    """Each device that did something was idle until the last one finished; one without a chunk has no time."""
     devices = [DeviceReport(name, "", n, 0, 0.0, 0.0, 0.0, ended=at) for name, n, at in [("a", 1, 7.0), ("b", 2, 9.5)]]
     idle = DeviceReport("c", "", 0, 0, 0.0, 0.0, 0.0)
     assert compute_idle_seconds([*devices, idle]) == {"a": 2.5, "b": 0.0}
@@ -74,7 +88,7 @@ def test_who_waited_for_the_last() -> None:
 
 
 def test_names_and_colours_are_bounded() -> None:
-    """A long name is cut for an axis; colours begin anew once they are used up."""
+    """A long name is shortened for an axis; colours repeat once they are used up."""
     assert (shorten_label("cuda:0"), shorten_label("x" * 24), shorten_label("x" * 25)) == (
         "cuda:0",
         "x" * 24,
@@ -91,7 +105,7 @@ def paths(picture: str) -> list[tuple[str | None, str | None, str | None]]:
 
 
 def test_the_small_picture() -> None:
-    """A line where a device was busy, paler where it was busy for a part of the time; nothing where nothing was done."""
+    """A line shows when a device was busy, paler if it was busy part of the time; without bars there is no picture."""
     whole = [span("<a>", 0.0, 32.0), *(span("b", at, 0.05) for at in range(32))]
     (busy, rare) = paths(render_svg(["<a>", "b"], make_bars(whole)))
     assert busy == ("#0072b2", "1", "M0 10h320")
@@ -102,16 +116,16 @@ def test_the_small_picture() -> None:
 
 
 def test_the_small_picture_stays_small() -> None:
-    """Below 20 kB for the most devices and chunks; devices beyond those shown are counted."""
+    """It stays below 20 kB with the most devices and chunks; devices that are not shown are counted."""
     devices = [f"cuda:{i}" for i in range(MAX_SVG_DEVICES + 3)]
     stretches = [(j * 0.71 + 0.01 * i, 0.1 + (i * j % 7) / 12) for i in range(len(devices)) for j in range(200)]
-    drawn = [
+    bars = [
         Bar(span(device, 0.0, 1.0), lane, begin, begin + seconds)
         for device in devices
         for lane in ("read", "compute", "write")
         for begin, seconds in stretches[:200]
     ]
-    picture = render_svg(devices, drawn)
+    picture = render_svg(devices, bars)
     assert len(picture) < 20_000
     assert " and 3 more devices" in "".join(ElementTree.fromstring(picture).itertext())
     assert "cuda:16" not in picture

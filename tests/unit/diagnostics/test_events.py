@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, through ``progress=``."""
+"""The events of a run, through ``progress=``."""
 
 from __future__ import annotations
 
@@ -48,31 +48,31 @@ def kinds(events: list[Event]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
-def test_events_tell_a_run(two_cpus: list[str], devices: Any) -> None:
-    """Each chunk starts and is done, between the run's start and end, and together they are the input."""
-    told: list[Event] = []
-    y, report = di.predict(double, X, devices=devices, batch_size=50, progress=told.append, return_report=True)
-    first, *between, last = told
+def test_events_describe_a_run(two_cpus: list[str], devices: Any) -> None:
+    """Each chunk starts and is done between the run's start and end, and together they are the input."""
+    events: list[Event] = []
+    y, report = di.predict(double, X, devices=devices, batch_size=50, progress=events.append, return_report=True)
+    first, *between, last = events
     assert isinstance(first, RunStarted)
     assert isinstance(last, RunEnded)
     assert (first.n_rows, first.n_rows_before, last.error) == (1000, 0, "")
-    assert sum(asked.share for asked in first.devices) == pytest.approx(1)
+    assert sum(planned.share for planned in first.devices) == pytest.approx(1)
     done = sorted((event.start, event.stop) for event in between if isinstance(event, ChunkDone))
     assert sorted((event.start, event.stop) for event in between if isinstance(event, ChunkStarted)) == done
     assert [row for start, stop in done for row in range(start, stop)] == list(range(1000))
-    assert len({event.run for event in told}) == 1
-    assert all(before.at <= after.at for before, after in itertools.pairwise(told))
+    assert len({event.run for event in events}) == 1
+    assert all(before.at <= after.at for before, after in itertools.pairwise(events))
     assert (report.rows, sum(d.n_chunks for d in report.devices)) == (1000, len(done))
     np.testing.assert_array_equal(y, 2 * X)
 
 
 def test_times_and_memory_of_a_chunk(two_cpus: list[str]) -> None:
-    """A receipt says when its chunk was read, computed and done, in that order, and what its worker held."""
-    told: list[Event] = []
-    di.predict(double, X, devices=two_cpus, batch_size=50, progress=told.append)
-    for event in told:
+    """The stats of a chunk tell when it was read, computed and done, in that order, and how much memory was held."""
+    events: list[Event] = []
+    di.predict(double, X, devices=two_cpus, batch_size=50, progress=events.append)
+    for event in events:
         if isinstance(event, ChunkDone):
-            assert told[0].at <= event.stats.read_began <= event.stats.began <= event.stats.ended <= event.at
+            assert events[0].at <= event.stats.read_began <= event.stats.began <= event.stats.ended <= event.at
             assert event.stats.peak_nbytes > 10 << 20
 
 
@@ -84,57 +84,58 @@ def test_events_are_records() -> None:
         event.at = 2.0  # type: ignore[misc]
 
 
-def test_runs_are_told_apart(two_cpus: list[str]) -> None:
-    """Two calls at a time on one cluster: each listener hears of its own only."""
-    told: list[list[Event]] = [[], []]
+def test_runs_are_kept_apart(two_cpus: list[str]) -> None:
+    """With two concurrent calls on one cluster, each listener gets the events of its own call only."""
+    events: list[list[Event]] = [[], []]
     with ThreadPoolExecutor(2) as pool:
-        for heard in told:
-            pool.submit(di.predict, double, X, devices=two_cpus, batch_size=50, progress=heard.append)
-    assert [kinds(heard)["RunEnded"] for heard in told] == [1, 1]
-    assert told[0][0].run != told[1][0].run
-    assert all(event.run == heard[0].run for heard in told for event in heard)
+        for received in events:
+            pool.submit(di.predict, double, X, devices=two_cpus, batch_size=50, progress=received.append)
+    assert [kinds(received)["RunEnded"] for received in events] == [1, 1]
+    assert events[0][0].run != events[1][0].run
+    assert all(event.run == received[0].run for received in events for event in received)
 
 
 def test_a_listener_that_raises_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """It is warned of once, and the answer is right."""
+    """It is disabled with one warning, and the result is right."""
 
-    def raises(event: Event) -> None:
+    def broken(event: Event) -> None:
         raise ValueError("no")
 
     with caplog.at_level(logging.WARNING, "daskinfer"):
-        np.testing.assert_array_equal(di.predict(double, X, devices="inline", progress=raises), 2 * X)
-    assert [record.getMessage().partition(" by ")[0] for record in caplog.records] == ["progress is shown no more"]
-    assert "ValueError: no" in caplog.text
+        np.testing.assert_array_equal(di.predict(double, X, devices="inline", progress=broken), 2 * X)
+    assert [record.getMessage() for record in caplog.records] == [
+        "progress callback broken raised ValueError and was disabled: no"
+    ]
 
 
-def test_attempts_that_failed_are_told(two_cpus: list[str], tmp_path: Path) -> None:
-    """A chunk that is tried again starts again; the report counts it."""
-    told: list[Event] = []
-    net = faulty.network(tmp_path, faulty.raises(faulty.bad), [1234], times=1)
+def test_failed_attempts_are_events(two_cpus: list[str], tmp_path: Path) -> None:
+    """A chunk that is retried starts again; the report counts it."""
+    events: list[Event] = []
+    net = faulty.make_model(tmp_path, faulty.raise_error(faulty.make_bad_row_error), [1234], times=1)
     _, report = di.predict(
-        net, faulty.X, devices=two_cpus, batch_size=faulty.CHUNK_ROWS, progress=told.append, return_report=True
+        net, faulty.X, devices=two_cpus, batch_size=faulty.CHUNK_ROWS, progress=events.append, return_report=True
     )
-    failed = [event for event in told if isinstance(event, ChunkFailed)]
+    failed = [event for event in events if isinstance(event, ChunkFailed)]
     assert failed
     assert all("bad 1234" in event.exception for event in failed)
-    assert kinds(told)["ChunkStarted"] == kinds(told)["ChunkDone"] + len(failed)
+    assert kinds(events)["ChunkStarted"] == kinds(events)["ChunkDone"] + len(failed)
     assert report.n_retried == len(failed)
 
 
 @pytest.mark.parametrize("devices", ["inline", ["cpu", "cpu"]])
 def test_what_starts_comes_back(two_cpus: list[str], devices: Any) -> None:
-    """Chunks that cannot be read are given up: none is in flight at the end, and never less than none."""
+    """Chunks that cannot be read are given up: none is in flight at the end, and never fewer than none."""
 
     def block(block_id: tuple[int]) -> Any:
         if block_id == (3,):
             raise OSError("no such block")
         return X[:100]
 
-    standing, seen, told = StatusTracker(), [], list[Event]()
+    standing, seen, events = StatusTracker(), [], list[Event]()
 
     def look(event: Event) -> None:
         standing(event)
-        told.append(event)
+        events.append(event)
         if not isinstance(event, RunEnded):
             seen.append(sum(device.n_in_flight for device in standing.get_status(event.at).devices))
 
@@ -142,40 +143,40 @@ def test_what_starts_comes_back(two_cpus: list[str], devices: Any) -> None:
     how = {"on_error": "skip", "retries": 1, "return_report": True}
     _, report = di.predict(double, x, devices=devices, progress=look, **how)
     assert report.failed_rows == tuple(range(300, 400))
-    assert report.n_retried == kinds(told)["ChunkFailed"] >= 2
+    assert report.n_retried == kinds(events)["ChunkFailed"] >= 2
     assert min(seen) == seen[-1] == 0
 
 
-def test_what_ended_a_run_is_told() -> None:
-    """The last event says why, whatever it was; a stream that is closed early has an end, too."""
+def test_the_reason_of_the_end() -> None:
+    """The last event has the reason, whatever it was; a stream that is closed early has an end, too."""
 
     def fails(rows: Any) -> Any:
         raise ValueError("no")
 
-    told: list[Event] = []
+    events: list[Event] = []
     with pytest.raises(di.DaskInferError, match="no"):
-        di.predict(fails, X, devices="inline", output=X[:0], retries=0, progress=told.append)
-    assert isinstance(told[-1], RunEnded)
-    assert "no" in told[-1].error
-    told.clear()
-    blocks = di.stream(double, X, devices="inline", batch_size=10, progress=told.append)
+        di.predict(fails, X, devices="inline", output=X[:0], retries=0, progress=events.append)
+    assert isinstance(events[-1], RunEnded)
+    assert "no" in events[-1].error
+    events.clear()
+    blocks = di.stream(double, X, devices="inline", batch_size=10, progress=events.append)
     next(blocks)
     blocks.close()
-    assert isinstance(told[-1], RunEnded)
-    assert told[-1].error == "closed before its end"
+    assert isinstance(events[-1], RunEnded)
+    assert events[-1].error == "closed before its end"
 
 
-def test_a_run_that_goes_on_tells_what_was_done_before(tmp_path: Path) -> None:
-    """Rows of earlier calls are in the first event; a shard tells of its own part only."""
+def test_a_resumed_run_knows_what_was_done_before(tmp_path: Path) -> None:
+    """Rows of earlier calls are in the first event; a shard's events are about its own part only."""
     np.save(tmp_path / "x.npy", X)
-    told: list[Event] = []
+    events: list[Event] = []
     for shard, rows in [((1, 2), (0, 500)), ((2, 2), (500, 1000))]:
-        told.clear()
+        events.clear()
         target = tmp_path / "y.npy"
-        di.run(double, tmp_path / "x.npy", target, devices="inline", batch_size=50, shard=shard, progress=told.append)
-        assert isinstance(told[0], RunStarted)
-        assert (told[0].rows, told[0].done, told[0].n_rows_before) == (rows, (), 0)
-    told.clear()
+        di.run(double, tmp_path / "x.npy", target, devices="inline", batch_size=50, shard=shard, progress=events.append)
+        assert isinstance(events[0], RunStarted)
+        assert (events[0].rows, events[0].done, events[0].n_rows_before) == (rows, (), 0)
+    events.clear()
     assert di.run(double, tmp_path / "x.npy", target, devices="inline", batch_size=50, shard=(1, 2)).rows_before == 500
 
     def careful(rows: Any) -> Any:
@@ -183,85 +184,85 @@ def test_a_run_that_goes_on_tells_what_was_done_before(tmp_path: Path) -> None:
             raise ValueError("not yet")
         return rows
 
-    how = {"devices": "inline", "batch_size": 50, "retries": 0, "output": X[:0], "progress": told.append}
+    how = {"devices": "inline", "batch_size": 50, "retries": 0, "output": X[:0], "progress": events.append}
     with pytest.raises(di.DaskInferError, match="not yet"):
         di.run(careful, tmp_path / "x.npy", tmp_path / "careful.npy", **how)
-    n_done = sum(event.stop - event.start for event in told if isinstance(event, ChunkDone))
+    n_done = sum(event.stop - event.start for event in events if isinstance(event, ChunkDone))
     (tmp_path / "go on").touch()
-    told.clear()
+    events.clear()
     di.run(careful, tmp_path / "x.npy", tmp_path / "careful.npy", **how)
-    assert isinstance(told[0], RunStarted)
-    assert (told[0].rows, told[0].done) == ((0, 1000), ((0, n_done),))
+    assert isinstance(events[0], RunStarted)
+    assert (events[0].rows, events[0].done) == ((0, 1000), ((0, n_done),))
     assert n_done > 0
 
 
-def test_the_micro_batch_that_was_chosen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where another micro-batch pays, an event says so, and the report has it."""
-    told: list[Event] = []
+def test_the_tuned_batch_size_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another batch size is faster, there is an event, and the report has it."""
+    events: list[Event] = []
     x = np.ones((400_000, 4), np.float32)
-    _, report = di.predict(double, x, devices="inline", progress=told.append, return_report=True)
-    chosen = [event.batch_size for event in told if isinstance(event, BatchSizeChosen)]
-    assert report.batch_size == (chosen or [told[0].batch_size])[-1]  # type: ignore[attr-defined]
+    _, report = di.predict(double, x, devices="inline", progress=events.append, return_report=True)
+    chosen = [event.batch.batch_size for event in events if isinstance(event, BatchSizeChosen)]
+    assert report.batch_size == (chosen or [events[0].batch.batch_size])[-1]  # type: ignore[attr-defined]
 
 
-def test_that_micro_batches_are_measured_is_told(two_cpus: list[str]) -> None:
-    """Before the first chunk of a network that is new to the workers an event says what takes the time."""
-    told: list[Event] = []
+def test_batch_tuning_is_an_event(two_cpus: list[str]) -> None:
+    """Before the first chunk of a model that is new to the workers, an event tells that the batch size is tuned."""
+    events: list[Event] = []
     x = np.ones((400_000, 4), np.float32)
-    di.predict(lambda batch: batch + 17, x, devices=two_cpus, progress=told.append)
-    kinds = [type(event) for event in told]
+    di.predict(lambda batch: batch + 17, x, devices=two_cpus, progress=events.append)
+    kinds = [type(event) for event in events]
     assert kinds.index(BatchTuningStarted) < kinds.index(ChunkStarted)
 
 
-def test_a_client_is_told_to_those_who_ask() -> None:
-    """Listeners with a method for it get the client; the others are left alone."""
+def test_listeners_that_take_the_client_get_it() -> None:
+    """Listeners with the method ``attach_client`` get the client; the others only the event."""
     seen: list[Any] = []
 
-    class Asks:
+    class WithClient:
         def __call__(self, event: Event) -> None:
             seen.append(event)
 
-        def connected(self, client: Any) -> None:
+        def attach_client(self, client: Any) -> None:
             seen.append(client)
 
-    EventBus([Asks(), print]).attach_client("client")
+    EventBus([WithClient(), print]).attach_client("client")
     assert seen[0] == "client"
     assert [type(event) for event in seen[1:]] == [Connected]
 
 
-def test_where_the_dashboard_is_is_told(two_cpus: list[str]) -> None:
-    """The address is that of the page on the dashboard of the cluster that computes."""
-    told: list[Event] = []
-    di.predict(double, X, devices=two_cpus, progress=told.append)
-    (found,) = [event for event in told if isinstance(event, Connected)]
+def test_the_url_of_the_dashboard(two_cpus: list[str]) -> None:
+    """The URL is that of the page on the dashboard of the cluster that computes."""
+    events: list[Event] = []
+    di.predict(double, X, devices=two_cpus, progress=events.append)
+    (found,) = [event for event in events if isinstance(event, Connected)]
     assert found.dashboard.endswith("/daskinfer")
     with urlopen(found.dashboard, timeout=60) as page:
         assert page.status == 200
 
 
 def test_no_dashboard() -> None:
-    """A cluster without one has no address."""
-    told: list[Event] = []
+    """A cluster without a dashboard has no URL."""
+    events: list[Event] = []
     with (
         di.LocalDeviceCluster("cpu", dashboard_address=None) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        di.predict(double, X, client=client, progress=told.append)
-    assert [event.dashboard for event in told if isinstance(event, Connected)] == [""]
+        di.predict(double, X, client=client, progress=events.append)
+    assert [event.dashboard for event in events if isinstance(event, Connected)] == [""]
 
 
 @pytest.fixture
 def closed() -> Iterator[None]:
-    """The cluster that is kept ends with the test, which ends a worker of it."""
+    """Close the process's cluster with the test, which kills one of its workers."""
     yield
     di.close()
 
 
-def test_a_worker_that_is_replaced_is_told(closed: None, tmp_path: Path) -> None:
-    """A chunk that hangs fails, its device is replaced, and the run goes on."""
-    told: list[Event] = []
-    net = faulty.network(tmp_path, faulty.sleeps, [1234], times=1)
+def test_a_restarted_worker_is_an_event(closed: None, tmp_path: Path) -> None:
+    """A chunk that hangs fails, its worker is restarted, and the run continues."""
+    events: list[Event] = []
+    net = faulty.make_model(tmp_path, faulty.sleep, [1234], times=1)
     how = {"devices": ["cpu", "cpu"], "batch_size": faulty.CHUNK_ROWS, "chunk_timeout": 2.0}
-    np.testing.assert_array_equal(di.predict(net, faulty.X, progress=told.append, **how), 2 * faulty.X)
-    assert [event.state for event in told if isinstance(event, DeviceChanged)] == ["replaced"]
-    assert any(isinstance(event, ChunkFailed) and event.exception == "its worker ended" for event in told)
+    np.testing.assert_array_equal(di.predict(net, faulty.X, progress=events.append, **how), 2 * faulty.X)
+    assert [event.state for event in events if isinstance(event, DeviceChanged)] == ["replaced"]
+    assert any(isinstance(event, ChunkFailed) and event.exception == "its worker died" for event in events)

@@ -14,16 +14,16 @@ from tests.unit.diagnostics.test_html_report import MATH, SCRIPT, made
 
 
 def test_the_figure_shows_the_run() -> None:
-    """Timeline, speed, shares and memory, with every device; the verdict above them."""
+    """It has timeline, throughput, shares and memory, with every device, and the verdict above them."""
     report = made(["cuda:0", "cpu:0"], 10)
     figure = report.plot()
-    timeline, speed, shares, memory = figure.axes
+    timeline, throughput, shares, memory = figure.axes
     assert report.verdict in figure.get_suptitle()
     for axes in (timeline, shares, memory):
         assert [label.get_text() for label in axes.get_yticklabels()] == ["cuda:0", "cpu:0"]
     bars = [found for found in timeline.collections if isinstance(found, PolyCollection)]
     assert sum(len(found.get_paths()) for found in bars) == 10 * 3
-    assert [label.get_text() for label in speed.get_legend().get_texts()] == ["cuda:0", "cpu:0"]
+    assert [label.get_text() for label in throughput.get_legend().get_texts()] == ["cuda:0", "cpu:0"]
     assert len(shares.patches) == 2 * 3
     assert [bar.get_width() for bar in memory.patches] == [1.0, 2.0]
     assert memory.get_xlabel() == "GiB"
@@ -41,13 +41,13 @@ def test_the_figure_shows_the_run() -> None:
     ids=["empty", "nothing done", "one chunk", "20 devices", "names that are formulas"],
 )
 def test_every_report_has_a_figure(report: RunReport) -> None:
-    """Notebooks show it without pyplot, whatever is in it, and no list of open figures grows."""
+    """Notebooks show it without pyplot, whatever is in it, and pyplot's list of open figures stays empty."""
     assert report.plot()._repr_png_().startswith(b"\x89PNG")
     assert not Gcf.figs
 
 
 def test_the_figure_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without matplotlib the error names what to install."""
+    """Without matplotlib, the error tells what to install."""
     monkeypatch.delitem(sys.modules, "daskinfer.diagnostics.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r'needs matplotlib.*pip install "daskinfer\[plot\]"; or use to_html\(\)'):

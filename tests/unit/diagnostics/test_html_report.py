@@ -1,4 +1,4 @@
-"""The page of a run: what is on it, what is no code on it, and what a real browser makes of it."""
+"""The page of a run: its content, its safety, and what a real browser makes of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import daskinfer as di
-from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, PlannedDevice, RunStarted
 from daskinfer.diagnostics.html_report import MAX_EXCEPTION_CHARACTERS, MAX_FAILURES
 from daskinfer.diagnostics.report import RunAggregator, RunReport
@@ -24,31 +24,43 @@ from tests.support import browser
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '<img src=x onerror="document.title=1">'
 MATH = ["$x^$", r"$$\frac{1}{2}$$"]
-CHARTS = ("timeline", "speed", "shares", "tail", "memory")
+CHARTS = ("timeline", "throughput", "shares", "tail", "memory")
 
 
 def made(devices: list[str], n_chunks: int, said: str = "ValueError: 3", label: str = "A100") -> RunReport:
-    """The report of chunks of 10 rows, dealt in turns: read for 0.1 s, computed for 0.8, written for 0.1; one row failed."""
-    tally = RunAggregator()
-    asked = tuple(PlannedDevice(device, label, "", 1 / len(devices)) for device in devices)
-    tally(RunStarted("a", 0.0, f"Net {said}", ("x: (9,) float32",), ("y: (9,) float32",), (0, 10 * n_chunks), (), 8, asked))
+    """The report of chunks of 10 rows, in turns: read for 0.1 s, computed for 0.8, written for 0.1; one row failed."""
+    aggregator = RunAggregator()
+    planned = tuple(PlannedDevice(device, label, "", 1 / len(devices)) for device in devices)
+    aggregator(
+        RunStarted(
+            "a",
+            0.0,
+            f"Net {said}",
+            ("x: (9,) float32",),
+            ("y: (9,) float32",),
+            (0, 10 * n_chunks),
+            (),
+            BatchConfig(8),
+            planned,
+        )
+    )
     for i in range(n_chunks):
         device, at = devices[i % len(devices)], 1000.0 + i // len(devices)
-        receipt = ChunkStats(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)
-        receipt = receipt.with_timing(read_began=at, ended=at + 1, read_seconds=0.1, write_seconds=0.1, waited_seconds=0.0)
-        receipt = ChunkStats(**{**as_dict(receipt), "peak_nbytes": (1 + i % len(devices)) << 30})
+        stats = ChunkStats(10 * i, 10 * i + 10, device, label, 8, 0.8, "w", began=at + 0.1)
+        stats = stats.with_timing(read_began=at, ended=at + 1, read_seconds=0.1, write_seconds=0.1, waited_seconds=0.0)
+        stats = ChunkStats(**{**as_dict(stats), "peak_nbytes": (1 + i % len(devices)) << 30})
         failures = (RowFailure(10 * i + 3, 10 * i + 4, device, said),) if i == 1 else ()
-        tally(ChunkDone("a", at, receipt.start, receipt.stop, device, receipt, failures, 1))
-    return tally.make_report(seconds=1.0 + n_chunks // len(devices), facts={"versions": said, said: label})
+        aggregator(ChunkDone("a", at, stats.start, stats.stop, device, stats, failures, 1))
+    return aggregator.make_report(seconds=1.0 + n_chunks // len(devices), facts={"versions": said, said: label})
 
 
-def as_dict(receipt: ChunkStats) -> dict[str, Any]:
-    """A receipt's fields."""
-    return {name: getattr(receipt, name) for name in receipt.__dataclass_fields__}
+def as_dict(stats: ChunkStats) -> dict[str, Any]:
+    """The fields of a chunk's stats."""
+    return {name: getattr(stats, name) for name in stats.__dataclass_fields__}
 
 
 class Words(HTMLParser):
-    """What of a page is text, and which elements it has."""
+    """The text of a page, and its elements."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -69,12 +81,12 @@ class Words(HTMLParser):
 
 
 def n_charts(page: str) -> int:
-    """How many charts a page draws."""
+    """Count the charts of a page."""
     return page.count('data-root-id="')
 
 
 def test_the_page_has_it_all() -> None:
-    """Verdict, sums, the table of devices, five charts, failures, facts."""
+    """It has the verdict, totals, the table of devices, five charts, failures and facts."""
     report = made(["cuda:0", "cpu:0"], 11)
     words = Words(report.to_html()).text
     assert n_charts(report.to_html()) == len(CHARTS)
@@ -83,38 +95,38 @@ def test_the_page_has_it_all() -> None:
     assert re.search(
         r"cuda:0\s+A100\s+6\s+60\s+12\s+50.0%\s+\S+\s+55\.0%\s+8\s+0\.60 s\s+0\.00 s\s+4\.80 s\s+0\.60 s", words
     )
-    assert "cpu:0 was done 1.00 s before the last device." in words
-    assert "Attempts at a chunk that came to nothing: 0." in words
-    assert re.search(r"Rows without an answer: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
+    assert "cpu:0 finished 1.00 s before the last device." in words
+    assert "Failed attempts at a chunk: 0." in words
+    assert re.search(r"Failed rows: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
 
 
-def test_the_key_has_what_is_drawn() -> None:
-    """Where nothing was written to files, no lane and no word of the timeline's key is for that."""
+def test_the_legend_has_what_is_drawn() -> None:
+    """If nothing was written to files, neither the timeline nor its legend has that stage."""
 
-    def lanes(write_seconds: float) -> list[str]:
-        receipt = ChunkStats(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
-        receipt = receipt.with_timing(
+    def stages(write_seconds: float) -> list[str]:
+        stats = ChunkStats(0, 8, "cpu:0", "", 8, 0.8, "w", began=1000.1)
+        stats = stats.with_timing(
             read_began=1000.0, ended=1001.0, read_seconds=0.1, write_seconds=write_seconds, waited_seconds=0.0
         )
-        tally = RunAggregator()
-        tally(ChunkDone("a", 0.0, 0, 8, "cpu:0", receipt, (), 1))
+        aggregator = RunAggregator()
+        aggregator(ChunkDone("a", 0.0, 0, 8, "cpu:0", stats, (), 1))
         return re.findall(
-            r'"label":\{"type":"value","value":"(read|compute|write)"', tally.make_report(seconds=1.0).to_html()
+            r'"label":\{"type":"value","value":"(read|compute|write)"', aggregator.make_report(seconds=1.0).to_html()
         )
 
-    assert lanes(write_seconds=0.1) == ["read", "compute", "write"]
-    assert lanes(write_seconds=0.0) == ["read", "compute"]
+    assert stages(write_seconds=0.1) == ["read", "compute", "write"]
+    assert stages(write_seconds=0.0) == ["read", "compute"]
 
 
-def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
+def test_failed_attempts_are_on_the_page() -> None:
     """Retries are counted, by device and in all; failures of several rows are a range."""
-    tally = RunAggregator()
-    tally(ChunkFailed("a", 0.0, 0, 8, "cpu:0", "OSError: 5"))
-    tally(
+    aggregator = RunAggregator()
+    aggregator(ChunkFailed("a", 0.0, 0, 8, "cpu:0", "OSError: 5"))
+    aggregator(
         ChunkDone("a", 0.0, 0, 8, "cpu:0", ChunkStats(0, 8, "cpu:0", "", 0, 0.0, "w"), (RowFailure(0, 8, "cpu:0", "e"),), 2)
     )
-    words = Words(tally.make_report(seconds=1.0).to_html()).text
-    assert "Attempts at a chunk that came to nothing: 1." in words
+    words = Words(aggregator.make_report(seconds=1.0).to_html()).text
+    assert "Failed attempts at a chunk: 1." in words
     assert re.search(r"0 to 7\s+cpu:0\s+e", words)
 
 
@@ -123,14 +135,14 @@ def test_attempts_that_came_to_nothing_are_on_the_page() -> None:
     [
         (RunReport(0, 0.0, 8, ()), ()),
         (made(["cpu:0", "cpu:1"], 0), ("shares",)),
-        (made(["inline"], 1), ("timeline", "speed", "shares", "memory")),
-        (made([f"cuda:{i}" for i in range(16)], MAX_SPANS), ("timeline", "speed", "shares", "memory")),
+        (made(["inline"], 1), ("timeline", "throughput", "shares", "memory")),
+        (made([f"cuda:{i}" for i in range(16)], MAX_SPANS), ("timeline", "throughput", "shares", "memory")),
         (made([f"cuda:{i}" for i in range(100)], 150), CHARTS),
     ],
     ids=["empty", "nothing done", "one chunk", "4,000 spans", "100 devices"],
 )
 def test_every_report_has_a_page(report: RunReport, charts: tuple[str, ...]) -> None:
-    """A page has the charts for which there is something to show, and no more bytes than they need."""
+    """A page has the charts that have something to show, and no more bytes than they need."""
     page = report.to_html()
     assert n_charts(page) == len(charts)
     assert ("there is no timeline" in page) == ("timeline" not in charts)
@@ -138,7 +150,7 @@ def test_every_report_has_a_page(report: RunReport, charts: tuple[str, ...]) -> 
 
 
 def test_the_page_needs_nothing_beside_itself() -> None:
-    """No element loads anything, and the page's policy forbids that."""
+    """No element loads anything, and the page's policy forbids it."""
     elements = Words(made(["cpu:0"], 3).to_html()).elements
     assert not [tag for tag, given in elements if {"src", "href", "srcset", "action", "data"} & set(given)]
     (policy,) = (given["content"] for tag, given in elements if given.get("http-equiv") == "Content-Security-Policy")
@@ -147,7 +159,7 @@ def test_the_page_needs_nothing_beside_itself() -> None:
 
 @pytest.mark.parametrize("evil", [SCRIPT, IMAGE, "</script><script>alert(1)</script>", "'\"--><svg onload=alert(1)>"])
 def test_names_and_messages_are_no_code(evil: str) -> None:
-    """Device, label, network, exception and facts are text wherever they stand, on the page and in a notebook."""
+    """Device, label, model, exception and facts are plain text everywhere, on the page and in a notebook."""
     report = made([evil, "cpu:0"], 5, said=evil, label=evil)
     plain = Words(made(["a", "cpu:0"], 5).to_html())
     words = Words(report.to_html())
@@ -157,7 +169,7 @@ def test_names_and_messages_are_no_code(evil: str) -> None:
 
 
 def test_failures_on_the_page_are_bounded() -> None:
-    """The first are shown, long messages cut, and a sentence says how many more there are."""
+    """The first are shown, with long messages shortened, and a sentence tells how many more there are."""
     failures = tuple(RowFailure(i, i + 1, "cpu:0", "e" * (MAX_EXCEPTION_CHARACTERS + i)) for i in range(MAX_FAILURES + 2))
     page = RunReport(0, 1.0, 8, (), failures=failures, failed_rows=tuple(range(MAX_FAILURES + 2))).to_html()
     assert page.count("<td>cpu:0</td>") == MAX_FAILURES
@@ -168,7 +180,7 @@ def test_failures_on_the_page_are_bounded() -> None:
 
 
 def test_the_page_is_written_wholly(tmp_path: Path) -> None:
-    """What is returned is in the file, in place of what was there; nothing lies beside it."""
+    """The file has what is returned, in place of its old content; there is no other file."""
     file = tmp_path / "out.html"
     file.write_text("old")
     report = made(["cpu:0"], 2, said="größer")
@@ -179,9 +191,9 @@ def test_the_page_is_written_wholly(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    """A folder that is missing is said at once; a file that cannot be replaced leaves nothing beside it."""
+    """A missing folder is an error; a file that cannot be replaced leaves no other file behind."""
     report = RunReport(0, 0.0, 8, ())
-    with pytest.raises(SourceMissing, match=r"report's folder '.*gone' does not exist; a folder is needed. Create it first"):
+    with pytest.raises(SourceMissing, match=r"the folder of the report, '.*gone', does not exist. Create it first"):
         report.to_html(tmp_path / "gone" / "out.html")
     (tmp_path / "taken").mkdir()
     with pytest.raises(IsADirectoryError, match="taken"):
@@ -204,12 +216,12 @@ _ALL = """
 
 @pytest.fixture
 def shown(tmp_path: Path) -> Iterator[Any]:
-    """Shows a report in a real browser; the tab is closed with the test."""
+    """Show a report in a real browser; the tab is closed with the test."""
     with contextlib.ExitStack() as stack:
 
         def show(report: RunReport) -> browser.Tab:
             report.to_html(tmp_path / "out.html")
-            tab = stack.enter_context(browser.opened((tmp_path / "out.html").as_uri()))
+            tab = stack.enter_context(browser.open_tab((tmp_path / "out.html").as_uri()))
             tab.wait_for(lambda: tab.evaluate("document.readyState === 'complete'"))
             return tab
 
@@ -217,13 +229,13 @@ def shown(tmp_path: Path) -> Iterator[Any]:
 
 
 def n_drawn(tab: browser.Tab) -> int:
-    """How many charts have a canvas with an area."""
+    """Count the canvases that show a chart."""
     return int(tab.evaluate(f"{_ALL}('canvas').filter(c => c.width * c.height > 1000).length"))
 
 
 @needs_browser
 def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, shown: Any) -> None:
-    """The page of a run with failures draws its charts offline, fetches nothing and complains of nothing."""
+    """The page of a run with failures draws its charts offline, fetches nothing and logs no errors."""
     x = np.arange(4000, dtype=np.float32).reshape(2000, 2)
     x[[17, 1500]] = np.nan
     np.save("x.npy", x)
@@ -239,15 +251,15 @@ def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, show
     # Chromium draws a chart on two canvases or more.
     tab.wait_for(lambda: n_drawn(tab) >= n_charts(report.to_html()))
     assert n_charts(report.to_html()) >= 4
-    for said in (report.verdict, "1,998 rows", "Rows without an answer: 2.", f"no number {SCRIPT}", "network's fingerprint"):
+    for said in (report.verdict, "1,998 rows", "Failed rows: 2.", f"no number {SCRIPT}", "model fingerprint"):
         assert said in tab.text
     assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
-    assert tab.complaints == []
+    assert tab.errors == []
 
 
 @needs_browser
 def test_what_hovers_is_text(shown: Any) -> None:
-    """Under the mouse a bar says its device, rows and seconds; a name that is HTML is text there too."""
+    """Under the mouse, a bar shows its device, rows and seconds; a name that looks like HTML is text there too."""
     tab = shown(made([IMAGE], 1))
     tab.wait_for(lambda: n_drawn(tab) >= 4)
     left, top, width, height = tab.evaluate(
@@ -262,4 +274,4 @@ def test_what_hovers_is_text(shown: Any) -> None:
     assert "10 of 0:10" in tab.text
     assert tab.evaluate(f"{_ALL}('img').length") == 0
     assert tab.evaluate("document.title").startswith("daskinfer: Net")
-    assert tab.complaints == []
+    assert tab.errors == []

@@ -1,4 +1,4 @@
-"""What is shown of a run while it goes on."""
+"""The progress of a run, as it is shown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 import daskinfer as di
-from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
 from daskinfer.diagnostics import progress
 from daskinfer.diagnostics.events import (
     ChunkDone,
@@ -37,8 +37,7 @@ from daskinfer.diagnostics.events import (
     RunStarted,
 )
 from daskinfer.diagnostics.progress import DisplayListener, make_event_bus, make_line_listener
-from daskinfer.diagnostics.status import Status, StatusTracker
-from daskinfer.diagnostics.status_text import format_status
+from daskinfer.diagnostics.status import Status, StatusTracker, format_status
 from daskinfer.errors import OptionError
 from tests.conftest import wait_until
 
@@ -66,69 +65,69 @@ def double(rows: Any) -> Any:
 def events(run: str = "a", error: str = "") -> list[Event]:
     """A run of 100 rows, of which one failed, on two devices."""
     devices = (PlannedDevice("cuda:0", "<L4>", "cuda", 0.8), PlannedDevice("cpu:0", "EPYC", "cpu", 0.2))
-    receipt = ChunkStats(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
+    stats = ChunkStats(0, 50, "cuda:0", "<L4>", 8, 1.0, "w", began=11.0)
     return [
-        RunStarted(run, 10.0, "Net", ("x",), ("y",), (0, 100), (), 8, devices),
+        RunStarted(run, 10.0, "Net", ("x",), ("y",), (0, 100), (), BatchConfig(8), devices),
         ChunkStarted(run, 11.0, 0, 50, "cuda:0"),
         ChunkStarted(run, 11.0, 50, 100, "cpu:0"),
         ChunkFailed(run, 11.5, 50, 100, "cpu:0", "ValueError: no"),
         DeviceChanged(run, 11.5, "cpu:0", "gone"),
-        ChunkDone(run, 13.0, 0, 50, "cuda:0", receipt, (RowFailure(3, 4, "cuda:0", "ValueError: 3"),), 1),
+        ChunkDone(run, 13.0, 0, 50, "cuda:0", stats, (RowFailure(3, 4, "cuda:0", "ValueError: 3"),), 1),
         RunEnded(run, 15.0, error),
     ]
 
 
 def status(n_events: int, error: str = "") -> Status:
-    """How that run stands after so many events."""
-    standing = StatusTracker()
+    """The status of that run after so many events."""
+    tracker = StatusTracker()
     for event in events(error=error)[:n_events]:
-        standing(event)
-    return standing.get_status(13.0)
+        tracker(event)
+    return tracker.get_status(13.0)
 
 
 @pytest.mark.parametrize(
-    ("n_events", "said"),
+    ("n_events", "line"),
     [
-        (1, "Net: 0%, 0 of 100 rows, workers start"),
+        (1, "Net: 0%, 0 of 100 rows, starting workers"),
         (3, "Net: 0%, 0 of 100 rows, 0 rows/s"),
-        (6, "Net: 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 tried again, cuda:0 25 rows/s 100%"),
-        (7, "Net: 50%, 50 of 100 rows, ended after 0:04, 12 rows/s, 1 failed, 1 tried again, no, cuda:0 12 rows/s 100%"),
+        (6, "Net: 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 retried, cuda:0 25 rows/s 100%"),
+        (7, "Net: 50%, 50 of 100 rows, stopped after 0:04, 12 rows/s, 1 failed, 1 retried, no, cuda:0 12 rows/s 100%"),
     ],
 )
-def test_a_run_in_one_line(n_events: int, said: str) -> None:
-    """A line says how far a run is, how fast, how long still, and what went wrong."""
-    assert format_status(status(n_events, error="no")) == said
+def test_a_run_in_one_line(n_events: int, line: str) -> None:
+    """A line tells how far a run is, how fast, how long it still takes, and what went wrong."""
+    assert format_status(status(n_events, error="no")) == line
 
 
 def test_nothing_computed_in_one_line() -> None:
-    """A run that ends before its first chunk says so."""
-    standing = StatusTracker()
-    standing(events()[0])
-    standing(RunEnded("a", 11.0, "ModelError: no"))
-    assert format_status(standing.get_status(12.0)) == "Net: 0%, 0 of 100 rows, nothing was computed, ModelError: no"
+    """The line of a run that ends before its first chunk tells so."""
+    tracker = StatusTracker()
+    tracker(events()[0])
+    tracker(RunEnded("a", 11.0, "ModelError: no"))
+    assert format_status(tracker.get_status(12.0)) == "Net: 0%, 0 of 100 rows, nothing computed, ModelError: no"
 
 
 def test_a_terminal_has_a_line_per_device_and_one_for_all() -> None:
-    """Each device has its speed, micro-batch and shares; the total has a bar and the time that is left."""
+    """Each device has its throughput, batch size and shares; the total has a bar and the time left."""
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
     console.print(progress._render_statuses([status(6)]))
-    said = [re.sub(r" +", " ", line).strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    assert said[0] == "device name rows rows/s micro-batch asked done in flight"
-    assert said[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
-    assert said[2] == "cpu:0 EPYC 0 0 20% 0% 0 gone, 1 tried again"
-    assert re.fullmatch(r"Net [━╸╺ ]+ 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 tried again", said[3])
+    lines = [re.sub(r" +", " ", line).strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert lines[0] == "device name rows rows/s batch size requested done in flight"
+    assert lines[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
+    assert lines[2] == "cpu:0 EPYC 0 0 20% 0% 0 lost, 1 retried"
+    assert re.fullmatch(r"Net [━╸╺ ]+ 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 retried", lines[3])
 
 
-def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
-    """A terminal shows the page's address and a notebook a link, which only leads to pages; a run that is over neither."""
+def test_the_link_to_the_dashboard_while_the_run_goes_on() -> None:
+    """A terminal shows the page's URL and a notebook a link, but only to web pages; a finished run has neither."""
 
     def shown(address: str, *others: Event) -> tuple[str, str]:
-        standing = StatusTracker()
+        tracker = StatusTracker()
         for event in [*events()[:3], Connected("a", 11.0, address), *others]:
-            standing(event)
+            tracker(event)
         console = Console(file=io.StringIO(), width=60, force_terminal=False)
-        console.print(progress._render_statuses([standing.get_status(13.0)]))
-        return console.file.getvalue(), progress._render_html(standing.get_status(13.0))  # type: ignore[attr-defined]
+        console.print(progress._render_statuses([tracker.get_status(13.0)]))
+        return console.file.getvalue(), progress._render_html(tracker.get_status(13.0))  # type: ignore[attr-defined]
 
     address = "http://127.0.0.1:8787/daskinfer?a&b"
     terminal, notebook = shown(address)
@@ -140,7 +139,7 @@ def test_the_way_to_the_dashboard_while_it_goes_on() -> None:
 
 
 def test_a_notebook_has_the_same_escaped() -> None:
-    """The table of a cell has the same, and names are text."""
+    """The table of a cell has the same content, and names are text."""
     page = progress._render_html(status(6))
     assert "&lt;L4&gt;" in page
     assert "<L4>" not in page
@@ -151,14 +150,14 @@ def test_a_notebook_has_the_same_escaped() -> None:
 @pytest.mark.parametrize("wrong", ["yes", 1.5, []])
 def test_what_progress_may_be(wrong: Any) -> None:
     """Anything but a bool, None or a function is refused before anything starts."""
-    with pytest.raises(OptionError, match=r"progress is .*; it may be True, False, None .* Pass one of these"):
+    with pytest.raises(OptionError, match=r"progress must be True, False, None \(.*\) or a function of events, got .+"):
         di.predict(double, X, devices="inline", progress=wrong)
 
 
-@pytest.mark.parametrize(("asked", "n_lines"), [(None, 0), (False, 0), (True, 1)])
-def test_without_a_terminal(capsys: pytest.CaptureFixture[str], asked: bool | None, n_lines: int) -> None:
-    """Where nobody looks on nothing is shown unless asked for, and then as lines on stderr."""
-    di.predict(double, X, devices="inline", batch_size=100, progress=asked)
+@pytest.mark.parametrize(("progress", "n_lines"), [(None, 0), (False, 0), (True, 1)])
+def test_without_a_terminal(capsys: pytest.CaptureFixture[str], progress: bool | None, n_lines: int) -> None:
+    """Without a terminal, nothing is shown unless requested, and then as lines on stderr."""
+    di.predict(double, X, devices="inline", batch_size=100, progress=progress)
     found = capsys.readouterr()
     assert found.out == ""
     assert len(found.err.splitlines()) == n_lines
@@ -166,13 +165,13 @@ def test_without_a_terminal(capsys: pytest.CaptureFixture[str], asked: bool | No
 
 
 def test_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has no stderr (a service, pythonw) shows nothing and goes on."""
+    """A process that has no stderr (a service, pythonw) shows nothing and computes."""
     monkeypatch.setattr(sys, "stderr", None)
     assert di.predict(double, X, devices="inline").shape == (400,)
 
 
-def test_lines_come_now_and_then() -> None:
-    """A line is written every so many seconds, and one at the end."""
+def test_lines_come_at_intervals() -> None:
+    """A line is written at intervals, and one at the end."""
     found: list[Status] = []
     listener = make_line_listener(found.append, interval=0.01)
     listener(events()[0])
@@ -182,8 +181,8 @@ def test_lines_come_now_and_then() -> None:
     assert (found[0].ended, found[-1].ended) == (False, True)
 
 
-def test_a_view_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """What cannot be drawn is warned of once."""
+def test_a_display_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A display that fails is disabled with one warning."""
 
     def fails(status: Status) -> None:
         raise OSError("no space")
@@ -192,7 +191,9 @@ def test_a_view_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> Non
         listener = make_line_listener(fails, interval=0.01)
         for event in events():
             listener(event)
-    assert [record.getMessage() for record in caplog.records] == ["progress is shown no more: OSError: no space"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the progress display failed and was disabled: OSError: no space"
+    ]
 
 
 def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,15 +201,15 @@ def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPat
     shown: list[object] = []
     monkeypatch.setattr(progress, "_is_in_notebook", lambda: False)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(progress._terminal_display, "show", lambda *told: shown.append(told))
-    told = make_event_bus(None)
+    monkeypatch.setattr(progress._terminal_display, "show", lambda *shown_status: shown.append(shown_status))
+    bus = make_event_bus(None)
     for event in events():
-        told(event)
+        bus(event)
     assert not shown
 
 
 def in_a_terminal(code: str) -> str:
-    """What a script shows in a terminal of 120 columns."""
+    """The output of a script in a terminal of 120 columns."""
     master, slave = pty.openpty()
     env = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
     script = subprocess.Popen(
@@ -242,7 +243,7 @@ def test_a_bar_in_a_real_terminal() -> None:
 
 @pytest.mark.slow
 def test_two_runs_in_one_terminal() -> None:
-    """Two calls at a time stand below one another, and each has its end."""
+    """Two concurrent calls are stacked, and each has its end."""
     shown = in_a_terminal(
         "from concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(2) as pool:\n"
@@ -253,7 +254,7 @@ def test_two_runs_in_one_terminal() -> None:
 
 
 def test_one_of_two_runs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done stays above what goes on, and the terminal is given back at the end of the last."""
+    """A finished run stays above the running ones, and the terminal is released at the end of the last."""
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     screen = progress._TerminalDisplay()
     live = progress._make_live()
@@ -269,7 +270,7 @@ def test_one_of_two_runs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_table_in_a_real_notebook(tmp_path: Path) -> None:
-    """A cell has one output, which is the last of many; nothing is said on stderr."""
+    """A cell has one output, the last of many; there is nothing on stderr."""
     notebook = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
         cells=[nbformat.v4.new_code_cell(SCRIPT + "call(devices='inline')")]  # type: ignore[no-untyped-call]
     )
@@ -279,7 +280,7 @@ def test_a_table_in_a_real_notebook(tmp_path: Path) -> None:
 
 
 def test_a_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a notebook's kernel a run has one output, which is drawn again."""
+    """In a notebook's kernel a run has one output, which is updated."""
     import IPython
     from IPython import display
 
@@ -287,26 +288,26 @@ def test_a_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = SimpleNamespace(update=lambda page, raw: shown.append(f"again {page['text/html']}"))
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setattr(display, "display", lambda page, raw, display_id: shown.append(page["text/html"]) or handle)
-    told = make_event_bus(True)
-    told(events()[0])
+    bus = make_event_bus(True)
+    bus(events()[0])
     wait_until(lambda: shown)
     for event in events()[1:]:
-        told(event)
+        bus(event)
     assert shown[0].startswith("<div>")
     assert shown[-1].startswith("again <div>")
     assert "100 rows" in shown[-1]
 
 
 def test_runs_at_a_time_have_their_own_lines() -> None:
-    """Listeners of two runs sum their own events up."""
+    """Listeners of two runs add up their own events."""
     found: dict[str, list[Status]] = {"a": [], "b": []}
-    told = {run: make_line_listener(found[run].append, interval=60) for run in found}
+    listeners = {run: make_line_listener(found[run].append, interval=60) for run in found}
     with ThreadPoolExecutor(2) as pool:
         for run in found:
-            pool.submit(lambda run: [told[run](event) for event in events(run)], run)
+            pool.submit(lambda run: [listeners[run](event) for event in events(run)], run)
     assert [(run, [one.run for one in seen]) for run, seen in found.items()] == [("a", ["a"]), ("b", ["b"])]
 
 
 def test_an_end_without_a_start() -> None:
-    """A listener that came too late for the start has nothing to end."""
+    """A listener that was added after the start has nothing to end."""
     DisplayListener(progress._terminal_display, 1.0, 1.0)(RunEnded("a", 1.0, ""))

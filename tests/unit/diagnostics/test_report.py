@@ -9,43 +9,45 @@ import numpy as np
 import pytest
 
 import daskinfer as di
-from daskinfer.core.chunks import ChunkStats, RowFailure
+from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
+from daskinfer.diagnostics.device_stats import DeviceReport
 from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, ChunkFailed, PlannedDevice, RunStarted
-from daskinfer.diagnostics.report import DeviceReport, RunAggregator, RunReport
+from daskinfer.diagnostics.report import RunAggregator, RunReport
 
-CURE = "give more rows per call, use fewer devices, or share them with no other run"
+CURE = "pass more rows per call, use fewer devices, or stop other work on them"
 
 
-def receipt(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> ChunkStats:
-    """Make a receipt for rows start:stop."""
+def stats_of(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> ChunkStats:
+    """The stats of a chunk of rows start:stop."""
     return ChunkStats(start, stop, device, f"<{device}>", batch_size=8, seconds=seconds, worker="tcp://worker")
 
 
-def told(asked: dict[str, float]) -> RunAggregator:
-    """A tally of a run that has begun on devices with these shares."""
-    tally = RunAggregator()
-    devices = tuple(PlannedDevice(name, "", name.partition(":")[0], share) for name, share in asked.items())
-    tally(RunStarted("a", 0.0, "Net", ("x: (100,) float32",), ("y: (100,) float32",), (0, 100), (), 8, devices))
-    return tally
+def started(shares: dict[str, float]) -> RunAggregator:
+    """An aggregator of a run that has begun on devices with these shares."""
+    aggregator = RunAggregator()
+    devices = tuple(PlannedDevice(name, "", name.partition(":")[0], share) for name, share in shares.items())
+    look = ("x: (100,) float32",), ("y: (100,) float32",)
+    aggregator(RunStarted("a", 0.0, "Net", *look, (0, 100), (), BatchConfig(8), devices))
+    return aggregator
 
 
-def done(receipt: ChunkStats, failures: Sequence[RowFailure] = ()) -> ChunkDone:
+def done(stats: ChunkStats, failures: Sequence[RowFailure] = ()) -> ChunkDone:
     """The event of a chunk that is done."""
-    return ChunkDone("a", 1.0, receipt.start, receipt.stop, receipt.device, receipt, tuple(failures), 1)
+    return ChunkDone("a", 1.0, stats.start, stats.stop, stats.device, stats, tuple(failures), 1)
 
 
-def summed(receipts: list[ChunkStats], asked: dict[str, float], seconds: float) -> RunReport:
-    """The report of these receipts."""
-    tally = told(asked)
-    for one in receipts:
-        tally(done(one))
-    return tally.make_report(seconds=seconds)
+def summed(chunks: list[ChunkStats], shares: dict[str, float], seconds: float) -> RunReport:
+    """The report of these chunks."""
+    aggregator = started(shares)
+    for one in chunks:
+        aggregator(done(one))
+    return aggregator.make_report(seconds=seconds)
 
 
 def report() -> RunReport:
-    """Make a report of 100 rows that two devices shared."""
-    receipts = [receipt(0, 60), receipt(70, 100, "cpu:0", 3.0), receipt(60, 70, seconds=0.5)]
-    return summed(receipts, {"cuda:0": 0.75, "cpu:0": 0.25}, seconds=4.0)
+    """The report of 100 rows that two devices shared."""
+    chunks = [stats_of(0, 60), stats_of(70, 100, "cpu:0", 3.0), stats_of(60, 70, seconds=0.5)]
+    return summed(chunks, {"cuda:0": 0.75, "cpu:0": 0.25}, seconds=4.0)
 
 
 @pytest.mark.parametrize("record", [report(), report().devices[0]])
@@ -58,33 +60,33 @@ def test_reports_cross_processes_unchanged(record):
 
 
 def test_a_report_is_plain_for_programs():
-    """What goes into JSON has all but the timeline, with speeds and the verdict in it."""
-    tally = told({"cuda:0": 1.0})
-    tally(BatchSizeChosen("a", 0.5, 16, {"cuda": 16}))
-    tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
-    tally(done(receipt(0, 10), [RowFailure(3, 4, "cuda:0", "ValueError: 3")]))
-    found = json.loads(json.dumps(tally.make_report(seconds=2.0, facts={"machine": "m"}).to_dict()))
+    """What goes into JSON has all but the timeline, with rows/s and the verdict."""
+    aggregator = started({"cuda:0": 1.0})
+    aggregator(BatchSizeChosen("a", 0.5, BatchConfig(16, {"cuda": 16})))
+    aggregator(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
+    aggregator(done(stats_of(0, 10), [RowFailure(3, 4, "cuda:0", "ValueError: 3")]))
+    found = json.loads(json.dumps(aggregator.make_report(seconds=2.0, facts={"machine": "m"}).to_dict()))
     assert (found["rows"], found["batch_size"]) == (9, 16)
     assert (found["by_kind"], found["failed_rows"], found["n_retried"]) == ({"cuda": 16}, [3], 1)
     assert found["failures"] == [{"start": 3, "stop": 4, "device": "cuda:0", "exception": "ValueError: 3"}]
     assert (found["devices"][0]["rows_per_second"], found["rows_per_second"]) == (9.0, 4.5)
-    assert found["facts"] == {"network": "Net", "input": "x: (100,) float32", "output": "y: (100,) float32", "machine": "m"}
+    assert found["facts"] == {"model": "Net", "input": "x: (100,) float32", "output": "y: (100,) float32", "machine": "m"}
     assert "timeline" not in found
 
 
 def test_the_finish_tail():
     """How long the first device that was done waited for the last; devices without a chunk wait for nobody."""
     ended = [
-        receipt(0, 5).with_timing(read_began=1.0, ended=at, read_seconds=0, write_seconds=0, waited_seconds=0)
+        stats_of(0, 5).with_timing(read_began=1.0, ended=at, read_seconds=0, write_seconds=0, waited_seconds=0)
         for at in (3, 4)
     ]
-    other = receipt(5, 6, "cpu:0").with_timing(read_began=1.0, ended=9.5, read_seconds=0, write_seconds=0, waited_seconds=0)
+    other = stats_of(5, 6, "cpu:0").with_timing(read_began=1.0, ended=9.5, read_seconds=0, write_seconds=0, waited_seconds=0)
     assert summed([*ended, other], {"cuda:0": 0.5, "cpu:0": 0.3, "cpu:1": 0.2}, 1.0).tail_seconds == 5.5
     assert summed([], {"cpu:0": 1.0}, 1.0).tail_seconds == 0.0
 
 
 def test_receipts_are_summed_up_per_device():
-    """A report has one record per device in the plan's order, whatever order the receipts came in."""
+    """A report has one record per device in the plan's order, whatever order the chunks came in."""
     first, second = report().devices
     speed = 70 / 1.5 + 30 / 3.0
     assert first == DeviceReport("cuda:0", "<cuda:0>", 2, 70, 1.5, 0.75, 0.7, measured_share=70 / 1.5 / speed, batch_size=8)
@@ -93,65 +95,65 @@ def test_receipts_are_summed_up_per_device():
 
 
 def test_rows_that_failed_are_listed_and_not_counted():
-    """A report has every row without an answer in order, why as it came, and counts the others only."""
+    """A report lists every failed row in order, its errors as they came, and counts the other rows only."""
     failures = [RowFailure(7, 8, "cpu:0", "ValueError: 7"), RowFailure(2, 4, "cpu:0", "ValueError: 2")]
-    tally = told({"cpu:0": 1.0})
-    tally(done(receipt(0, 10, "cpu:0"), failures))
-    found = tally.make_report(seconds=1.0)
+    aggregator = started({"cpu:0": 1.0})
+    aggregator(done(stats_of(0, 10, "cpu:0"), failures))
+    found = aggregator.make_report(seconds=1.0)
     assert (found.rows, found.devices[0].n_rows, found.failed_rows) == (7, 7, (2, 3, 7))
     assert found.failures == tuple(failures)
-    assert "; 3 rows have no answer" in str(found)
+    assert "; 3 rows failed" in str(found)
 
 
-def test_a_device_that_joined_later_was_asked_for_nothing():
-    """A receipt from a device outside the plan counts, with an asked share of 0."""
-    late = summed([receipt(0, 5, "cpu:9")], {"cpu:0": 1.0}, seconds=1.0).devices
+def test_a_device_that_joined_later_has_no_requested_share():
+    """A chunk from a device outside the plan counts, with a requested share of 0."""
+    late = summed([stats_of(0, 5, "cpu:9")], {"cpu:0": 1.0}, seconds=1.0).devices
     assert [(d.device, d.n_rows, d.asked_share) for d in late] == [("cpu:0", 0, 1.0), ("cpu:9", 5, 0.0)]
 
 
 def test_nothing_done_is_no_division_by_zero():
-    """A run without receipts has 0 rows, 0 rows a second and shares of 0."""
+    """A run without chunks has 0 rows, 0 rows a second and shares of 0."""
     empty = summed([], {"cpu:0": 1.0}, seconds=0.0)
     assert (empty.rows, empty.devices[0].rows_per_second, empty.devices[0].done_share) == (0, 0.0, 0.0)
     assert "0 rows in 0.00 s (0 rows/s)" in str(empty)
 
 
 def test_a_report_is_read_in_the_terminal():
-    """The text is a line per device with asked and done shares, then one line of sums."""
+    """The text is a line per device with requested and done shares, then one line of totals."""
     assert str(report()).splitlines() == [
-        "device  name      chunks  rows  rows/s  asked  measured   done",
-        "cuda:0  <cuda:0>       2    70      47  75.0%     82.4%  70.0%",
-        "cpu:0   <cpu:0>        1    30      10  25.0%     17.6%  30.0%",
-        f"100 rows in 4.00 s (25 rows/s), micro-batch 8; overhead-bound: devices computed 56% of the time; {CURE}",
+        "device  name      chunks  rows  rows/s  requested  measured   done",
+        "cuda:0  <cuda:0>       2    70      47      75.0%     82.4%  70.0%",
+        "cpu:0   <cpu:0>        1    30      10      25.0%     17.6%  30.0%",
+        f"100 rows in 4.00 s (25 rows/s), batch size 8; overhead-bound: devices computed 56% of the time; {CURE}",
     ]
 
 
 def test_a_run_that_had_nothing_to_do_says_so():
-    """Where earlier calls did all of it, the text says that, in place of sums."""
-    assert str(RunReport(0, 0.0, 8, (), rows_before=5000)).endswith("nothing to do: all 5,000 rows were done before")
+    """If earlier calls did all of it, the text says that, in place of totals."""
+    assert str(RunReport(0, 0.0, 8, (), rows_before=5000)).endswith("nothing to do: all 5,000 rows were already done")
 
 
 def test_what_else_is_worth_a_line():
-    """A long start, micro-batches by kind, retries and a long wait for the last are said in a line, in text and HTML."""
-    tally = told({"cuda:0": 0.5, "cpu:0": 0.5})
-    tally(BatchSizeChosen("a", 0.5, 16, {"cuda": 16, "cpu": 4}))
-    tally(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
+    """A slow startup, batch sizes by kind, failed attempts and a long idle tail make a line, in text and HTML."""
+    aggregator = started({"cuda:0": 0.5, "cpu:0": 0.5})
+    aggregator(BatchSizeChosen("a", 0.5, BatchConfig(16, {"cuda": 16, "cpu": 4})))
+    aggregator(ChunkFailed("a", 0.5, 0, 10, "cuda:0", "ValueError: 0"))
     for device, at in (("cuda:0", 1.0), ("cpu:0", 1.25)):
         times = {"read_began": 0.0, "ended": at, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-        tally(done(receipt(0, 10, device).with_timing(**times)))
-    tail = "the first device was done 0.25 s before the last"
-    start = "before that the start took 21.6 s"
-    said = f"{start}; micro-batch by kind: cuda 16, cpu 4; attempts that came to nothing: 1; {tail}"
-    found = tally.make_report(seconds=2.0, start_seconds=21.61)
-    assert str(found).splitlines()[-1] == found.details == said
-    assert f"<p>{said}</p>" in found._repr_html_()
-    assert "before the last" not in tally.make_report(seconds=2.5).details
-    assert "start" not in tally.make_report(seconds=2.0, start_seconds=0.9).details
+        aggregator(done(stats_of(0, 10, device).with_timing(**times)))
+    details = "startup 21.6 s; batch size by kind: cuda 16, cpu 4; 1 failed attempt; 0.25 s idle tail"
+    found = aggregator.make_report(seconds=2.0, start_seconds=21.61)
+    assert str(found).splitlines()[-1] == found.details == details
+    assert f"<p>{details}</p>" in found._repr_html_()
+    assert "idle tail" not in aggregator.make_report(seconds=2.5).details
+    assert "startup" not in aggregator.make_report(seconds=2.0, start_seconds=0.9).details
+    aggregator(ChunkFailed("a", 1.5, 0, 10, "cuda:0", "ValueError: 0"))
+    assert "; 2 failed attempts" in aggregator.make_report(seconds=2.5).details
 
 
 @pytest.mark.slow
-def test_a_start_is_no_part_of_the_speed():
-    """The call that starts workers says how long that took, beside the seconds of the rows; the next has them."""
+def test_startup_is_no_part_of_the_throughput():
+    """The call that starts workers reports how long that took, separately from the seconds of the rows."""
     x = np.zeros(1000, np.float32)
     _, cold = di.predict(np.negative, x, devices=["cpu"], return_report=True)
     _, warm = di.predict(np.negative, x, devices=["cpu"], return_report=True)
@@ -163,7 +165,7 @@ def test_a_start_is_no_part_of_the_speed():
 def test_a_notebook_shows_the_timeline():
     """A report with a timeline has a small picture of it between the table and the verdict."""
     times = {"read_began": 1.0, "ended": 3.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
-    one = dataclasses.replace(receipt(0, 10).with_timing(**times), began=2.0)
+    one = dataclasses.replace(stats_of(0, 10).with_timing(**times), began=2.0)
     assert re.search(r"</table><svg .*</svg><p>10 rows", summed([one], {"cuda:0": 1.0}, 3.0)._repr_html_())
     assert "<svg" not in report()._repr_html_()
 
@@ -179,7 +181,7 @@ def test_a_report_is_escaped_in_html():
 @pytest.mark.parametrize(
     ("computed", "waited", "wrote", "verdict"),
     [
-        (0.3, 0.61, 0.9, "input-bound: devices waited 61% for reads; raise prefetch"),
+        (0.3, 0.61, 0.9, "input-bound: devices waited for reads 61% of the time; raise prefetch"),
         (0.9, 0.1, 0.9, "compute-bound: devices computed 90% of the time"),
         (0.3, 0.1, 0.8, "output-bound: writing took 80% of the time; use faster storage or fewer devices"),
         (
@@ -192,23 +194,23 @@ def test_a_report_is_escaped_in_html():
     ],
 )
 def test_the_report_ends_with_one_verdict(computed, waited, wrote, verdict):
-    """One line says where the time went and what to change."""
+    """One line tells where the time went and what to change."""
     times = {"read_began": 0.0, "ended": 0.0, "read_seconds": 1.0, "write_seconds": wrote, "waited_seconds": waited}
     assert (
         summed(
-            [receipt(0, 10, seconds=computed).with_timing(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0
+            [stats_of(0, 10, seconds=computed).with_timing(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0
         ).verdict
         == verdict
     )
 
 
-def test_who_waits_for_its_worker_to_start_is_not_idle() -> None:
-    """A device's time begins with its first chunk, and ends for this process where workers take over from it."""
+def test_a_device_whose_worker_starts_is_not_idle() -> None:
+    """A device's time begins with its first chunk, and ends for this process when workers take over from it."""
     times = {"read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
     done = [
-        receipt(0, 10, "inline", seconds=4.0).with_timing(**times, read_began=100.0, ended=104.0),
-        receipt(10, 20, "cpu:0", seconds=5.5).with_timing(**times, read_began=104.0, ended=110.0),
-        receipt(20, 30, "cpu:1", seconds=5.5).with_timing(**times, read_began=104.0, ended=109.5),
+        stats_of(0, 10, "inline", seconds=4.0).with_timing(**times, read_began=100.0, ended=104.0),
+        stats_of(10, 20, "cpu:0", seconds=5.5).with_timing(**times, read_began=104.0, ended=110.0),
+        stats_of(20, 30, "cpu:1", seconds=5.5).with_timing(**times, read_began=104.0, ended=109.5),
     ]
     found = summed(done, {"cpu:0": 0.5, "cpu:1": 0.5}, seconds=10.0)
     assert found.verdict == "compute-bound: devices computed 94% of the time"
@@ -216,12 +218,12 @@ def test_who_waits_for_its_worker_to_start_is_not_idle() -> None:
 
 
 def test_devices_that_end_apart_are_unbalanced() -> None:
-    """Where one device waits for the other most of the time, shares are what to change."""
+    """If one device waits for the other most of the time, shares are what to change."""
     ended = [("cuda:0", 2.0), ("cpu:0", 9.0)]
     none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-    done = [receipt(i, i + 1, device).with_timing(**none, ended=at) for i, (device, at) in enumerate(ended)]
+    done = [stats_of(i, i + 1, device).with_timing(**none, ended=at) for i, (device, at) in enumerate(ended)]
     found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
     assert (
         found.verdict
-        == "unbalanced: the last device ended 7.0 s after the first; use weights of 'auto', or smaller micro-batches"
+        == "unbalanced: the last device finished 7.0 s after the first; use device_weights='auto' or a smaller batch_size"
     )
