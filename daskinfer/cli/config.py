@@ -1,7 +1,7 @@
 """The job file of ``--config``: a command's options as TOML, under their long names, with ``-`` or ``_``.
 
-A flag goes over the file, the file over the default; click does that (``default_map``). Values are natural ones: a list, a
-table, a number; as text they are read as on the command line. Relative paths are relative to where the command is run.
+A flag overrides the file, and the file overrides the default; click does that (``default_map``). Values have TOML's own
+types: a list, a table, a number; text is parsed as on the command line. Paths are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import click
 import tomli_w
 
 from daskinfer.errors import OptionError
+from daskinfer.options import get_renamed_key
 
-_COMMAND_LINE_ONLY = frozenset({"config", "print_config", "help"})  # what a file cannot say
+_COMMAND_LINE_ONLY = frozenset({"config", "print_config", "help"})  # not in a file
 
-# By click's type: the TOML types it may have, and how these are called. Our own types say it themselves (``natural``).
+# By click's type: the TOML types that a value may have, in words. The types in ``cli.types`` have them as ``toml_types``.
 _TOML_TYPES: Mapping[type, tuple[tuple[type, ...], str]] = {
     type(click.BOOL): ((bool,), "true or false"),
     type(click.INT): ((int,), "a whole number"),
@@ -30,68 +31,65 @@ _TOML_TYPES: Mapping[type, tuple[tuple[type, ...], str]] = {
 
 
 def read_config(path: str, parameters: Iterable[click.Parameter], context: click.Context) -> dict[str, Any]:
-    """The values of a job file, by the parameters' names.
+    """Return the values of a job file, by the parameters' names.
 
     Raises
     ------
     OptionError
-        Where the file cannot be read, or a key or value is not of this command.
+        If the file cannot be read, or the command has no such key or value.
     """
     keys = _collect_keys(parameters)
-    found: dict[str, Any] = {}
-    said: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    seen: dict[str, str] = {}
     for key, value in _load_toml(path).items():
         name = key.replace("_", "-")
         if name not in keys:
-            raise OptionError(
-                f"the job file {path!r} has the key {key!r}; allowed are {', '.join(keys)}. {_suggest_key(name, keys)}"
-            )
+            raise OptionError(f"unknown key {key!r} in the job file {path!r}; {_suggest_key(name, keys)}")
         parameter, negated = keys[name]
         assert parameter.name is not None
-        if parameter.name in said:
+        if parameter.name in seen:
             raise OptionError(
-                f"the job file {path!r} has both {said[parameter.name]!r} and {key!r}, which say the same; one is allowed. "
-                "Take the other out."
+                f"the job file {path!r} sets one option twice, as {seen[parameter.name]!r} and {key!r}. Remove one of them."
             )
-        said[parameter.name] = key
+        seen[parameter.name] = key
         _check_value(path, key, value, parameter, context)
-        found[parameter.name] = not value if negated else value
-    return found
+        values[parameter.name] = not value if negated else value
+    return values
 
 
 def dump_config(values: Mapping[str, Any], parameters: Iterable[click.Parameter]) -> str:
-    """The job file that says what a command was given, defaults included; what nobody gave and has no default is not in it.
+    """Return the job file that repeats a command, defaults included; an option without value and default is not in it.
 
     Raises
     ------
     OptionError
-        Where TOML has no way to say it.
+        If TOML cannot express a value.
     """
-    told = {
+    effective = {
         key: values[parameter.name]
         for key, (parameter, negated) in _collect_keys(parameters).items()
         if not negated and parameter.name is not None and values.get(parameter.name) is not None
     }
     try:
-        return tomli_w.dumps(told)
+        return tomli_w.dumps(effective)
     except TypeError as error:
         raise OptionError(
-            f"the configuration holds what TOML cannot say ({error}); allowed are text, numbers, true, false, lists and "
-            "tables. Leave the null out of --kwargs."
+            f"TOML cannot express the configuration ({error}); allowed are text, numbers, true, false, lists and tables. "
+            "Leave the null out of --kwargs."
         ) from error
 
 
 def _collect_keys(parameters: Iterable[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:
-    """By key: what it stands for, and whether it says the opposite (``no-pad``)."""
-    found: dict[str, tuple[click.Parameter, bool]] = {}
+    """Return for each key its parameter, and whether it negates it (``no-pad``)."""
+    keys: dict[str, tuple[click.Parameter, bool]] = {}
     for parameter in parameters:
         if parameter.name in _COMMAND_LINE_ONLY:
             continue
         if isinstance(parameter, click.Argument):
-            found[str(parameter.name)] = (parameter, False)
+            keys[str(parameter.name)] = (parameter, False)
         for names, negated in ((parameter.opts, False), (parameter.secondary_opts, True)):
-            found |= {name[2:]: (parameter, negated) for name in names if name.startswith("--")}
-    return found
+            keys |= {name[2:]: (parameter, negated) for name in names if name.startswith("--")}
+    return keys
 
 
 def _load_toml(path: str) -> dict[str, Any]:
@@ -99,23 +97,22 @@ def _load_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise OptionError(
-            f"the job file {path!r} cannot be read: {error.strerror}; a TOML file is needed. Name one that is there."
-        ) from error
+        raise OptionError(f"cannot read the job file {path!r}: {error.strerror}. Name an existing TOML file.") from error
     except ValueError as error:  # TOML's and UTF-8's
-        raise OptionError(f"the job file {path!r} is no TOML: {error}; every line has to be. Mend it there.") from error
+        raise OptionError(f"the job file {path!r} is not valid TOML: {error}") from error
 
 
 def _suggest_key(name: str, keys: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, keys, n=1)
-    return f"Did you mean {near[0]!r}?" if near else "Take it out."
+    renamed = get_renamed_key(name)
+    alike = [renamed] if renamed else difflib.get_close_matches(name, keys, n=1)
+    return f"did you mean {alike[0]!r}?" if alike else f"allowed are {', '.join(keys)}"
 
 
 def _check_value(path: str, key: str, value: Any, parameter: click.Parameter, context: click.Context) -> None:
-    """Refuse what click would turn into text, or what it cannot read, naming the file."""
-    kinds, allowed = getattr(parameter.type, "toml_types", None) or _TOML_TYPES[type(parameter.type)]
-    why = f"it may be {allowed}"
-    if type(value) in kinds:
+    """Refuse a value that click would turn into text, or cannot convert, and name the file."""
+    toml_types, allowed = getattr(parameter.type, "toml_types", None) or _TOML_TYPES[type(parameter.type)]
+    why = f"must be {allowed}, got {value!r}"
+    if type(value) in toml_types:
         try:
             parameter.type.convert(value, parameter, context)
             return
@@ -123,4 +120,4 @@ def _check_value(path: str, key: str, value: Any, parameter: click.Parameter, co
             why = error.message.removesuffix(".")
         except ValueError as error:  # a path with a null character, which no command line can hold
             why = str(error)
-    raise OptionError(f"the job file {path!r} has {key} = {value!r}; {why}. Change it there.")
+    raise OptionError(f"{key} in the job file {path!r}: {why}")

@@ -1,4 +1,4 @@
-"""Commands that say in one line on stderr what ended them, and end with the exit code for it (a table in ``cli``)."""
+"""Commands that report in one line on stderr why they failed, and exit with the code for it (a table in ``cli.main``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from daskinfer.cli.logging import configure_logging, is_json_format, log_error
 from daskinfer.errors import ChunkError, ClusterError, DaskInferError, OutputLocked
+from daskinfer.options import get_renamed_key
 
 FAILED, REFUSED, ROWS_MISSING, LOCKED = 1, 2, 3, 4  # exit codes
 
@@ -20,15 +21,15 @@ _RUN_ERRORS = (ChunkError, ClusterError)
 
 
 class Command(click.Command):
-    """Turns what goes wrong, in its arguments too, into one line and an exit code, whatever group it is called from."""
+    """Turns an error, also one of its arguments, into one line and an exit code, whatever group it is called from."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        if extra.get("resilient_parsing"):  # a shell asks how a word may end
+        if extra.get("resilient_parsing"):  # a shell completes a word
             return super().make_context(info_name, args, parent, **extra)
         debug = parent is not None and parent.find_root().params.get("debug", False)
-        # Before click reads them, since it may refuse what it reads.
+        # Before click parses the arguments, since it may refuse them.
         configure_logging("json" if "--log-format=json" in "=".join(args) else "text", debug=debug)
         with _report_errors(debug):
             return super().make_context(info_name, args, parent, **extra)
@@ -46,23 +47,32 @@ class Group(click.Group):
 
 @contextlib.contextmanager
 def _report_errors(debug: bool) -> Iterator[None]:
-    ended: BaseException
-    said = ""
+    reason: BaseException
+    message = ""
     try:
         yield
         return
     except click.exceptions.Exit:
         raise
     except click.ClickException as error:
+        reason = _suggest_renamed_flag(error)
         if not is_json_format():
-            raise  # click shows it with the command's usage
-        ended, code, said = error, error.exit_code, error.format_message()
+            raise reason from error.__cause__  # click shows it with the command's usage
+        code, message = reason.exit_code, reason.format_message()
     except KeyboardInterrupt as error:
-        ended, code = error, 128 + getattr(error, "signal_number", signal.SIGINT)
+        reason, code = error, 128 + getattr(error, "signal_number", signal.SIGINT)
     except Exception as error:
-        ended, code = error, _get_exit_code(error)
-    log_error(ended, code, message=said, with_traceback=debug)
+        reason, code = error, _get_exit_code(error)
+    log_error(reason, code, message=message, with_traceback=debug)
     raise click.exceptions.Exit(code)
+
+
+def _suggest_renamed_flag(error: click.ClickException) -> click.ClickException:
+    """Return an error about a flag's old name with its new one, and any other error unchanged."""
+    if isinstance(error, click.NoSuchOption) and (renamed := get_renamed_key(error.option_name.removeprefix("--"))):
+        message = f"No such option {error.option_name!r}. Did you mean '--{renamed}'?"
+        return click.NoSuchOption(error.option_name, message, ctx=error.ctx)
+    return error
 
 
 def _get_exit_code(error: Exception) -> int:
@@ -74,8 +84,8 @@ def _get_exit_code(error: Exception) -> int:
 
 @contextlib.contextmanager
 def reserve_stdout() -> Iterator[None]:
-    """Keep stdout for the result: what a network prints meanwhile, or a worker that starts now, goes to stderr."""
-    if sys.stdout is None or sys.stderr is None:  # the caller closed it: its number is another file's by now
+    """Keep stdout for the result: what a model, or a worker that starts meanwhile, prints goes to stderr."""
+    if sys.stdout is None or sys.stderr is None:  # the caller closed it: its number belongs to another file by now
         yield
         return
     sys.stdout.flush()

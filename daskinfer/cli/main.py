@@ -1,14 +1,14 @@
 """``daskinfer`` on the command line: parse, call the api, print. ``dask infer`` is the same as ``daskinfer run``.
 
-Results go to stdout, everything else to stderr: where a command fails there is nothing on stdout, also with ``--json``. Exit
+Results go to stdout, everything else to stderr: a command that fails prints nothing on stdout, also with ``--json``. Exit
 codes:
 
 ====  ==============================================================
-0     done, also where nothing was left to do
-1     failed, or the workers could not be had; of verify and doctor: something is wrong
-2     refused: the command, the network or what lies at OUTPUT has to change; mostly before anything started
+0     done, also if nothing was left to do
+1     failed, or the workers did not start; verify and doctor: something is wrong
+2     refused: the command, the model or the existing OUTPUT has to change; mostly before anything started
 3     done, but rows are missing: the report counts them, ``….daskinfer/failed_rows.json`` beside the output lists them
-4     another run holds the output
+4     another run has locked the output
 130   interrupted by Ctrl-C
 143   terminated
 ====  ==============================================================
@@ -42,7 +42,6 @@ from daskinfer.cli.options import (
     check_wait,
     connect_client,
     list_paths,
-    make_progress,
 )
 from daskinfer.errors import StorageError
 from daskinfer.storage.paths import Shard, format_shard_suffix
@@ -52,36 +51,29 @@ _SHELLS = ("bash", "zsh", "fish")
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="daskinfer", prog_name="daskinfer")
-@click.option("--debug", is_flag=True, help="Show the whole traceback of an error, and debug lines of the log.")
+@click.option("--debug", is_flag=True, help="Show an error's traceback, and the log's debug lines.")
 def main(debug: bool) -> None:
-    """Apply a trained network to a large array on every device, in order."""
+    """Apply a trained model to a large array on every device, in order."""
 
 
+@add_run_options
 @main.command()
 @MODEL
 @INPUT
 @click.argument("output", type=PATHS_TYPE)
-@add_run_options
 @click.pass_context
 def run(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **options: Any) -> None:
-    """Apply MODEL to INPUT and write the answer to OUTPUT; the same command again goes on where it was left.
+    """Apply MODEL to INPUT and write the output to OUTPUT; the same command again continues it.
 
     MODEL is weights (.safetensors, .pt, .pth) with --factory, a .pt2 program with --trust-model, or a factory pkg.mod:make.
-    INPUT and OUTPUT are .npy or .zarr arrays; several ports are named: image=a.npy,meta=b.npy. What lies at OUTPUT already
-    has to be of the same command.
+    INPUT and OUTPUT are .npy or .zarr arrays; several ports are named: image=a.npy,meta=b.npy. An existing OUTPUT must be of
+    the same command.
     """
     if print_config:
         click.echo(config.dump_config(context.params, context.command.params), nl=False)
         return
     check_report(report)
-
-    def run_stored(source: Any, **keywords: Any) -> Any:
-        from daskinfer import run
-
-        where = {"overwrite": options["overwrite"], "shard": options["shard"], "progress": make_progress(options["progress"])}
-        return run(source, options["input"], options["output"], **where, **keywords)
-
-    done = call_api(run_stored, options)
+    done = call_api("run", options, options["input"], options["output"])
     if report is not None:
         _write_report(done, report, options["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
@@ -93,7 +85,7 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
 
 
 def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> None:
-    """Write the report, each shard its own; that of the run that did the work is not replaced by one of nothing done."""
+    """Write the report, one for each shard; a run that found everything done keeps the report of the run that did it."""
     path = Path(report_path)
     path = path.with_stem(f"{path.stem}{format_shard_suffix(shard)}")
     if not run_report.rows and path.exists():
@@ -102,8 +94,8 @@ def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> Non
         run_report.to_html(path)
     except OSError as error:
         raise StorageError(
-            f"the report {str(path)!r} cannot be written: {error.strerror}; the output itself is stored. Make room, or "
-            "choose another path; repeating the command computes nothing again."
+            f"cannot write the report {str(path)!r}: {error.strerror}; the output itself is stored. Free some space or "
+            "choose another path, then repeat the command: it computes nothing again."
         ) from error
 
 
@@ -111,40 +103,33 @@ def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> Non
 infer = Command("infer", params=run.params, callback=run.callback, help=run.help, context_settings=main.context_settings)
 
 
+@add_run_options
 @main.command()
 @MODEL
 @INPUT
 @click.argument("output", type=PATHS_TYPE, required=False)
-@add_run_options
 @click.pass_context
 def plan(context: click.Context, /, print_config: bool, report: str | None, as_json: bool, **options: Any) -> None:
-    """Show what `run` would do with the same arguments, and refuse what cannot work; OUTPUT stays as it is.
+    """Show what `run` would do with the same arguments, and refuse what cannot work; OUTPUT is not touched.
 
-    The first rows are computed on every device, to tell the time to expect; --no-probe starts nothing.
+    The first rows are computed on every device to estimate the time; --no-probe starts nothing.
     """
     if print_config:
         click.echo(config.dump_config(context.params, context.command.params), nl=False)
         return
     check_report(report)
-
-    def make_plan(source: Any, **keywords: Any) -> Any:
-        from daskinfer import plan
-
-        where = {name: options[name] for name in ("overwrite", "shard", "probe")}
-        return plan(source, options["input"], target=options["output"], **where, **keywords)
-
-    found = call_api(make_plan, options)
+    found = call_api("plan", options, options["input"], target=options["output"])
     click.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
 plan.params.append(PROBE)
 
 
+@add_output_options
 @main.command()
 @click.argument("output", type=click.Path())
-@add_output_options
 def verify(output: str, as_json: bool, log_format: str) -> None:
-    """Read OUTPUT, which `run` wrote, again, and say what is not as it was written."""
+    """Re-read OUTPUT, which `run` wrote, and check every chunk against its recorded checksum."""
     from daskinfer.storage.verify import verify as verified
 
     found = verified(output)
@@ -153,8 +138,8 @@ def verify(output: str, as_json: bool, log_format: str) -> None:
         click.get_current_context().exit(FAILED)
 
 
-@main.command()
 @add_output_options
+@main.command()
 def devices(as_json: bool, log_format: str) -> None:
     """List the devices of this machine."""
     from daskinfer.hardware.device_spec import find_local_devices
@@ -163,41 +148,41 @@ def devices(as_json: bool, log_format: str) -> None:
     click.echo(json.dumps(found.to_dicts()) if as_json else str(found))
 
 
-@main.command()
-@add_scheduler_options
 @add_output_options
+@add_scheduler_options
+@main.command()
 def doctor(as_json: bool, log_format: str, **options: Any) -> None:
-    """Say what works here, and on each worker of --scheduler, and how to mend what does not.
+    """Check what works here, and on each worker of --scheduler, and say how to fix what does not.
 
-    Ends with 1 where a run would fail.
+    Exits with 1 if a run would fail.
     """
     from daskinfer.cli.doctor import CONNECT_SECONDS, examine, is_healthy
 
     check_wait(options)
     adopt_dask_loggers()
-    found = []
+    findings = []
     for finding in examine(partial(connect_client, options, CONNECT_SECONDS) if options["scheduler"] else None):
-        found.append(finding)
+        findings.append(finding)
         if not as_json:
             click.echo(str(finding))
-    well = is_healthy(found)
+    healthy = is_healthy(findings)
     if as_json:
-        click.echo(json.dumps({"well": well, "findings": [asdict(finding) for finding in found]}))
+        click.echo(json.dumps({"well": healthy, "findings": [asdict(finding) for finding in findings]}))
     else:
-        click.echo("a run works here" if well else "a run does not work here: mend what is wrong first")
-    if not well:
+        click.echo("a run works here" if healthy else "some checks failed; fix the errors above first")
+    if not healthy:
         click.get_current_context().exit(FAILED)
 
 
 @main.command()
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete this command's words.
+    """Print the script that makes SHELL complete this command.
 
     In ~/.bashrc or ~/.zshrc: eval "$(daskinfer completion bash)"; in fish: daskinfer completion fish | source.
     """
     script = get_completion_class(shell)
-    assert script is not None  # of click's own
+    assert script is not None  # click has one for each of _SHELLS
     click.echo(script(main, {}, "daskinfer", "_DASKINFER_COMPLETE").source())
 
 
@@ -205,10 +190,10 @@ def completion(shell: str) -> None:
 @click.option("--rows", default=200_000, show_default=True, type=click.IntRange(1), help="How many images.")
 @click.option("--devices", default="auto", show_default=True, help="As for run.")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), help="A new folder for images and answers. [default: a temporary one]"
+    "--folder", type=click.Path(path_type=Path), help="A new folder for images and outputs. [default: a temporary one]"
 )
 def demo(rows: int, devices: str, folder: Path | None) -> None:
-    """Watch a trained network classify handwritten digits on all devices of this machine."""
+    """Watch a trained model classify handwritten digits on all devices of this machine."""
     from daskinfer.demo.show import run_demo
 
     if folder is None:
@@ -223,7 +208,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise click.BadParameter(f"{str(folder)!r} exists; a new folder is needed", param_hint="--folder") from None
+        raise click.BadParameter(f"must be a new folder, got {str(folder)!r}, which exists", param_hint="--folder") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the values of the command's options are read: as text of the command line, or as values of TOML."""
+"""The types of the command's options: how a value is parsed, from text on the command line or from TOML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TomlTypes = tuple[tuple[type, ...], str]
 
 
 class OptionType(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 has no type argument
-    """A value that is ``toml_types`` in TOML, or text; :meth:`parse` reads the text and checks the rest."""
+    """A value that has one of ``toml_types`` in TOML, or is text; :meth:`parse` parses text and checks the rest."""
 
     toml_types: ClassVar[_TomlTypes]
 
@@ -26,7 +26,7 @@ class OptionType(click.ParamType, ABC):  # type: ignore[type-arg]  # click 8.1 h
 
     @abstractmethod
     def parse(self, value: Any) -> Any:
-        """The value; a ValueError says why it is none."""
+        """Return the value; raise a ValueError that says what it must be."""
 
 
 class PathsType(OptionType):
@@ -37,12 +37,12 @@ class PathsType(OptionType):
 
     def parse(self, value: Any) -> Any:
         found = value
-        # A folder's name may hold one: /data/date=2026-11-27/images.zarr.
+        # A folder's name may contain "=": /data/date=2026-11-27/images.zarr.
         if isinstance(value, str) and "=" in value and "/" not in value.partition("=")[0]:
             pairs = [part.partition("=") for part in value.split(",")]
             found = {name: path for name, _, path in pairs}
         if isinstance(found, dict) and not (found and all(n and isinstance(p, str) and p for n, p in found.items())):
-            raise ValueError(f"{value!r} is neither a path nor name=path,name=path")
+            raise ValueError(f"must be a path or name=path,name=path, got {value!r}")
         return found
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -69,7 +69,7 @@ class DevicesType(OptionType):
         return value  # checked when the call is planned
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-        """The devices of this machine, after those that stand there already."""
+        """Return this machine's devices, each after those that were typed before it."""
         from daskinfer.hardware.device_spec import find_local_devices
 
         before, comma, last = incomplete.rpartition(",")
@@ -94,7 +94,7 @@ class WeightsType(OptionType):
                 return {name: float(weight) for name, weight in value.items()}
             return [float(weight) for weight in (value.split(",") if isinstance(value, str) else value)]
         except (ValueError, TypeError):
-            raise ValueError(f"{value!r} is neither auto, even, 1,1,8 nor cuda=8,cpu=1") from None
+            raise ValueError(f"must be auto, even, or weights such as 1,1,8 or cuda=8,cpu=1, got {value!r}") from None
 
 
 class CountType(OptionType):
@@ -116,7 +116,7 @@ class ShardType(OptionType):
     def parse(self, value: Any) -> tuple[int, int]:
         numbers = value.split("/") if isinstance(value, str) else value
         if len(numbers) != 2 or not all(str(n).isdecimal() for n in numbers):
-            raise ValueError(f"{value!r} is no part such as 3/64")
+            raise ValueError(f"must be i/n such as 3/64, got {value!r}")
         return int(numbers[0]), int(numbers[1])
 
 
@@ -130,7 +130,7 @@ class KeywordsType(OptionType):
         try:
             found = json.loads(value) if isinstance(value, str) else value
         except json.JSONDecodeError as error:
-            raise ValueError(f"{value!r} is no JSON object ({error})") from None
+            raise ValueError(f"must be a JSON object, got {value!r} ({error})") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{value!r} is no JSON object")
+            raise ValueError(f"must be a JSON object, got {value!r}")
         return found

@@ -1,6 +1,6 @@
 """Handwritten digits: 1,797 real ones, and as many made from them as a demonstration wants.
 
-The split is by position: the network was trained on the first 1,437 digits and never saw the last 360. Made digits
+The split is by position: the model was trained on the first 1,437 digits and never saw the last 360. Made digits
 come from these 360 alone, so that its accuracy on them is that on digits it does not know.
 
 They come in blocks of 10,000 rows, and block ``b`` of seed ``s`` is drawn by ``default_rng([s, b])`` alone: any
@@ -25,7 +25,7 @@ DIGITS_PATH = Path(__file__).with_name("digits.npy")
 """(1797, 65) uint8: 64 pixels of 0..16, row by row, and the label; see CREDITS.md."""
 
 TRAINED = slice(0, 1437)
-"""The digits that the network was trained on: four fifths."""
+"""The digits that the model was trained on: four fifths."""
 
 HELD_OUT = slice(1437, 1797)
 """The digits that it never saw: one fifth."""
@@ -72,7 +72,7 @@ def draw(rows: slice, n_rows: int, rng: np.random.Generator) -> tuple[Images, La
     n_rows : int
         How many to draw, with replacement.
     rng : numpy.random.Generator
-        Where chance comes from; it moves on.
+        The source of randomness; drawing advances it.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def write(path: str | PathLike[str], n_rows: int, seed: int) -> Labels:
     Parameters
     ----------
     path : str or path
-        Where the array is to be: a folder that does not exist yet.
+        The array's path: a folder that does not exist yet.
     n_rows : int
         How many rows; 256 bytes each, stored as they are (noise does not compress).
     seed : int

@@ -1,4 +1,4 @@
-"""The demo's network: small enough for a CPU, real enough to be right about handwritten digits."""
+"""The demo's model: small enough for a CPU, real enough to be right about handwritten digits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class DigitNet(nn.Module):
     """Three small convolutions and two linear layers, from an image of 8 by 8 pixels to the logits of ten digits.
 
-    In evaluation mode a row's answer depends on that row alone; in training mode, which `make` starts in, batch
-    normalisation looks across the batch.
+    In evaluation mode the output for a row depends on that row alone; in training mode, which `make_model` returns it in,
+    batch normalisation makes it depend on the other rows in the batch.
 
     Examples
     --------
@@ -54,7 +54,7 @@ class DigitNet(nn.Module):
         Returns
         -------
         Tensor, (n, 10) float32
-            Logits; the greatest of a row is the digit that the network reads.
+            Logits; the greatest of a row is the digit that the model reads.
 
         Examples
         --------
@@ -67,7 +67,7 @@ class DigitNet(nn.Module):
 
 
 def make_model() -> DigitNet:
-    """Build the network with random weights, ready for those of ``digits.safetensors``.
+    """Build the model with random weights, ready for those of ``digits.safetensors``.
 
     Returns
     -------

@@ -1,9 +1,9 @@
-"""How the demo's weights came about: ``python -m daskinfer.demo.train`` makes them again.
+"""How the demo's weights were made: ``python -m daskinfer.demo.train`` makes them again.
 
 Seeds are fixed, so that two runs of one machine agree; another release of torch or another number of threads changes
-the last bits, and with them the path of the training, but not the quality of what it ends at.
+the last bits, and with them the path of the training, but not the quality of the result.
 
-The net's layers were chosen among seven by their accuracy on the last 287 digits of the training split, after
+The model's layers were chosen among seven by their accuracy on the last 287 digits of the training split, after
 training on the 1,150 before them; the held-out digits are for the figure that is reported.
 """
 
@@ -32,11 +32,11 @@ BATCH_SIZE = 128
 """Rows in a batch; arbitrary."""
 
 PEAK_LEARNING_RATE = 3e-3
-"""The learning rate at its highest; the usual one for Adam on a net of this size."""
+"""The learning rate at its highest; the usual one for Adam on a model of this size."""
 
 
 def _iter_batches(rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Make training batches without end; many from one draw, since each draw reads the digits anew."""
+    """Make training batches without end; many from one draw, since each draw reads the digits again."""
     while True:
         images, labels = digits.draw(digits.TRAINED, 64 * BATCH_SIZE, rng)
         for start in range(0, len(images), BATCH_SIZE):
@@ -45,7 +45,7 @@ def _iter_batches(rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(steps: int = STEPS) -> DigitNet:
-    """Train a new network on digits made from the 1,437 of the training split, and on no others.
+    """Train a new model on digits made from the 1,437 of the training split, and on no others.
 
     Parameters
     ----------
@@ -65,24 +65,24 @@ def train(steps: int = STEPS) -> DigitNet:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        net = make_model()
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
         loss = nn.CrossEntropyLoss(label_smoothing=0.05)
         for images, labels in islice(_iter_batches(np.random.default_rng(SEED)), steps):
             optimizer.zero_grad()
-            loss(net(images), labels).backward()
+            loss(model(images), labels).backward()
             optimizer.step()
             schedule.step()
-    return net.eval()
+    return model.eval()
 
 
 def compute_accuracy(model: DigitNet, images: digits.Images, labels: digits.Labels) -> float:
-    """Count how often the network reads the right digit.
+    """Count how often the model reads the right digit.
 
     Parameters
     ----------
-    net : DigitNet
+    model : DigitNet
         In evaluation mode.
     images : ndarray, (n, 1, 8, 8) float32
         Brightness from 0 to 1.
@@ -97,10 +97,10 @@ def compute_accuracy(model: DigitNet, images: digits.Images, labels: digits.Labe
     Examples
     --------
     >>> from daskinfer.demo import digits
-    >>> from daskinfer.demo.net import make
+    >>> from daskinfer.demo.net import make_model
     >>> from daskinfer.demo.train import compute_accuracy
     >>> images, labels = next(digits.augment(100, seed=0))
-    >>> 0 <= compute_accuracy(make().eval(), images, labels) <= 1
+    >>> 0 <= compute_accuracy(make_model().eval(), images, labels) <= 1
     True
     """
     with torch.inference_mode():
@@ -109,11 +109,11 @@ def compute_accuracy(model: DigitNet, images: digits.Images, labels: digits.Labe
 
 
 def compute_held_out_accuracy(model: DigitNet) -> tuple[float, float]:
-    """Measure the network on digits that it was not trained on.
+    """Measure the model on digits that it was not trained on.
 
     Parameters
     ----------
-    net : DigitNet
+    model : DigitNet
         In evaluation mode.
 
     Returns
@@ -134,12 +134,12 @@ def compute_held_out_accuracy(model: DigitNet) -> tuple[float, float]:
 
 
 def rebuild_digits(path: Path) -> None:
-    """Write ``digits.npy`` anew from scikit-learn's copy of the data set.
+    """Rebuild ``digits.npy`` from scikit-learn's copy of the data set.
 
     Parameters
     ----------
     path : Path
-        The file to write, (1797, 65) uint8; what was there is replaced.
+        The file to write, (1797, 65) uint8; an existing file is replaced.
 
     Examples
     --------
@@ -172,17 +172,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     held-out digits: ... % right; with shifts and noise: ... % right
     wrote ...digits.safetensors
     """
-    parser = argparse.ArgumentParser(prog="python -m daskinfer.demo.train", description="Train the demo's network.")
+    parser = argparse.ArgumentParser(prog="python -m daskinfer.demo.train", description="Train the demo's model.")
     parser.add_argument("--steps", type=int, default=STEPS, help="batches to train on (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path(__file__).parent, help="where the weights go (default: the package)"
     )
     options = parser.parse_args(argv)
-    net = train(options.steps)
-    clean, augmented = compute_held_out_accuracy(net)
+    model = train(options.steps)
+    clean, augmented = compute_held_out_accuracy(model)
     print(f"held-out digits: {clean:.2%} right; with shifts and noise: {augmented:.2%} right".replace("%", " %"))
     path = options.folder / "digits.safetensors"
-    save_file(net.state_dict(), path)
+    save_file(model.state_dict(), path)
     print(f"wrote {path}")
 
 

@@ -29,14 +29,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def net() -> DigitNet:
-    """The network with the shipped weights, in evaluation mode."""
+    """The model with the shipped weights, in evaluation mode."""
     net = make_model()
     net.load_state_dict(load_file(WEIGHTS), strict=True)
     return net.eval()
 
 
 def test_the_weights_fit_the_factory(net: DigitNet) -> None:
-    """The shipped weights load strictly into the factory's network, which answers ten float32 logits a row."""
+    """The shipped weights load strictly into the factory's model, which returns ten float32 logits per row."""
     logits = net(torch.zeros(3, 1, 8, 8))
     assert (logits.shape, logits.dtype) == ((3, 10), torch.float32)
 
@@ -47,7 +47,7 @@ def test_the_files_are_small() -> None:
     assert digits.DIGITS_PATH.stat().st_size < 120_000
 
 
-def test_the_network_reads_digits_it_was_not_trained_on(net: DigitNet) -> None:
+def test_the_model_reads_digits_it_was_not_trained_on(net: DigitNet) -> None:
     """The shipped weights read over 97 % of the held-out digits, and over 96 % of those with shifts and noise."""
     clean, augmented = train.compute_held_out_accuracy(net)
     assert clean > 0.97
@@ -66,9 +66,9 @@ def test_a_row_does_not_depend_on_its_batch(net: DigitNet) -> None:
 def test_the_digits_are_those_of_scikit_learn() -> None:
     """The shipped digits are scikit-learn's, scaled to 0..1, in their order."""
     images, labels = digits.load()
-    theirs = load_digits()
-    np.testing.assert_array_equal(images, theirs.images.astype(np.float32) / 16)
-    np.testing.assert_array_equal(labels, theirs.target)
+    original = load_digits()
+    np.testing.assert_array_equal(images, original.images.astype(np.float32) / 16)
+    np.testing.assert_array_equal(labels, original.target)
     assert (images.dtype, labels.dtype) == (np.float32, np.int64)
 
 
@@ -138,7 +138,7 @@ def test_a_block_can_be_made_alone() -> None:
 
 @pytest.mark.parametrize("n_rows", [0, 1, 5_000, 12_345])
 def test_the_store_reads_back(tmp_path: Path, n_rows: int) -> None:
-    """A written store is a Zarr v3 array in regular chunks that holds the made rows, and the labels are theirs."""
+    """A written store is a Zarr v3 array in regular chunks that holds the made rows, with their labels."""
     labels = digits.write(tmp_path / "digits.zarr", n_rows, seed=2)
     array = zarr.open_array(tmp_path / "digits.zarr", mode="r")
     assert (array.metadata.zarr_format, array.shape) == (3, (n_rows, 1, 8, 8))
@@ -152,7 +152,7 @@ def test_the_store_reads_back(tmp_path: Path, n_rows: int) -> None:
 
 
 def test_a_store_is_not_overwritten(tmp_path: Path) -> None:
-    """Writing where an array is already is refused and leaves it as it was."""
+    """Writing to an existing array is refused and does not change it."""
     digits.write(tmp_path / "digits.zarr", 3, seed=0)
     before = zarr.open_array(tmp_path / "digits.zarr", mode="r")[:]
     with pytest.raises(ValueError, match="array exists"):

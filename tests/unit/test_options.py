@@ -1,74 +1,105 @@
+"""Options: what is allowed, and everything that follows from their declarations."""
+
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from IPython.core.completer import IPCompleter, provisionalcompleter
 
 import daskinfer as di
-from daskinfer.errors import OptionError
-from daskinfer.options import OptionFields, Options
+from daskinfer import _keywords
+from daskinfer.cli.main import main
+from daskinfer.core.declarations import ALL
+from daskinfer.errors import OptionError, UnknownKeyword
+from daskinfer.options import CallKeywords, Options, get_all_declarations, list_options, make_reference_rows
+from tests.support.write_types import API, KEYWORDS, NAMED, make_keywords_module, make_name, replace_overloads
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"autocast": "bfloat16"}, "autocast is 'bfloat16'; it may be 'bf16', 'fp16' or None"),
-        ({"autocast": True}, "autocast is True; it may be"),
-        ({"autocast": np.zeros(2)}, "autocast is array.*; it may be"),
-        ({"preprocess": "x/255"}, "preprocess is a str; it may be a function"),
-        ({"postprocess": 1}, "postprocess is a int; it may be a function"),
-        ({"dtype": np.float32}, "dtype is <class 'numpy.float32'>; it may be a name such as 'float32'"),
-        ({"dtype": torch.float32}, "dtype is torch.float32; it may be a name"),
-        ({"dtype": {"image": torch.float32}}, "dtype is {'image': torch.float32}; it may be a name"),
-        ({"dtype": {0: "float32"}}, "dtype is {0: 'float32'}; it may be a name"),
-        ({"dtype": ["float32"]}, r"dtype is \['float32'\]; it may be a name"),
-        ({"pad": 1}, "pad is 1; it may be True or False"),
-        ({"pad": None}, "pad is None; it may be True or False"),
-        ({"prefetch": 0}, "prefetch is 0; it may be a number from 1 to 6"),
-        ({"prefetch": 7}, "prefetch is 7; it may be a number from 1 to 6"),
-        ({"prefetch": True}, "prefetch is True; it may be a number from 1 to 6"),
-        ({"prefetch": None}, "prefetch is None; it may be a number from 1 to 6"),
-        ({"prefetch": "2"}, "prefetch is '2'; it may be a number from 1 to 6"),
-        ({"prefetch": 2.0}, "prefetch is 2.0; it may be a number from 1 to 6"),
-        ({"prefetch": 2.5}, "prefetch is 2.5; it may be a number from 1 to 6"),
-        ({"prefetch": np.ones(2)}, "prefetch is array.*; it may be a number from 1 to 6"),
-        ({"on_error": "ignore"}, "on_error is 'ignore'; it may be 'raise' or 'skip'"),
-        ({"on_error": None}, "on_error is None; it may be 'raise' or 'skip'"),
-        ({"nan_is_failure": 1}, "nan_is_failure is 1; it may be True or False"),
-        ({"restart_workers": None}, "restart_workers is None; it may be True or False"),
-        ({"retries": -1}, "retries is -1; it may be a number from 0"),
-        ({"retries": True}, "retries is True; it may be a number from 0"),
-        ({"retries": 1.0}, r"retries is 1\.0; it may be a number from 0"),
-        ({"chunk_timeout": 0}, "chunk_timeout is 0; it may be seconds, above 0, or None"),
-        ({"chunk_timeout": "3"}, "chunk_timeout is '3'; it may be seconds, above 0, or None"),
-        ({"chunk_timeout": True}, "chunk_timeout is True; it may be seconds, above 0, or None"),
-        ({"fill_value": "NaN"}, "fill_value is 'NaN'; it may be a number or None"),
-        ({"memory_format": "nhwc"}, "memory_format is 'nhwc'; it may be 'auto', 'contiguous' or 'channels_last'"),
-        ({"memory_format": None}, "memory_format is None; it may be 'auto', 'contiguous' or 'channels_last'"),
-        ({"max_failed_rows": -1}, "max_failed_rows is -1; it may be a number from 0, a share such as '1%', or None"),
-        ({"max_failed_rows": True}, "max_failed_rows is True; it may be a number from 0"),
-        ({"max_failed_rows": 0.5}, r"max_failed_rows is 0\.5; it may be a number from 0"),
-        ({"max_failed_rows": "5"}, "max_failed_rows is '5'; it may be a number from 0"),
-        ({"max_failed_rows": "101%"}, "max_failed_rows is '101%'; it may be a number from 0"),
-        ({"max_failed_rows": "-1%"}, "max_failed_rows is '-1%'; it may be a number from 0"),
-        ({"max_failed_rows": "1.2.3%"}, r"max_failed_rows is '1\.2\.3%'; it may be a number from 0"),
-        ({"max_failed_rows": "%"}, "max_failed_rows is '%'; it may be a number from 0"),
+        ({"autocast": "bfloat16"}, "autocast must be 'bf16', 'fp16' or None, got 'bfloat16'$"),
+        ({"autocast": True}, "autocast must be .*, got True$"),
+        ({"autocast": np.zeros(2)}, "autocast must be .*, got array"),
+        ({"preprocess": "x/255"}, "preprocess must be a function or None, got 'x/255'$"),
+        ({"postprocess": 1}, "postprocess must be a function or None, got 1$"),
+        ({"dtype": np.float32}, "dtype must be a name such as 'float32', .*, got <class 'numpy.float32'>$"),
+        ({"dtype": torch.float32}, "dtype must be a name .*, got torch.float32$"),
+        (
+            {"dtype": {"image": torch.float32}},
+            "dtype must be .* a mapping from port to name, .*got {'image': torch.float32}$",
+        ),
+        ({"dtype": {0: "float32"}}, "dtype must be a name .*, got {0: 'float32'}$"),
+        ({"dtype": ["float32"]}, r"dtype must be a name .*, got \['float32'\]$"),
+        ({"pad": 1}, "pad must be True or False, got 1$"),
+        ({"pad": None}, "pad must be True or False, got None$"),
+        ({"prefetch": 0}, "prefetch must be an integer between 1 and 6, got 0$"),
+        ({"prefetch": 7}, "prefetch must be an integer between 1 and 6, got 7$"),
+        ({"prefetch": True}, "prefetch must be an integer between 1 and 6, got True$"),
+        ({"prefetch": None}, "prefetch must be an integer between 1 and 6, got None$"),
+        ({"prefetch": "2"}, "prefetch must be an integer between 1 and 6, got '2'$"),
+        ({"prefetch": 2.0}, r"prefetch must be an integer between 1 and 6, got 2\.0$"),
+        ({"prefetch": 2.5}, r"prefetch must be an integer between 1 and 6, got 2\.5$"),
+        ({"prefetch": np.ones(2)}, "prefetch must be an integer between 1 and 6, got array"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'$"),
+        ({"on_error": None}, "on_error must be 'raise' or 'skip', got None$"),
+        ({"nan_is_failure": 1}, "nan_is_failure must be True or False, got 1$"),
+        ({"restart_workers": None}, "restart_workers must be True or False, got None$"),
+        ({"trust": "yes"}, "trust must be True or False, got 'yes'$"),
+        ({"retries": -1}, "retries must be an integer >= 0, got -1$"),
+        ({"retries": True}, "retries must be an integer >= 0, got True$"),
+        ({"retries": 1.0}, r"retries must be an integer >= 0, got 1\.0$"),
+        ({"chunk_timeout": 0}, "chunk_timeout must be a number of seconds > 0 or None, got 0$"),
+        ({"chunk_timeout": "3"}, "chunk_timeout must be a number of seconds > 0 or None, got '3'$"),
+        ({"chunk_timeout": True}, "chunk_timeout must be a number of seconds > 0 or None, got True$"),
+        ({"chunk_timeout": math.nan}, "chunk_timeout must be a number of seconds > 0 or None, got nan$"),
+        ({"fill_value": "NaN"}, "fill_value must be a number or None, got 'NaN'$"),
+        ({"memory_format": "nhwc"}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got 'nhwc'$"),
+        ({"memory_format": None}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got None$"),
+        ({"max_failed_rows": -1}, "max_failed_rows must be an integer >= 0, a share such as '1%', or None, got -1$"),
+        ({"max_failed_rows": True}, "max_failed_rows must be an integer >= 0, .*, got True$"),
+        ({"max_failed_rows": 0.5}, r"max_failed_rows must be an integer >= 0, .*, got 0\.5$"),
+        ({"max_failed_rows": "5"}, "max_failed_rows must be an integer >= 0, .*, got '5'$"),
+        ({"max_failed_rows": "101%"}, "max_failed_rows must be an integer >= 0, .*, got '101%'$"),
+        ({"max_failed_rows": "-1%"}, "max_failed_rows must be an integer >= 0, .*, got '-1%'$"),
+        ({"max_failed_rows": "1.2.3%"}, r"max_failed_rows must be an integer >= 0, .*, got '1\.2\.3%'$"),
+        ({"max_failed_rows": "%"}, "max_failed_rows must be an integer >= 0, .*, got '%'$"),
     ],
 )
 def test_refuses(field: dict[str, Any], message: str) -> None:
-    """A field outside what is allowed is named, with what was got and what is allowed."""
-    with pytest.raises(OptionError, match=message):
+    """A value that is not allowed is refused with the field's name, what is allowed, and what was got."""
+    with pytest.raises(OptionError, match=f"^{message}"):
         Options(**field)
 
 
-def test_readers() -> None:
-    """One chunk is read ahead unless more are asked for, six at most."""
+@pytest.mark.parametrize(
+    ("function", "keyword"),
+    [(di.predict, "return_report"), (di.plan, "probe"), (partial(di.run, target="y.npy"), "overwrite")],
+)
+def test_refuses_switches_of_a_call(function: Callable[..., Any], keyword: str) -> None:
+    """Keywords of a call that are switches are checked as the fields of Options are."""
+    with pytest.raises(OptionError, match=f"^{keyword} must be True or False, got 'yes'$"):
+        function(abs, [1.0], **{keyword: "yes"})
+
+
+def test_prefetch() -> None:
+    """One chunk is read ahead by default, and six at most."""
     assert Options().prefetch == 1
     assert [Options(prefetch=n).prefetch for n in (1, 6)] == [1, 6]
 
@@ -102,11 +133,6 @@ def test_a_mapping_is_copied() -> None:
     assert options.dtype == {"image": "float32"}
 
 
-def test_fields_as_keywords_are_the_same() -> None:
-    """The keywords that the public functions take are the fields."""
-    assert list(OptionFields.__annotations__) == [field.name for field in dataclasses.fields(Options)]
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16", {"image": "float32"}, {}])
 def test_survives_json_and_pickle(dtype: Any) -> None:
     """What is no function or array passes through JSON, and everything through pickle."""
@@ -128,26 +154,150 @@ def test_cast(dtype: Any, cast: str | None) -> None:
     assert Options(dtype=dtype).get_cast_dtype("x") == cast
 
 
+FUNCTIONS = {name: getattr(di, name) for name in ALL}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_signatures_show_every_option(name: str) -> None:
+    """A function's signature, docstring and type checkers' text have each option that it takes, with its default."""
+    function, declared = FUNCTIONS[name], list_options(name)
+    shown = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    shown.pop("target", None)  # of plan: what is planned, not an option
+    assert list(shown) == [option.name for option in declared]
+    assert [(p.default, p.annotation) for p in shown.values()] == [(option.default, option.type) for option in declared]
+    entries = re.findall(r"^    (\w+) : .*, default ", function.__doc__, re.MULTILINE)
+    assert entries == list(shown)
+    typed = getattr(_keywords, make_name([name]))
+    assert {*typed.__optional_keys__, *NAMED} >= shown.keys() >= typed.__optional_keys__
+
+
+def test_map_blocks_takes_fewer_options() -> None:
+    """What is followed only while daskinfer computes is no keyword of map_blocks."""
+    without = {option.name for option in list_options("predict")} - {option.name for option in list_options("map_blocks")}
+    assert {"on_error", "prefetch", "devices", "client", "progress"} <= without
+    assert {"dtype", "autocast", "pad", "batch_size"} & without == set()
+
+
+@pytest.mark.parametrize("use_jedi", [False, True])
+def test_completion_in_ipython(use_jedi: bool) -> None:
+    """Tab in IPython completes the keywords of a function, and of Options."""
+    completer = IPCompleter(namespace={"di": di, "net": abs, "x": [1.0]})
+    completer.use_jedi = use_jedi
+    for text, expected in {
+        "di.predict(net, x, on_e": "on_error=",
+        "di.run(net, x, 'y.npy', overw": "overwrite=",
+        "di.Options(memory_f": "memory_format=",
+    }.items():
+        with provisionalcompleter():
+            found = [completion.text for completion in completer.completions(text, len(text))]
+        assert expected in found, text
+    with provisionalcompleter():
+        assert not list(completer.completions("di.map_blocks(net, x, on_e", 26))
+
+
+def test_docstrings_explain_options() -> None:
+    """``di.predict?`` explains an option and says what is allowed."""
+    doc = inspect.getdoc(di.predict) or ""
+    assert doc.count("\nprefetch : int, default 1\n    Chunks to read ahead") == 1
+    assert "Must be an integer between 1 and 6." in " ".join(doc.split())
+    assert doc.index("\nParameters\n") < doc.index("\nprefetch") < doc.index("\nReturns\n")
+    assert "\nprefetch" not in (inspect.getdoc(di.map_blocks) or "")
+
+
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("keyword", "advice"),
     [
-        ("batchsize", r"^the keyword 'batchsize' was given; allowed are .*, trust\. Did you mean 'batch_size'\?$"),
-        ("device", r"^the keyword 'device' was given; allowed are .*, trust\. Did you mean 'devices'\?$"),
-        ("onerror", r"Did you mean 'on_error'\?"),
-        ("num_workers", r"The devices say how many workers there are: devices='cpu\*2', for example\.$"),
-        ("colour", r"^the keyword 'colour' was given; .* signature and dtype, autocast, .*, trust\. Leave it out\.$"),
+        ("batchsize", r"did you mean 'batch_size'\?$"),
+        ("onerror", r"did you mean 'on_error'\?$"),
+        ("readers", r"did you mean 'prefetch'\?$"),
+        ("device", r"did you mean 'devices'\?$"),
+        ("num_workers", r"devices sets the number of workers, as in devices='cpu\*2'$"),
+        ("colour", r"allowed are devices, device_weights, .*, trust$"),
     ],
 )
-def test_a_keyword_that_there_is_none_of(given: str, said: str) -> None:
-    """A word that was mistyped is refused with the one that was meant."""
-    for call in (di.predict, di.plan, di.map_blocks, di.stream):
-        with pytest.raises(OptionError, match=said):
-            call(abs, [1.0], **{given: 1})
+def test_unknown_keyword(keyword: str, advice: str) -> None:
+    """A keyword that no function takes is refused as Python does, with the one that was meant, or all that are allowed."""
+    for name in ("predict", "plan", "stream"):
+        with pytest.raises(UnknownKeyword, match=rf"^{name}\(\) got an unexpected keyword argument '{keyword}'; {advice}"):
+            FUNCTIONS[name](abs, [1.0], **{keyword: 1})
 
 
-def test_a_keyword_of_another_function() -> None:
-    """A word that only another function takes is not suggested again."""
-    with pytest.raises(
-        OptionError, match=r"^the keyword 'overwrite' was given; .*, trust\. Another function takes it: leave it out\.$"
-    ):
-        di.predict(abs, [1.0], overwrite=True)
+@pytest.mark.parametrize(
+    ("call", "value"),
+    [
+        (partial(di.predict, np.sqrt, np.ones(8), devices="inline"), {"readers": 2}),
+        (partial(di.predict, np.sqrt, np.ones(8)), {"device": "inline"}),
+        (partial(di.plan, np.sqrt, np.ones(8)), {"fresh": True}),
+        (partial(di.map_blocks, np.sqrt, np.ones(8)), {"batchsize": 4}),
+        (Options, {"readers": 2}),
+    ],
+)
+def test_the_suggested_keyword_works(call: Callable[..., Any], value: dict[str, Any]) -> None:
+    """The keyword that an error suggests, typed in, is accepted."""
+    with pytest.raises(UnknownKeyword) as error:
+        call(**value)
+    (suggested,) = re.findall(r"did you mean '(\w+)'\?$", str(error.value))
+    call(**{suggested: next(iter(value.values()))})
+
+
+def test_the_suggested_devices_work() -> None:
+    """What stands instead of a number of workers is accepted."""
+    with pytest.raises(UnknownKeyword) as error:
+        di.plan(np.sqrt, np.ones(8), n_workers=2)
+    (suggested,) = re.findall(r"as in devices='(.*)'$", str(error.value))
+    assert len(di.plan(np.sqrt, np.ones(8), devices=suggested).devices) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "takers"),
+    [
+        ("predict", "overwrite", "run, plan"),
+        ("predict", "fresh", "run, plan"),
+        ("stream", "return_report", "predict"),
+        ("map_blocks", "on_error", "predict, stream, run, plan"),
+        ("map_blocks", "readers", "predict, stream, run, plan"),
+    ],
+)
+def test_keyword_of_another_function(name: str, keyword: str, takers: str) -> None:
+    """A keyword that only other functions take is refused with their names."""
+    new = {"fresh": "overwrite", "readers": "prefetch"}.get(keyword, keyword)
+    message = rf"^{name}\(\) got an unexpected keyword argument '{keyword}'; '{new}' is a keyword of {takers}$"
+    with pytest.raises(UnknownKeyword, match=message):
+        FUNCTIONS[name](abs, [1.0], **{keyword: True})
+
+
+def test_reference_rows() -> None:
+    """Each option is one row of the reference; flags and keys are those of the command and of job files."""
+    rows = make_reference_rows()
+    names = [field.name for holder in (CallKeywords, Options) for field in dataclasses.fields(holder)]
+    assert [row["name"] for row in rows] == [name for name in names if name != "fields"]
+    assert all(row["help"].endswith(".") and row["allowed"] and row["section"] for row in rows)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["on_error"]["allowed"] == "'raise' or 'skip'"
+    assert by_name["trust"]["flag"] == "--trust-model"
+    assert by_name["preprocess"]["flag"] == by_name["preprocess"]["key"] == ""
+    assert by_name["progress"]["type"] == "bool | Callable[[Event], Any] | None"
+    flags = {name for parameter in main.commands["plan"].params for name in parameter.opts}
+    assert {row["flag"] for row in rows if row["flag"]} <= flags
+
+
+def test_the_text_for_type_checkers_is_up_to_date() -> None:
+    """What ``python -m tests.support.write_types`` writes is what the package holds."""
+    assert KEYWORDS.read_text() == make_keywords_module(get_all_declarations())
+    assert API.read_text() == replace_overloads(API.read_text())
+
+
+def test_the_file_of_the_declarations_knows_no_torch() -> None:
+    """Importing the options imports neither torch, Dask nor click."""
+    code = "import sys, daskinfer.options; print({'torch', 'dask', 'distributed', 'click'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_types_of_calls() -> None:
+    """mypy accepts the right calls of ``typing_cases.py``, and finds an error in each of the wrong ones."""
+    path = "tests/unit/typing_cases.py"
+    done = subprocess.run([sys.executable, "-m", "mypy", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith(path)] == []

@@ -50,7 +50,7 @@ def printed(*arguments: str) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a job, its input and its network, which is the working directory."""
+    """Make a folder with a job file, its input and its model the working directory."""
     Path("job.toml").write_text(JOB)
     Path("job_nets.py").write_text("import torch\ndef linear(n_out=2):\n    return torch.nn.Linear(5, n_out)\n")
     np.save("x.npy", np.zeros((100, 5), np.float32))
@@ -76,7 +76,7 @@ def test_flag_over_file_over_default(folder: Path) -> None:
     assert (found["retries"], found["progress"]) == (2, False)
     assert printed("--config", "job.toml", "--progress")["progress"] is True
     assert printed("--config", "job.toml")["pad"] is True
-    Path("job.toml").write_text("no_pad = true\nfresh = true\n" + JOB)
+    Path("job.toml").write_text("no_pad = true\noverwrite = true\n" + JOB)
     assert printed("--config", "job.toml")["pad"] is False
     assert printed("--config", "job.toml", "--pad", "--no-overwrite")["pad"] is True
     assert printed("--config", "job.toml", "--no-overwrite")["overwrite"] is False
@@ -96,46 +96,64 @@ def test_log_format_of_the_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("batchsize = 3", "has the key 'batchsize'; allowed are model, input, .*Did you mean 'batch-size'?"),
-        ("zzzzz = 3", "has the key 'zzzzz'; allowed are .*Take it out"),
-        ('config = "other.toml"', "has the key 'config'"),
-        ("batch_size = 1\nbatch-size = 1", "both 'batch_size' and 'batch-size', which say the same"),
-        ("pad = true\nno-pad = true", "both 'pad' and 'no-pad', which say the same"),
-        ('overwrite = "yes"', "overwrite = 'yes'; it may be true or false. Change it there"),
-        ("retries = true", "retries = True; it may be a whole number"),
-        ("retries = 1.5", "retries = 1.5; it may be a whole number"),
-        ('chunk-timeout = "1"', "chunk-timeout = '1'; it may be a number"),
-        ("factory = 3", "factory = 3; it may be text"),
-        ("report = 3", "report = 3; it may be text"),
-        ('on-error = "ignore"', "on-error = 'ignore'; 'ignore' is not one of 'raise', 'skip'. Change it there"),
-        ("on-error = 1", "on-error = 1; it may be text"),
-        ("shard = [0.5, 3]", r"shard = \[0.5, 3\]; .* is no part such as 3/64"),
-        ("shard = 3", "shard = 3; it may be text such as '3/64', or a list of two numbers"),
-        ("device-weights = [[1]]", "neither auto, even, 1,1,8 nor cuda=8,cpu=1"),
-        ('kwargs = "3"', "is no JSON object"),
-        ("input = 3", "input = 3; it may be a path, or a table of paths by port"),
-        ("input = {}", "is neither a path nor name=path,name=path"),
-        ("input = {a = 1}", "is neither a path nor name=path,name=path"),
-        (r'model = "\u0000"', r"embedded null .*. Change it there"),
-        ("model =", "is no TOML: .*; every line has to be. Mend it there"),
+        ("batchsize = 3", "unknown key 'batchsize' in {file}; did you mean 'batch-size'\\?"),
+        ("zzzzz = 3", "unknown key 'zzzzz' in {file}; allowed are model, input, .*, overwrite, "),
+        ('config = "other.toml"', "unknown key 'config' in {file}"),
+        ("readers = 3", "unknown key 'readers' in {file}; did you mean 'prefetch'\\?"),
+        ("fresh = true", "unknown key 'fresh' in {file}; did you mean 'overwrite'\\?"),
+        ("no_fresh = true", "unknown key 'no_fresh' in {file}; did you mean 'no-overwrite'\\?"),
+        (
+            "batch_size = 1\nbatch-size = 1",
+            "{file} sets one option twice, as 'batch_size' and 'batch-size'. Remove one of them",
+        ),
+        ("pad = true\nno-pad = true", "{file} sets one option twice, as 'pad' and 'no-pad'"),
+        ('overwrite = "yes"', "overwrite in {file}: must be true or false, got 'yes'"),
+        ("retries = true", "retries in {file}: must be a whole number, got True"),
+        ("retries = 1.5", "retries in {file}: must be a whole number, got 1.5"),
+        ('chunk-timeout = "1"', "chunk-timeout in {file}: must be a number, got '1'"),
+        ("factory = 3", "factory in {file}: must be text, got 3"),
+        ("report = 3", "report in {file}: must be text, got 3"),
+        ('on-error = "ignore"', "on-error in {file}: 'ignore' is not one of 'raise', 'skip'"),
+        ("on-error = 1", "on-error in {file}: must be text, got 1"),
+        ("shard = [0.5, 3]", r"shard in {file}: must be i/n such as 3/64, got \[0.5, 3\]"),
+        ("shard = 3", "shard in {file}: must be text such as '3/64', or a list of two numbers, got 3"),
+        ("device-weights = [[1]]", "device-weights in {file}: must be auto, even, or weights such as 1,1,8 or cuda=8,cpu=1"),
+        ('kwargs = "3"', "kwargs in {file}: must be a JSON object, got '3'"),
+        ("input = 3", "input in {file}: must be a path, or a table of paths by port, got 3"),
+        ("input = {}", "input in {file}: must be a path or name=path,name=path, got {{}}"),
+        ("input = {a = 1}", "input in {file}: must be a path or name=path,name=path"),
+        (r'model = "\u0000"', "model in {file}: embedded null"),
+        ("model =", "{file} is not valid TOML: "),
     ],
 )
-def test_files_that_are_refused(folder: Path, text: str, said: str) -> None:
+def test_files_that_are_refused(folder: Path, text: str, message: str) -> None:
     """A key or a value that is not of the command is one line, exit code 2, before anything starts."""
     Path("job.toml").write_text(text)
     done = invoke("run", "m:n", "x.npy", "y.npy", "--config", "job.toml")
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert re.search(f"^daskinfer: error: the job file 'job.toml' .*{said}", done.stderr), done.stderr
+    pattern = message.replace("{file}", "the job file 'job.toml'").replace("{{}}", "{}")
+    assert re.search(f"^daskinfer: error: {pattern}", done.stderr), done.stderr
     assert not Path("y.npy").exists()
+
+
+@pytest.mark.parametrize(("old", "new"), [("readers = 2", "prefetch = 2"), ("fresh = true", "overwrite = true")])
+def test_the_suggested_key_works(folder: Path, old: str, new: str) -> None:
+    """The key that an error suggests for an old one, put in its place, is accepted."""
+    Path("job.toml").write_text(f"{old}\n{JOB}")
+    (suggested,) = re.findall("did you mean '(.*)'\\?", invoke("run", "--config", "job.toml").stderr)
+    text = old.replace(old.split()[0], suggested)
+    Path("job.toml").write_text(f"{text}\n{JOB}")
+    assert text == new
+    assert invoke("run", "--config", "job.toml").exit_code == 0
 
 
 def test_files_that_are_not_text(folder: Path) -> None:
     """A file of other bytes is refused as one that is missing is, and so is a folder."""
     Path("job.toml").write_bytes(b"\xff\xfe")
-    assert "is no TOML" in invoke("run", "--config", "job.toml").stderr
-    assert "'.' cannot be read: Is a directory" in invoke("run", "--config", ".").stderr
+    assert "is not valid TOML" in invoke("run", "--config", "job.toml").stderr
+    assert "cannot read the job file '.': Is a directory" in invoke("run", "--config", ".").stderr
 
 
 def test_what_toml_cannot_say(folder: Path) -> None:

@@ -24,7 +24,8 @@ from distributed import Client
 import daskinfer as di
 from daskinfer.cli.main import main
 from daskinfer.core import env
-from tests.support.dask_commands import others
+from daskinfer.options import list_options
+from tests.support.dask_commands import external_cluster
 
 FACTORY = """
 import logging, warnings
@@ -43,7 +44,7 @@ def two_ports():
 def prints():
     class Net(torch.nn.Module):
         def forward(self, x):
-            print("a word of the network's")
+            print("printed by the model")
             return x
     return Net()
 
@@ -103,7 +104,7 @@ def test_run_again_has_nothing_to_do(folder: Path) -> None:
     how = ("run", "cli_nets:linear", "x.npy", "y.zarr", "--devices", "inline", "--batch-size", "10")
     assert invoke(*how).exit_code == 0
     again = invoke(*how)
-    assert (again.exit_code, "nothing to do: all 100 rows were done before" in again.stdout) == (0, True)
+    assert (again.exit_code, "nothing to do: all 100 rows were already done" in again.stdout) == (0, True)
     fresh = invoke(*how, "--overwrite")
     assert (fresh.exit_code, "100 rows in" in fresh.stdout) == (0, True)
     part = invoke(*how[:3], "z.npy", *how[4:], "--shard", "1/2", "--json")
@@ -140,7 +141,7 @@ def test_named_ports_and_outputs(folder: Path) -> None:
 
 def test_scheduler_by_address_and_by_file(folder: Path, cluster_client: Client) -> None:
     """--scheduler uses a running cluster, named by its address or by a scheduler file."""
-    Path("scheduler.json").write_text(json.dumps(cluster_client.scheduler_info()))
+    Path("scheduler.json").write_text(json.dumps({"address": cluster_client.scheduler.address}))
     for scheduler in (cluster_client.scheduler.address, "scheduler.json"):
         done = invoke("plan", "cli_nets:linear", "x.npy", "--no-probe", "--scheduler", scheduler)
         assert done.exit_code == 0, done.stderr
@@ -164,52 +165,99 @@ def test_devices_is_a_table_or_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["run", "cli_nets:linear", "x.npy"], 2, "Missing argument 'OUTPUT'"),
         (["run", "cli_nets:linear", "gone.npy", "y.npy"], 2, r"daskinfer: error: the input .*gone\.npy' does not exist"),
-        (["run", "cli_nets:linear", "x.npy", "x.npy"], 2, "lies inside the input"),
-        (["plan", "cli_nets:linear", "x.npy", "--device-weights", "a,b"], 2, "neither auto, even"),
-        (["plan", "cli_nets:linear", "x.npy", "--batch-size", "huge"], 2, "batch_size is 'huge'"),
-        (["plan", "cli_nets:linear", "a=x.npy,b"], 2, "neither a path nor name=path"),
-        (["plan", "cli_nets:linear", "x.npy", "--kwargs", "{"], 2, "no JSON object"),
-        (["plan", "cli_nets:linear", "x.npy", "--kwargs", "[1]"], 2, "no JSON object"),
-        (["plan", "cli_nets:linear", "x.npy", "--report", "r.txt"], 2, "does not end in .html"),
+        (["run", "cli_nets:linear", "x.npy", "x.npy"], 2, "is inside the input"),
+        (["plan", "cli_nets:linear", "x.npy", "--device-weights", "a,b"], 2, "must be auto, even, or weights"),
+        (
+            ["plan", "cli_nets:linear", "x.npy", "--batch-size", "huge"],
+            2,
+            "batch_size must be 'auto' or an integer >= 1, got 'huge'",
+        ),
+        (["plan", "cli_nets:linear", "a=x.npy,b"], 2, "must be a path or name=path"),
+        (["plan", "cli_nets:linear", "x.npy", "--kwargs", "{"], 2, "must be a JSON object"),
+        (["plan", "cli_nets:linear", "x.npy", "--kwargs", "[1]"], 2, "must be a JSON object"),
+        (["plan", "cli_nets:linear", "x.npy", "--report", "r.txt"], 2, "--report must end in .html, got 'r.txt'"),
         (
             ["run", "cli_nets:linear", "x.npy", "y.npy", "--report", "gone/r.html"],
             2,
-            "report 'gone/r.html' cannot be written",
+            "cannot write the report 'gone/r.html'",
         ),
-        (["run", "cli_nets:linear", "x.npy", "y.npy", "--report", "folder.html"], 2, "cannot be written"),
-        (["run", "cli_nets:linear", "x.npy", "y.npy", "--config", "gone.toml"], 2, "'gone.toml' cannot be read"),
+        (["run", "cli_nets:linear", "x.npy", "y.npy", "--report", "folder.html"], 2, "cannot write the report"),
+        (["run", "cli_nets:linear", "x.npy", "y.npy", "--config", "gone.toml"], 2, "cannot read the job file 'gone.toml'"),
         (["plan", "cli_nets:linear", "x.npy", "--dtype", "x=float99"], 2, "float99"),
-        (["plan", "cli_nets:linear", "x.npy", "--scheduler", "nonsense"], 1, "cannot be reached"),
+        (["plan", "cli_nets:linear", "x.npy", "--scheduler", "nonsense"], 1, "cannot reach the scheduler"),
         (["run", "cli_nets:fails", "big.npy", "y.npy", "--devices", "inline"], 1, "ArithmeticError: too large"),
-        (["run", "cli_nets:linear", "x.npy", "y.npy", "--shard", "three"], 2, "'three' is no part such as 3/64"),
+        (["run", "cli_nets:linear", "x.npy", "y.npy", "--shard", "three"], 2, "must be i/n such as 3/64, got 'three'"),
         (["run", "cli_nets:linear", "x.npy", "y.npy", "--shard", "0/3"], 2, "counted from 1"),
         (["plan", "cli_nets:linear", "x.npy", "--on-error", "ignore"], 2, "'ignore' is not one of 'raise', 'skip'"),
-        (["plan", "cli_nets:linear", "x.npy", "--max-failed-rows", "200%"], 2, "max_failed_rows is '200%'"),
-        (["plan", "cli_nets:linear", "x.npy", "--retries", "-1"], 2, "retries is -1"),
+        (
+            ["plan", "cli_nets:linear", "x.npy", "--max-failed-rows", "200%"],
+            2,
+            "max_failed_rows must be an integer >= 0, .*got '200%'",
+        ),
+        (["plan", "cli_nets:linear", "x.npy", "--retries", "-1"], 2, "retries must be an integer >= 0, got -1"),
         (
             ["plan", "cli_nets:linear", "x.npy", "--wait-for-workers", "2"],
             2,
-            "--wait-for-workers 2 was given without --scheduler",
+            "--wait-for-workers 2 needs --scheduler",
         ),
-        (["doctor", "--scheduler", "s.json", "--wait-for-workers", "0"], 2, "it may be a number from 1"),
-        (["plan", "cli_nets:linear", "x.npy", "--chunk-timeout", "0"], 2, r"chunk_timeout is 0\.0"),
+        (
+            ["doctor", "--scheduler", "s.json", "--wait-for-workers", "0"],
+            2,
+            "--wait-for-workers must be an integer >= 1, got 0",
+        ),
+        (
+            ["plan", "cli_nets:linear", "x.npy", "--chunk-timeout", "0"],
+            2,
+            r"chunk_timeout must be a number of seconds > 0 or None, got 0\.0",
+        ),
         (["verify", "x.npy"], 2, "has no manifest"),
-        (["demo", "--folder", "."], 2, "a new folder is needed"),
+        (["demo", "--folder", "."], 2, "must be a new folder, got '.'"),
     ],
 )
-def test_errors_are_one_line_and_a_code(folder: Path, arguments: list[str], code: int, said: str) -> None:
+def test_errors_are_one_line_and_a_code(folder: Path, arguments: list[str], code: int, message: str) -> None:
     """Wrong usage ends with 2, a failed run with 1, each with one line on stderr and nothing on stdout."""
     np.save("big.npy", np.full((10, 5), 9, np.float32))
     (folder / "folder.html").mkdir()
     done = invoke(*arguments)
     assert done.exit_code == code, done.stderr
     assert done.stdout == ""
-    assert re.search(said, done.stderr.replace("\n", " ")), done.stderr
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_are_made_from_the_declarations() -> None:
+    """Each option that is declared with a flag is one of run, with its default and choices; plan has --probe besides."""
+    flags = {parameter.name: parameter for parameter in main.commands["run"].params}
+    declared = [option for option in list_options("run") if option.key]
+    assert [flags[option.name].opts for option in declared] == [[f"--{option.key}"] for option in declared]
+    assert [flags[option.name].default for option in declared] == [option.default for option in declared]
+    assert flags["memory_format"].type.choices == ("auto", "contiguous", "channels_last")
+    assert flags["pad"].secondary_opts == ["--no-pad"]
+    shown = " ".join(invoke("run", "--help").stdout.split())
+    assert "Chunks to read ahead for each device while it computes. Between 1 and 6. [default: 1]" in shown
+    assert "Value of the rows that --on-error skips." in shown
+    assert "``" not in shown
+    assert {p.name for p in main.commands["plan"].params} - flags.keys() == {"probe"}
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [("--fresh", [], "--overwrite"), ("--no-fresh", [], "--no-overwrite"), ("--readers", ["2"], "--prefetch")],
+)
+def test_renamed_flags(folder: Path, old: str, value: list[str], new: str) -> None:
+    """An old flag is refused with its new name, as text and as JSON, and the new one, typed in, works."""
+    how = ("plan", "cli_nets:linear", "x.npy", "--no-probe", "--devices", "inline")
+    done = invoke(*how, old, *value)
+    assert (done.exit_code, done.stdout) == (2, "")
+    (suggested,) = re.findall(rf"No such option '?{old}'?\. Did you mean '?(--[a-z-]+)'?\?", done.stderr)
+    assert suggested == new
+    line = json.loads(invoke(*how, "--log-format", "json", old, *value).stderr)
+    assert (line["type"], new in line["message"]) == ("NoSuchOption", True)
+    assert invoke(*how, suggested, *value).exit_code == 0
 
 
 def test_debug_shows_the_traceback(folder: Path) -> None:
@@ -221,12 +269,12 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_command_that_waits_for_workers(folder: Path) -> None:
-    """Started before its scheduler, the command waits for the scheduler's file and for as many workers as it was told."""
+    """Started before its scheduler, the command waits for the scheduler's file and for the given number of workers."""
     arguments = ["run", "cli_nets:linear", "x.npy", "y.npy", "--scheduler", "scheduler.json", "--wait-for-workers", "1"]
     program = str(Path(sys.executable).with_name("daskinfer"))
     with subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stdout is not None
-        with others(folder):
+        with external_cluster(folder):
             assert process.wait(120) == 0, process.stderr.read()
         assert "100 rows" in process.stdout.read()
 
@@ -263,7 +311,7 @@ def test_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("daskinfer._storage_api.run", interrupted)
+    monkeypatch.setattr("daskinfer.api.run", interrupted)
     done = invoke("run", "cli_nets:linear", "x.npy", "y.npy")
     assert (done.exit_code, done.stderr) == (130, "daskinfer: interrupted\n")
 
@@ -275,31 +323,31 @@ def installed(*arguments: str, program: str = "daskinfer", **how: Any) -> subpro
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["cli_nets:linear", "gone.npy", "y.npy"], "gone.npy' does not exist"),
         (["cli_nets:linear", "x.npy", "a=gone/y.npy"], "the output's folder .* does not exist"),
         (["cli_nets:linear", "x.npy", "y.npy", "--devices", "tpu"], "tpu"),
-        (["gone.pt2", "x.npy", "y.npy", "--trust-model"], "the model file 'gone.pt2' does not exist"),
+        (["gone.pt2", "x.npy", "y.npy", "--trust-model"], "model file 'gone.pt2' does not exist"),
         (["gone.safetensors", "x.npy", "y.npy", "--factory", "cli_nets:linear"], "'gone.safetensors' does not exist"),
-        (["net.safetensors", "x.npy", "y.npy"], "holds weights only; a factory"),
-        (["linear", "x.npy", "y.npy"], "neither a file ending in"),
+        (["net.safetensors", "x.npy", "y.npy"], "holds only weights, and needs a factory"),
+        (["linear", "x.npy", "y.npy"], "model must be a file ending in .*, got 'linear'"),
         (
             ["gone.pt", "gone.npy", "gone/y.npy", "--devices", "tpu"],
             "gone.pt' does not exist.*gone.npy' does not exist.*output's folder .* does not exist.*tpu",
         ),
     ],
 )
-def test_what_is_mistyped_is_said_before_torch_is_imported(folder: Path, arguments: list[str], said: str) -> None:
-    """Importing torch takes seconds: the network's name, paths and devices are looked at before."""
+def test_typos_are_reported_before_torch_is_imported(folder: Path, arguments: list[str], message: str) -> None:
+    """Importing torch takes seconds: the model's name, paths and devices are checked before."""
     done = installed("run", *arguments, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 2
-    assert re.search(f"daskinfer: error: .*{said}", done.stderr, re.DOTALL)
+    assert re.search(f"daskinfer: error: .*{message}", done.stderr, re.DOTALL)
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_refusal_of_the_workers_is_said_once(folder: Path) -> None:
+def test_a_refusal_of_the_workers_is_reported_once(folder: Path) -> None:
     """What ends a run before its first chunk is the command's last line, and not a line of progress, too."""
     only_here = f"import os\nif {env.DEVICE!r} in os.environ:\n    raise ImportError('only here')\n"
     (folder / "cli_here.py").write_text(only_here + "from cli_nets import linear\n")
@@ -309,10 +357,10 @@ def test_a_refusal_of_the_workers_is_said_once(folder: Path) -> None:
 
 
 def test_stdout_is_the_result_alone(folder: Path) -> None:
-    """With --json the one line on stdout is the result, whatever the network prints; progress is lines on stderr."""
+    """With --json the one line on stdout is the result, whatever the model prints; progress is lines on stderr."""
     done = installed("run", "cli_nets:prints", "x.npy", "y.npy", "--devices", "inline", "--json")
     assert (done.returncode, json.loads(done.stdout)["rows"]) == (0, 100)
-    assert "a word of the network's" in done.stderr
+    assert "printed by the model" in done.stderr
     assert re.search(r"daskinfer\.progress: cli_nets:prints: 100%, 100 of 100 rows, done after 0:0\d", done.stderr)
     quiet = installed("run", "cli_nets:linear", "x.npy", "z.npy", "--devices", "inline", "--no-progress")
     assert (quiet.returncode, quiet.stderr) == (0, "")
@@ -320,7 +368,7 @@ def test_stdout_is_the_result_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_outputs_that_are_closed(folder: Path, closed: str) -> None:
-    """A caller who closed stdout or stderr gets the answer all the same, and the files that took their place stay whole."""
+    """A caller who closed stdout or stderr gets the output all the same, and the files that took their place stay intact."""
     program = Path(sys.executable).with_name("daskinfer")
     how = "cli_nets:prints x.npy y.npy --devices inline"
     subprocess.run(["sh", "-c", f'"{program}" run {how} {closed}'], check=True)
@@ -359,19 +407,19 @@ def test_an_output_that_another_run_holds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "said"),
+    ("arguments", "kind", "message"),
     [
-        (["--log-format=json", "--shard", "three"], "BadParameter", "'three' is no part such as 3/64"),
+        (["--log-format=json", "--shard", "three"], "BadParameter", "must be i/n such as 3/64, got 'three'"),
         (["--unknown", "--log-format", "json"], "NoSuchOption", "No such option"),
-        (["--log-format", "json", "--config", "gone.toml"], "OptionError", "'gone.toml' cannot be read"),
+        (["--log-format", "json", "--config", "gone.toml"], "OptionError", "cannot read the job file 'gone.toml'"),
     ],
 )
-def test_wrong_usage_as_json(folder: Path, arguments: list[str], kind: str, said: str) -> None:
+def test_wrong_usage_as_json(folder: Path, arguments: list[str], kind: str, message: str) -> None:
     """With --log-format json wrong usage is one JSON line too, and ends with 2."""
     done = invoke("run", "cli_nets:linear", "x.npy", "y.npy", *arguments)
     line = json.loads(done.stderr)
     assert (done.exit_code, done.stdout, line["type"], line["exit_code"]) == (2, "", kind, 2)
-    assert said in line["message"]
+    assert message in line["message"]
 
 
 def test_warnings_and_dask_as_json(folder: Path) -> None:
@@ -384,21 +432,21 @@ def test_warnings_and_dask_as_json(folder: Path) -> None:
 
 
 def test_a_bar_in_a_terminal(folder: Path) -> None:
-    """Where stderr is a terminal a bar is drawn there, and lines of the log stand above it."""
+    """If stderr is a terminal a bar is drawn there, and lines of the log above it."""
     import pty
 
-    ours, theirs = pty.openpty()
+    reader, terminal = pty.openpty()
     command = [str(Path(sys.executable).with_name("daskinfer")), "run", "cli_nets:linear", "x.npy", "y.npy", "--progress"]
     with subprocess.Popen(
         [*command, "--devices", "inline"],
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=terminal,
         text=True,
         env={**os.environ, "TERM": "xterm"},
     ) as run:
-        os.close(theirs)
+        os.close(terminal)
         assert run.stdout is not None
-        out, shown = run.stdout.read(), _read_all(ours)
+        out, shown = run.stdout.read(), _read_all(reader)
     assert run.returncode == 0
     assert "100 rows in" in out
     assert "100 of 100 rows" in shown
@@ -407,7 +455,7 @@ def test_a_bar_in_a_terminal(folder: Path) -> None:
 
 
 def _read_all(terminal: int) -> str:
-    """What was written to a terminal that everybody else has let go of."""
+    """Return what was written to a terminal that no process has open any more."""
     found = b""
     with contextlib.suppress(OSError):
         while chunk := os.read(terminal, 1 << 16):
@@ -417,7 +465,7 @@ def _read_all(terminal: int) -> str:
 
 
 def test_rows_are_missing(folder: Path) -> None:
-    """Rows without an answer end the command with 3, with the result, the report and a line that counts them."""
+    """Rows without an output end the command with 3, with the result, the report and a line that counts them."""
     x = np.load("x.npy")
     x[7] = 9
     np.save("bad.npy", x)
@@ -425,23 +473,23 @@ def test_rows_are_missing(folder: Path) -> None:
     done = invoke("run", "cli_nets:fails", "bad.npy", "y.npy", *how, "--json", "--report", "r.html")
     assert (done.exit_code, json.loads(done.stdout)["failed_rows"]) == (3, [7])
     listed = "y.npy.daskinfer/failed_rows.json"
-    said = f"1 rows of y.npy have no answer, as {listed} lists; once they are mended, --overwrite starts over"
-    assert done.stderr == f"daskinfer: {said}\n"
+    message = f"1 rows of y.npy have no output; {listed} lists them. After fixing the cause, use --overwrite to start over"
+    assert done.stderr == f"daskinfer: {message}\n"
     assert "<html" in Path("r.html").read_text()
     done = invoke("run", "cli_nets:fails", "bad.npy", "z.npy", *how, "--shard", "1/2")
     assert done.exit_code == 3
-    listed = "z.npy.daskinfer/failed_rows.json lists when all shards are done"
-    assert f"as {listed}; once they are mended, removing z.npy and z.npy.daskinfer while no shard runs" in done.stderr
+    assert "once all shards are done z.npy.daskinfer/failed_rows.json lists them" in done.stderr
+    assert "remove z.npy and z.npy.daskinfer while no shard runs to start over" in done.stderr
 
 
-def test_another_version_of_the_network_is_another(folder: Path) -> None:
+def test_another_version_of_the_model_is_another(folder: Path) -> None:
     """What ``--model-version`` says is what a run that continues goes by."""
     how = ("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--no-progress", "--model-version")
     assert invoke(*how, "1").exit_code == 0
     assert invoke(*how, "1").exit_code == 0
     done = invoke(*how, "2")
     assert done.exit_code == 2
-    assert "was begun with something else: model was" in done.stderr
+    assert "belongs to a different run: model was" in done.stderr
 
 
 def test_reports_of_shards_and_of_runs_with_nothing_to_do(folder: Path) -> None:
@@ -469,7 +517,7 @@ def test_report_is_written_after_a_run_that_was_done(folder: Path, monkeypatch: 
         patch.setattr("daskinfer.diagnostics.report.RunReport.to_html", full)
         done = invoke("run", "cli_nets:linear", "x.npy", "z.npy", *how, "--report", "s.html")
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "'s.html' cannot be written: No space left on device; the output itself is stored" in done.stderr
+    assert "cannot write the report 's.html': No space left on device; the output itself is stored" in done.stderr
     np.save("big.npy", np.full((10, 5), 9, np.float32))
     assert invoke("run", "cli_nets:fails", "big.npy", "v.npy", *how, "--report", "t.html").exit_code == 1
     assert not Path("t.html").exists()
@@ -487,29 +535,30 @@ def test_plan_measures_and_touches_nothing(folder: Path) -> None:
     assert invoke("run", *how, "--no-progress", "--shard", "1/2").exit_code == 0
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     part = invoke("plan", *how, "--shard", "2/2")
-    assert re.search(r"y\.npy is continued: 50 of 50 rows are left, about 0:0\d", part.stdout)
+    assert re.search(r"resumes .*y\.npy: 50 of 50 rows left, about 0:0\d", part.stdout)
     assert "nothing to do: all 50 rows" in invoke("plan", *how, "--shard", "1/2").stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert invoke("run", *how, "--no-progress", "--shard", "2/2").exit_code == 0
     assert "nothing to do: all 50 rows" in invoke("plan", *how, "--shard", "2/2").stdout
-    assert "y.npy already is removed first" in invoke("plan", *how, "--no-probe", "--overwrite").stdout
+    planned = invoke("plan", *how, "--no-probe", "--overwrite").stdout
+    assert re.search(r"overwrites the existing output at .*y\.npy", planned)
 
 
 def test_plan_counts_rows_that_failed_as_left(folder: Path) -> None:
-    """Rows without an answer are left for a run that does not skip them, and done for one that does."""
+    """Rows without an output are left for a run that does not skip them, and done for one that does."""
     x = np.load("x.npy")
     x[7] = 9
     np.save("bad.npy", x)
     how = ("cli_nets:fails", "bad.npy", "y.npy", "--devices", "inline", "--retries", "0", "--batch-size", "10", "--no-pad")
     assert invoke("run", *how, "--no-progress", "--on-error", "skip", "--shard", "1/2").exit_code == 3
     again = invoke("plan", *how, "--no-probe", "--shard", "1/2")
-    assert re.search(r"is continued: [1-9]\d? of 50 rows are left\n", again.stdout), again
+    assert re.search(r"resumes .*y\.npy: [1-9]\d? of 50 rows left(, about \d:\d\d)?\n", again.stdout), again
     skipped = invoke("plan", *how, "--no-probe", "--on-error", "skip", "--shard", "1/2")
     assert "nothing to do: all 50 rows" in skipped.stdout
 
 
 def test_verify_as_json(folder: Path) -> None:
-    """verify --json lists what is wrong, and ends with 1 where anything is."""
+    """verify --json lists what is wrong, and ends with 1 if anything is."""
     assert invoke("run", "cli_nets:linear", "x.npy", "y.npy", "--devices", "inline", "--no-progress").exit_code == 0
     whole = invoke("verify", "y.npy", "--json")
     assert (whole.exit_code, json.loads(whole.stdout)["wrong"]) == (0, [])
@@ -576,19 +625,19 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
 
 @pytest.mark.slow
 def test_demo_on_workers(folder: Path) -> None:
-    """The installed command shows a right, ordered answer, and leaves stderr to what went wrong: nothing."""
+    """The installed command shows a right, ordered output, and nothing on stderr."""
     command = [Path(sys.executable).with_name("daskinfer"), "demo", "--rows", "3000", "--devices", "cpu", "--folder", "d"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "the answer equals a plain torch loop's, in the same order" in done.stdout
+    assert "the output equals a plain torch loop's, in the same order" in done.stdout
     assert "accuracy        97." in done.stdout
     assert zarr.open_array("d/scores.zarr", mode="r").shape == (3000, 10)
 
 
 def test_demo_in_a_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without --folder the demo makes a temporary one and says where the answers lie."""
+    """Without --folder the demo makes a temporary one and says where the output is stored."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     done = invoke("demo", "--rows", "500", "--devices", "inline")
     assert done.exit_code == 0, done.stderr
     (made,) = tmp_path.iterdir()
-    assert f"the answers     {made / 'scores.zarr'}" in done.stdout
+    assert f"output          {made / 'scores.zarr'}" in done.stdout
