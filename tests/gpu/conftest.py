@@ -1,13 +1,14 @@
-"""Tests that need a real GPU, skipped elsewhere with the reason: ``python -m pytest tests/gpu -m gpu`` runs them all.
+"""Tests that need a real GPU, skipped elsewhere with the reason: ``python -m pytest tests/gpu -m gpu`` runs them.
 
-Whether there is one is asked of NVML: asking CUDA would start it in this process, and that it is never started here is one
-of the things that are tested.
+NVML says whether there is a GPU: asking CUDA would initialise it in this process, and that this never happens is one of the
+things that are tested. ``test_check.py`` uses the stand-in accelerator and runs on any machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,23 +20,24 @@ from daskinfer.hardware.device_spec import check_drivable
 from daskinfer.hardware.discovery import inspect_machine
 
 
-def _reason_to_skip() -> str:
-    """Why no GPU can be used here; empty where one can."""
-    here = inspect_machine()
-    if not here.gpus:
+def _find_skip_reason() -> str:
+    """Return the reason why no GPU can be used here; empty if one can."""
+    machine = inspect_machine()
+    if not machine.gpus:
         return "NVML sees no GPU here"
     try:
-        check_drivable(here.gpus, torch.version.cuda, here)
+        check_drivable(machine.gpus, torch.version.cuda, machine)
     except DeviceError as error:
         return str(error)
     return "" if find_spec("dask_cuda") else 'dask-cuda is not installed: pip install "daskinfer[cuda13]"'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies in this folder, and skip it where there is no GPU."""
-    mine = [item for item in items if "gpu" in item.path.parent.parts]
-    reason = _reason_to_skip() if mine else ""
-    for item in mine:
+    """Mark the tests of this folder that need a GPU, and skip them without one."""
+    here = Path(__file__).parent
+    needs_gpu = [item for item in items if item.path.parent == here and item.path.name != "test_check.py"]
+    reason = _find_skip_reason() if needs_gpu else ""
+    for item in needs_gpu:
         item.add_marker(pytest.mark.gpu)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
