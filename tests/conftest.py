@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -46,25 +47,25 @@ LEAVE_SECONDS = 20.0  # a killed worker's kernel clean-up on a busy machine
 
 _SHARED = Path("/dev/shm")
 _NEW_MOUNTS, _RECURSIVE, _PRIVATE = 0x20000, 0x4000, 1 << 18  # CLONE_NEWNS, MS_REC and MS_PRIVATE of Linux
+_shared_memory_is_private = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several sessions that run side by side (``-n 2``) folders of its own, so that it counts its own files."""
-    if not hasattr(config, "workerinput"):
-        return
-    folder = tempfile.mkdtemp(prefix="of-a-session-")
+    """Give this session folders of its own, so that it counts only its own files: others may run at the same time."""
+    folder = tempfile.mkdtemp(prefix="test-session-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+    global _shared_memory_is_private
+    _shared_memory_is_private = _mount_private_shared_memory()
+
+
+def _mount_private_shared_memory() -> bool:
+    """Give this process and its children a ``/dev/shm`` of their own; False without the right to mount."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if (
-        libc.unshare(_NEW_MOUNTS)
-        or libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
-        or libc.mount(b"tmpfs", bytes(_SHARED), b"tmpfs", 0, None)
-    ):
-        raise pytest.UsageError(
-            f"-n was given, and a session cannot have a {_SHARED} of its own ({os.strerror(ctypes.get_errno())}); each has "
-            "to count its own files there. Run as root, or without -n."
-        )
+    if not hasattr(libc, "unshare") or not _SHARED.is_dir() or libc.unshare(_NEW_MOUNTS):
+        return False
+    libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
+    return not libc.mount(b"tmpfs", bytes(_SHARED), b"tmpfs", 0, None)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -88,8 +89,14 @@ def _left_behind() -> dict[str, set[object]]:
         "threads": {t.name for t in threading.enumerate() if not t.name.startswith(KEPT_THREADS)},
         "ports": {c.laddr.port for c in here.net_connections("tcp") if c.status == psutil.CONN_LISTEN},
         "temporary files": {p for p in temporary.iterdir() if p.name.startswith("daskinfer") and not _is_kept(p)},
-        "shared memory": set(_SHARED.iterdir()) if _SHARED.is_dir() else set(),
+        "shared memory": _list_shared_memory(),
     }
+
+
+def _list_shared_memory() -> set[object]:
+    """List what this session may have made in ``/dev/shm``; if others share it, only what is named after daskinfer."""
+    found = _SHARED.iterdir() if _SHARED.is_dir() else ()
+    return {path for path in found if _shared_memory_is_private or "daskinfer" in path.name}
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +116,13 @@ def _slow_without_coverage(request: pytest.FixtureRequest, monkeypatch: pytest.M
     """Processes that a slow test starts count no lines: they start in 5 s instead of 8, and quick tests start them too."""
     if request.node.get_closest_marker("slow"):
         monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _forget_throughput() -> None:
+    """What one test measured of a model does not change the tasks of the next."""
+    if module := sys.modules.get("daskinfer.scheduling.throughput_history"):
+        module.history.clear()
 
 
 @pytest.fixture(autouse=True)

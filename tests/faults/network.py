@@ -79,7 +79,7 @@ def cut(effort: Effort) -> Verdict:
     met = {
         "5 s: same bytes": short["code"] == 0 and short["same"],
         "5 s: nothing run again": short["again"] == 0,
-        "5 s: no worker lost": "ended with" not in short["said"] and "is gone" not in short["said"],
+        "5 s: no worker lost": "died while computing" not in short["said"] and "lost device" not in short["said"],
     }
     said = [f"5 s: exit {short['code']}, {short['again']} run again"]
     if effort.name != "short":
@@ -88,7 +88,7 @@ def cut(effort: Effort) -> Verdict:
         met |= {
             "60 s: same bytes": long["code"] == 0 and long["same"],
             "60 s: committed once": long["receipts"] == 1,
-            "none outside: a clear end": none["code"] == 1 and ("no worker is left" in none["said"]),
+            "none outside: a clear end": none["code"] == 1 and ("lost all workers" in none["said"]),
             "none outside: goes on": none["again_code"] == 0 and none["kept"] and none["same"],
         }
         said.append(f"60 s: exit {long['code']}, {long['receipts']} receipt per row")
@@ -130,7 +130,7 @@ def _cut(folder: Path, seconds: float, *, outside: bool) -> dict[str, Any]:
         stack.enter_context(means.worker(address, folder, "another", before=inside.before, env=env))
         means.await_workers(address, 1)
         code, said = means.run_command(*command, folder=folder, env=env)
-        return found | {"again_code": code, "kept": "rows were done before" in said, "same": _same(folder)}
+        return found | {"again_code": code, "kept": "rows were already done" in said, "same": _same(folder)}
 
 
 def _state(folder: Path, code: int, log: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def scheduler_lost(effort: Effort) -> Verdict:
         {
             "exit": run.returncode == 1,
             f"clear error ({last[:200]})": "error: " in last and "scheduler" in last and "repeat" in last,
-            "continues": code == 0 and "rows were done before" in again,
+            "continues": code == 0 and "rows were already done" in again,
             "same bytes": _same(folder),
         },
     )

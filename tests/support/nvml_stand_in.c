@@ -1,7 +1,7 @@
-/* A library with NVML's names and no hardware behind it; every answer is read from the environment at the moment of the call:
+/* A library with NVML's names and no hardware behind it; each call reads its result from the environment:
  *   NVML_STAND_IN_DEVICES  how many GPUs there are (2)
  *   NVML_STAND_IN_DRIVER   the driver's version (580.65.06)
- *   NVML_STAND_IN_CUDA     the CUDA version of that driver, 1000 * major + 10 * minor (13000; 0: it cannot tell)
+ *   NVML_STAND_IN_CUDA     the CUDA version of that driver, 1000 * major + 10 * minor (13000; 0: unknown)
  *   NVML_STAND_IN_INIT     what initialising returns (0; 9: driver not loaded)
  *   NVML_STAND_IN_MIG      1: GPU 0 is in MIG mode, with instances at places 0 and 2 of 7
  *   NVML_STAND_IN_LOST     the index of a GPU that fell off the bus (-1: none)

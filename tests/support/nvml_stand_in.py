@@ -1,6 +1,6 @@
-"""Builds a stand-in for NVIDIA's management library, so that machines without a GPU can pretend to have some.
+"""A stand-in for NVIDIA's management library (NVML), which makes machines without a GPU report some.
 
-What it answers is set by environment variables, listed at the head of ``nvml_stand_in.c``.
+Environment variables set what it reports; see the head of ``nvml_stand_in.c``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ LIBRARY = "libnvidia-ml.so.1"
 
 
 def build(directory: Path) -> dict[str, str]:
-    """Compile the library into ``directory``; the environment in which a new process finds it before the real one."""
+    """Compile the library into ``directory``; return an environment in which a new process loads it before the real one."""
     source = Path(__file__).with_suffix(".c")
     target = directory / LIBRARY
     command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)]
