@@ -132,8 +132,3 @@ class ChunkResult:
     parts: tuple[tuple[StoredPart, ...], ...] = ()
     failures: tuple[RowFailure, ...] = ()
     attempts: int = 1
-
-    @property
-    def n_failed(self) -> int:
-        """Rows without an output."""
-        return sum(failure.stop - failure.start for failure in self.failures)

@@ -16,6 +16,7 @@ from distributed import Client
 
 from daskinfer.cluster.restart import WorkerRestarter
 from daskinfer.core.chunks import BatchConfig, Chunk, ChunkResult, ChunkStats, RowFailure
+from daskinfer.core.row_ranges import Ranges, subtract_ranges
 from daskinfer.diagnostics.events import (
     BatchSizeChosen,
     BatchTuningStarted,
@@ -44,7 +45,8 @@ class RunState:
 
     ``job`` is replaced when another batch size is chosen; ``client`` is the caller's, None if daskinfer starts the workers.
     ``started_at`` is when the first chunk was submitted, by ``time.perf_counter()``; None before. No chunk may start at or
-    after row ``get_row_limit()`` yet; None: no limit. While ``draining``, no further chunk is started.
+    after row ``get_row_limit()`` yet; None: no limit. While ``draining``, no further chunk is started. ``missing`` are the
+    rows to compute, as the call begins, ``n_failed`` those that failed so far, in earlier attempts too.
 
     Note: one thread uses it; only ``draining`` may be set by another thread or a signal handler.
     """
@@ -60,6 +62,8 @@ class RunState:
         self.get_row_limit = get_row_limit
         self.started_at: float | None = None
         self.draining = False
+        self.missing: Ranges = list(subtract_ranges((0, job.n_rows), job.resume.done))
+        self.n_failed = job.resume.n_failed
 
     @property
     def batch(self) -> BatchConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from distributed import Client
@@ -11,7 +11,7 @@ from distributed import Client
 from daskinfer.core.arrays import Array
 from daskinfer.core.chunks import ChunkResult, RowFailure
 from daskinfer.core.row_ranges import Ranges, subtract_ranges
-from daskinfer.diagnostics.events import EventBus, PlannedDevice, RunEnded, RunStarted
+from daskinfer.diagnostics.events import PlannedDevice, RunEnded, RunStarted
 from daskinfer.diagnostics.report import RunAggregator, RunReport
 from daskinfer.errors import ChunkError, DaskInferError, TooManyFailures
 from daskinfer.execution.executor_choice import iter_results
@@ -37,17 +37,6 @@ class Run(RunState):
     ClusterError
         While iterating: if a worker cannot run the call, or all of them are lost.
     """
-
-    def __init__(
-        self,
-        job: InferenceJob,
-        client: Client | None = None,
-        events: EventBus | None = None,
-        get_row_limit: Callable[[], int | None] = lambda: None,
-    ) -> None:
-        super().__init__(job, client, events, get_row_limit)
-        self._n_failed = job.resume.n_failed  # rows
-        self.missing: Ranges = list(subtract_ranges((0, job.n_rows), job.resume.done))  # when the call begins
 
     def into(self, sink: Sink) -> RunReport:
         """Compute every chunk, pass each result to the sink, and return the report of the call."""
@@ -94,12 +83,12 @@ class Run(RunState):
     def _check_failed_rows(self, failures: Sequence[RowFailure]) -> None:
         """Count failed rows, those of earlier attempts at the run included; raise if there are more than allowed."""
         options = self.job.run_config.options
-        self._n_failed += sum(failure.stop - failure.start for failure in failures)
+        self.n_failed += sum(failure.stop - failure.start for failure in failures)
         start, stop = self.job.row_range
-        if self._n_failed > (allowed := options.compute_max_failed_rows(stop - start)):
+        if self.n_failed > (allowed := options.compute_max_failed_rows(stop - start)):
             last = f" The last: {failures[-1].exception}." if failures else ""
             raise TooManyFailures(
-                f"{self._n_failed:,} rows failed; max_failed_rows={options.max_failed_rows!r} allows {allowed:,}.{last} "
+                f"{self.n_failed:,} rows failed; max_failed_rows={options.max_failed_rows!r} allows {allowed:,}.{last} "
                 "Fix the rows, or allow more (--max-failed-rows)."
             )
 
