@@ -6,6 +6,8 @@ micro-batches and their retries (``model_runner``, ``batch_buffers``, ``output_c
 ``allocator``), measuring (``benchmark``), and what kind of error a chunk failed with (``error_kinds``). It must not know who
 sends the task: no client, no plan, no cluster, and not the rest of the call. All device-specific code is in ``backends``;
 any other module works with whatever torch device it is given.
+``RunSpec``, which travels with every task, is defined in ``model_runner`` and not in ``task``: planning makes it, and
+``task`` needs distributed, which planning must not know.
 
 **Freed memory stays in the process.** Dask's nanny starts workers with ``MALLOC_TRIM_THRESHOLD_=65536``, so glibc returns
 the memory of every large tensor to the system, and the next tensor pays for mapping it and faulting it in. On one core that
