@@ -130,6 +130,8 @@ def _log_as_before() -> Iterator[None]:
     """The command sets the log up for its process, which is that of the tests here."""
     loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
     before = [(one, one.handlers[:], one.level) for one in loggers]
+    for handler in logging.root.handlers:
+        handler.setLevel(logging.NOTSET)  # Dask silences handlers for as long as a cluster of the session is open
     yield
     logging.captureWarnings(False)
     for one, handlers, level in before:

@@ -95,15 +95,8 @@ class RunState:
 
     def store(self, result: ChunkResult, *, read_began: float, read_seconds: float) -> ChunkResult:
         """Write a result that was computed in this process to the targets, if any; return it with its timing."""
-        result, write_seconds = write_outputs(result, self.job.resume.targets)
-        stats = result.stats.with_timing(
-            read_began=read_began,
-            ended=time.time(),
-            read_seconds=read_seconds,
-            write_seconds=write_seconds,
-            waited_seconds=read_seconds,
-        )
-        return replace(result, stats=stats)
+        timing = {"read_began": read_began, "read_seconds": read_seconds, "waited_seconds": read_seconds}
+        return write_outputs(result, self.job.resume.targets, **timing)
 
     def emit_tuning_started(self) -> None:
         """Tell the listeners that batch sizes are being measured."""

@@ -81,15 +81,9 @@ def _process_chunk(chunk_input: ChunkInput, spec: RunSpec, resources: TaskResour
     result, waited_seconds = device_thread.get_device_thread(device.worker).run(
         lambda: compute_chunk(rows, chunk, spec, device, out, alone=alone), arrived_at
     )
-    result, write_seconds = write_outputs(result, spec.targets)
-    stats = result.stats.with_timing(
-        read_began=read_began,
-        ended=time.time(),
-        read_seconds=read_seconds,
-        write_seconds=write_seconds,
-        waited_seconds=waited_seconds,
-    )
-    return replace(result, arrays=[] if out is not None else result.arrays, stats=stats)
+    timing = {"read_began": read_began, "read_seconds": read_seconds, "waited_seconds": waited_seconds}
+    result = write_outputs(result, spec.targets, **timing)
+    return result if out is None else replace(result, arrays=[])
 
 
 def read_chunk(read_rows: Callable[[Chunk], T], chunk: Chunk) -> T:
@@ -104,20 +98,30 @@ def read_chunk(read_rows: Callable[[Chunk], T], chunk: Chunk) -> T:
         ) from error
 
 
-def write_outputs(result: ChunkResult, targets: Sequence[Target]) -> tuple[ChunkResult, float]:
-    """Write each output to its target; return the result with stored parts instead of arrays, and the seconds taken."""
-    if not targets:
-        return result, 0.0
+def write_outputs(
+    result: ChunkResult, targets: Sequence[Target], *, read_began: float, read_seconds: float, waited_seconds: float
+) -> ChunkResult:
+    """Write the outputs to their targets, if there are any; return the result with the stored parts and its timing."""
     began, chunk = time.perf_counter(), result.chunk
-    try:
-        parts = tuple(target.write(chunk.start, rows) for target, rows in zip(targets, result.arrays, strict=True))
-    except Exception as error:
-        raise StorageError(
-            f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be written: {type(error).__name__}: {error}. "
-            "Check the output's disk.",
-            getattr(error, "errno", None) or 0,
-        ) from error
-    return replace(result, arrays=[], parts=parts), time.perf_counter() - began
+    parts, arrays = result.parts, result.arrays
+    if targets:
+        try:
+            parts = tuple(target.write(chunk.start, rows) for target, rows in zip(targets, arrays, strict=True))
+        except Exception as error:
+            raise StorageError(
+                f"chunk {chunk.index} (rows {chunk.start}:{chunk.stop}) cannot be written: {type(error).__name__}: {error}. "
+                "Check the output's disk.",
+                getattr(error, "errno", None) or 0,
+            ) from error
+        arrays = []
+    stats = result.stats.with_timing(
+        read_began=read_began,
+        ended=time.time(),
+        read_seconds=read_seconds,
+        write_seconds=time.perf_counter() - began if targets else 0.0,
+        waited_seconds=waited_seconds,
+    )
+    return replace(result, arrays=arrays, parts=parts, stats=stats)
 
 
 def compute_chunk(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import daskinfer
+from daskinfer import errors
 
 PACKAGE = Path(daskinfer.__file__).parent
 ROOT = PACKAGE.parent
@@ -142,17 +143,20 @@ def test_the_tests_mirror_the_tree() -> None:
 
 
 def iter_messages() -> Iterator[tuple[str, str]]:
-    """Yield each message that is raised or logged, with its place; a value that is put in counts as one word, X."""
+    """Yield each message of an error, a warning or a log line, with its place; a value counts as one word, X."""
     for path, tree in TREES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                message = node.exc.args[0]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.") and node.args:
-                message = node.args[0]
-            else:
-                continue
-            if text := read_text(message):
-                yield f"{get_label(path)}:{node.lineno}", text
+            if isinstance(node, ast.Call) and node.args and is_message(ast.unparse(node.func)):
+                for text in filter(None, map(read_text, node.args)):
+                    yield f"{get_label(path)}:{node.lineno}", text
+
+
+def is_message(function: str) -> bool:
+    """Whether a call of this function makes an error, whether raised at once or returned, a warning or a log line."""
+    name = function.rpartition(".")[2]
+    made = getattr(errors, name, None)
+    is_error = isinstance(made, type) and issubclass(made, BaseException)
+    return is_error or name.endswith(("Error", "warn", "BadParameter")) or function.startswith("logger.")
 
 
 def read_text(node: ast.expr) -> str:
