@@ -80,10 +80,10 @@ def test_a_task_that_failed_is_released(cpus: dict[str, Any], tmp_path: Path, ac
     assert count_pools() <= before + 1  # one is kept for the next call
 
 
-@pytest.mark.parametrize("n_poison", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_poison", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_only_poison_chunks_are_filled(cpus: dict[str, Any], tmp_path: Path, n_poison: int) -> None:
     """Chunks that kill every worker are named and filled, and no innocent one is lost."""
-    at = [1234.0, 1301.0, 77.0, 3999.0, 2500.0][:n_poison]
+    at = [1234.0, 1301.0, 3999.0][:n_poison]
     y, report = di.predict(faulty.make_model(tmp_path, faulty.kill, at), make_chunked(), on_error="skip", **cpus)
     poison = sorted(int(value) // CHUNK_ROWS for value in at)
     check_all_but(y, np.concatenate([np.arange(i * CHUNK_ROWS, (i + 1) * CHUNK_ROWS) for i in poison]))
