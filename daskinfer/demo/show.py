@@ -21,13 +21,13 @@ from daskinfer import Model, RunReport, run
 from daskinfer.core.arrays import Array
 from daskinfer.demo import digits
 from daskinfer.demo.contact_sheet import N_COLUMNS, N_ROWS, draw_contact_sheet
+from daskinfer.demo.net import WEIGHTS
 from daskinfer.errors import DaskInferError, OptionError
 from daskinfer.hardware.device_spec import check_drivable, parse_devices
 from daskinfer.hardware.discovery import Machine, inspect_machine
 
 SEED = 2026
 ROWS_PER_DEVICE = 200_000  # of each GPU, or of all CPUs together: a second of work, so that every device gets some
-WEIGHTS = Path(__file__).parent / "digits.safetensors"
 LOOP_BATCH_SIZE = 1_000  # of the plain loop; a whole fraction of a chunk
 TOLERANCE = 1e-4  # of logits of about 10; the last bits depend on the batch's shape and the number of threads
 MAX_WIDTH = 100  # columns: longer lines are hard to read
