@@ -17,7 +17,8 @@ codes:
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -187,28 +188,27 @@ def completion(shell: str) -> None:
 
 
 @main.command()
-@click.option("--rows", default=200_000, show_default=True, type=click.IntRange(1), help="How many images.")
+@click.option("--rows", type=click.IntRange(1), help="How many images. [default: enough for every device]")
 @click.option("--devices", default="auto", show_default=True, help="As for run.")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), help="A new folder for images and outputs. [default: a temporary one]"
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="daskinfer-demo",
+    show_default=True,
+    help="Where images, scores, a report and a picture are written; those of an earlier demo are replaced.",
 )
-def demo(rows: int, devices: str, folder: Path | None) -> None:
+def demo(rows: int | None, devices: str, folder: Path) -> None:
     """Watch a trained model classify handwritten digits on all devices of this machine."""
     from daskinfer.demo.show import run_demo
 
-    if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="daskinfer-demo-"))
-    else:
-        _make_folder(folder)
-    for line in run_demo(folder, rows, devices):
+    for line in run_demo(folder, rows, devices, shutil.get_terminal_size().columns, _show_waiting):
         click.echo(line)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise click.BadParameter(f"must be a new folder, got {str(folder)!r}, which exists", param_hint="--folder") from None
+def _show_waiting(text: str) -> None:
+    """Show what takes time on a terminal, in a line that the next one replaces."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{text and f'{text} ...'}", err=True, nl=False)
 
 
 if __name__ == "__main__":

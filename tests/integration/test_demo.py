@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from daskinfer.demo import digits, train
-from daskinfer.demo.net import DigitNet, make_model
-
-WEIGHTS = digits.DIGITS_PATH.with_name("digits.safetensors")
+from daskinfer.demo.net import WEIGHTS, DigitNet, make_model, make_trained_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,9 +28,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def net() -> DigitNet:
     """The model with the shipped weights, in evaluation mode."""
-    net = make_model()
-    net.load_state_dict(load_file(WEIGHTS), strict=True)
-    return net.eval()
+    return make_trained_model()
 
 
 def test_the_weights_fit_the_factory(net: DigitNet) -> None:

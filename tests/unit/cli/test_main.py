@@ -215,7 +215,7 @@ def test_devices_is_a_table_or_json() -> None:
             r"chunk_timeout must be a number of seconds > 0 or None, got 0\.0",
         ),
         (["verify", "x.npy"], 2, "has no manifest"),
-        (["demo", "--folder", "."], 2, "must be a new folder, got '.'"),
+        (["demo", "--folder", "."], 2, "'.' holds files that no demo wrote; choose a new folder"),
     ],
 )
 def test_errors_are_one_line_and_a_code(folder: Path, arguments: list[str], code: int, message: str) -> None:
@@ -629,15 +629,6 @@ def test_demo_on_workers(folder: Path) -> None:
     command = [Path(sys.executable).with_name("daskinfer"), "demo", "--rows", "3000", "--devices", "cpu", "--folder", "d"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "the output equals a plain torch loop's, in the same order" in done.stdout
-    assert "accuracy        97." in done.stdout
+    assert "same output as the loop, in the same order" in done.stdout
+    assert re.search(r"  cpu:0 +100\.0% +3,000 images", done.stdout)
     assert zarr.open_array("d/scores.zarr", mode="r").shape == (3000, 10)
-
-
-def test_demo_in_a_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without --folder the demo makes a temporary one and says where the output is stored."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    done = invoke("demo", "--rows", "500", "--devices", "inline")
-    assert done.exit_code == 0, done.stderr
-    (made,) = tmp_path.iterdir()
-    assert f"output          {made / 'scores.zarr'}" in done.stdout
