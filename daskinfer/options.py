@@ -181,15 +181,16 @@ class CallKeywords:
     Only switches are checked here; every other value by what uses it, so that all errors are reported at once.
     """
 
-    devices: str | Sequence[str] = declare(
+    devices: Any = declare(
         "auto",
         'Devices to compute on. A string, comma-joined, or a list: "auto" (every GPU, or one CPU worker per core if '
-        'there is none), "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4"; "inline" computes '
-        "in this process.",
+        'there is none), "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4", "cpu:0" (the first '
+        'CPU worker); "inline" computes in this process. A ``torch.device`` stands for its text.',
+        type="str | torch.device | Sequence[str | torch.device]",
         section="where",
         functions=COMPUTING,
         flag_help="For example cuda, cuda:1, cpu, cpu*4, cuda,cpu*2 or inline.",
-        allowed="a string or a list of strings",
+        allowed="a string, a torch.device or a list of these",
     )
     device_weights: Literal["auto", "even"] | Sequence[float] | Mapping[str, float] = declare(
         "auto",
