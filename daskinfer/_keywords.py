@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from daskinfer.options import AutocastLike, DTypeLike, Options
+from daskinfer.options import AutocastLike, DTypeLike, MemoryFormatLike, Options
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -27,7 +27,7 @@ class _SharedKeywords(TypedDict, total=False):
     postprocess: Callable[..., Any] | None
     output: Any
     pad: bool
-    memory_format: Literal["auto", "contiguous", "channels_last"]
+    memory_format: MemoryFormatLike
     nan_is_failure: bool
     trust: bool
 

@@ -325,6 +325,6 @@ def _build_blocks(job: InferenceJob, blocks: Generator[Any, None, None]) -> Gene
         for arrays in blocks:
             yield job.build_output(arrays)
     except DaskInferError as error:
-        raise shorten_traceback(error)  # noqa: B904  # it is the same error, with its own cause
+        raise shorten_traceback(error) from error.__cause__
     finally:
         blocks.close()

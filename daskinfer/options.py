@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     DTypeLike: TypeAlias = str | torch.dtype | np.dtype[Any] | type[np.generic]
     AutocastLike: TypeAlias = Literal["bf16", "fp16", "bfloat16", "float16"] | torch.dtype | bool
+    MemoryFormatLike: TypeAlias = Literal["auto", "contiguous", "channels_last"] | torch.memory_format
 else:  # what is stored: a run is the same, and continues another, however its options were typed
     DTypeLike: TypeAlias = str
     AutocastLike: TypeAlias = Literal["bf16", "fp16"]
+    MemoryFormatLike: TypeAlias = Literal["auto", "contiguous", "channels_last"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -114,7 +116,7 @@ def with_options(function: F) -> F:
         try:
             return function(*args, **keywords)
         except DaskInferError as error:
-            raise shorten_traceback(error)  # noqa: B904  # it is the same error, with its own cause
+            raise shorten_traceback(error) from error.__cause__
 
     taken = list_options(function.__name__)
     signature = inspect.signature(function)
@@ -140,7 +142,7 @@ def _document_fields(holder: C) -> C:
             check_names(holder.__name__, list(fields), list(declared))
             construct(self, **fields)
         except DaskInferError as error:
-            raise shorten_traceback(error)  # noqa: B904  # it is the same error, with its own cause
+            raise shorten_traceback(error) from error.__cause__
 
     cast(Any, holder).__init__ = check_and_construct
     return holder
@@ -211,6 +213,21 @@ def _convert_autocast(precision: Any) -> Any:
 
 
 _AUTOCAST_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def _convert_memory_format(memory_format: Any) -> Any:
+    """Return the name of one of torch's memory formats; what is none stays as it is."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(memory_format, torch.memory_format):
+        return memory_format
+    return _MEMORY_FORMAT_NAMES.get(str(memory_format), memory_format)
+
+
+_MEMORY_FORMAT_NAMES = {
+    "torch.contiguous_format": "contiguous",
+    "torch.channels_last": "channels_last",
+    "torch.channels_last_3d": "channels_last",
+}
 
 
 def _is_failure_limit(limit: Any) -> bool:
@@ -394,13 +411,14 @@ class Options:
         "False: for models whose output for one row depends on other rows in the batch, or that cannot take zeros.",
         section="what",
     )
-    memory_format: Literal["auto", "contiguous", "channels_last"] = declare(
+    memory_format: MemoryFormatLike = declare(
         "auto",
         'Memory format in which an nn.Module gets images (n, channels, height, width) and volumes. "auto": '
         '"contiguous", or "channels_last" if that is measured to be faster and the outputs agree; measured only if '
         "``batch_size`` is. Outputs of the two differ in the last bits.",
         section="how fast",
         flag_help="auto: the one measured to be faster, if --batch-size is auto.",
+        convert=_convert_memory_format,
     )
     prefetch: int = declare(
         1,

@@ -205,7 +205,7 @@ def _convert_to_array(name: str, value: Any) -> Any:
         # np.asarray turns a memmap into a plain view: a memmap itself is pickled whole with every chunk.
         array = tensor_to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise make_conversion_error(name, value, error) from error
+        raise make_conversion_error(name, value, error) from None  # it says what NumPy or torch said
     if array.dtype.name not in _DEFAULT_DTYPES or not isinstance(value, list) or _has_arrays(value):
         return array
     return array.astype(_DEFAULT_DTYPES[array.dtype.name])

@@ -223,17 +223,25 @@ def _works_with(trial: FailedTrial, change: _Change, ports: Ports, arrays: Seque
 
 
 def _format_change(change: _Change, ports: Ports, i: int, form: Form, dtype: np.dtype[Any]) -> str:
-    """Return the code of a change: an expression, or for rows that are in a file the ``preprocess=`` to pass."""
+    """Return the code of a change: an expression, or for rows that are in a file the ``preprocess=`` to pass.
+
+    The command has no flag for a function, but its factory may return any model.
+    """
     name = ports.names[i]
     if form == "tensor":
         return change.on_tensor.format(name)
     if form != "path":
         return change.on_array.format(name if form == "array" else f'np.asarray({name}, "{dtype}")')
+    return f"preprocess={_format_preprocess(change.on_array, ports, i)} (for the command, a factory whose model does so)"
+
+
+def _format_preprocess(code: str, ports: Ports, i: int) -> str:
+    """Return a function that changes port ``i`` and leaves the others as they are."""
     if ports.kind == "single":
-        return f"preprocess=lambda a: {change.on_array.format('a')}"
+        return f"lambda a: {code.format('a')}"
     arguments = list(ports.names) if ports.kind == "named" else [f"a{k}" for k in range(len(ports.names))]
-    changed = [change.on_array.format(a) if k == i else a for k, a in enumerate(arguments)]
+    changed = [code.format(a) if k == i else a for k, a in enumerate(arguments)]
     returned = f"({', '.join(changed)})" if len(changed) > 1 else f"({changed[0]},)"
     if ports.kind == "named":
-        returned = f"dict({', '.join(f'{n}={code}' for n, code in zip(arguments, changed, strict=True))})"
-    return f"preprocess=lambda {', '.join(arguments)}: {returned}"
+        returned = f"dict({', '.join(f'{n}={one}' for n, one in zip(arguments, changed, strict=True))})"
+    return f"lambda {', '.join(arguments)}: {returned}"

@@ -74,6 +74,7 @@ ROOT = Path(__file__).parents[2]
         ({"chunk_timeout": math.nan}, "chunk_timeout must be a number of seconds > 0 or None, got nan$"),
         ({"fill_value": "NaN"}, "fill_value must be a number or None, got 'NaN'$"),
         ({"memory_format": "nhwc"}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got 'nhwc'$"),
+        ({"memory_format": torch.preserve_format}, "memory_format must be .*, got torch.preserve_format$"),
         ({"memory_format": None}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got None$"),
         ({"max_failed_rows": -1}, "max_failed_rows must be an integer >= 0, a share such as '1%', or None, got -1$"),
         ({"max_failed_rows": True}, "max_failed_rows must be an integer >= 0, .*, got True$"),
@@ -187,6 +188,19 @@ def test_dtypes_of_torch_and_numpy(typed: Any, stored: Any) -> None:
 def test_precisions_of_torch(typed: Any, stored: str | None) -> None:
     """A precision of autocast in torch's words is stored in the short ones."""
     assert Options(autocast=typed).autocast == stored
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        (torch.channels_last, "channels_last"),
+        (torch.channels_last_3d, "channels_last"),
+        (torch.contiguous_format, "contiguous"),
+    ],
+)
+def test_memory_formats_of_torch(typed: Any, stored: str) -> None:
+    """A memory format of torch is stored by its name."""
+    assert Options(memory_format=typed).memory_format == stored
 
 
 @pytest.mark.parametrize(

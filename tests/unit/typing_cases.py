@@ -31,7 +31,7 @@ def make_right_calls(client: Client, report_wanted: bool) -> None:
     di.predict(abs, {"a": X}, on_error="skip", fill_value=0, max_failed_rows="1%", chunk_timeout=3, trust=True)
     di.predict(abs, X, options=di.Options(autocast="bf16"), memory_format="channels_last", dtype={"x": "float32"})
     di.predict(abs, X, dtype=torch.float32, autocast=torch.bfloat16)
-    di.predict(abs, X, dtype=np.float32, autocast="bfloat16")
+    di.predict(abs, X, dtype=np.float32, autocast="bfloat16", memory_format=torch.channels_last)
     di.predict(abs, X, dtype=np.dtype("float32"), autocast=True)
     di.predict(abs, {"a": X, "b": X}, dtype={"a": torch.float32, "b": np.int64}, options=di.Options(dtype=torch.half))
     for block in di.stream(abs, X, progress=False, retries=0):

@@ -18,6 +18,7 @@ from daskinfer.errors import ChunkError, InputError, ModelError
 
 IMAGES = np.random.default_rng(0).random((6, 9, 8, 3), np.float32)  # channels last
 META = np.arange(6, dtype=np.float32)
+FOR_THE_COMMAND = r" \(for the command, a factory whose model does so\)"
 CURE = r"axis (\d) of (\S+) is (\d+), the first layer takes (\d+) \w+: did you mean (.*)\?$"
 
 
@@ -48,7 +49,9 @@ def get_cure(model: Any, x: Any, message: str = CURE, **fields: Any) -> str:
     """Return the code that the error shows."""
     with pytest.raises(InputError, match=message) as refused:
         predict(model, x, **fields)
-    return re.findall(message, str(refused.value))[0][-1]
+    found = re.search(message, str(refused.value))
+    assert found is not None
+    return found.groups()[-1]
 
 
 def compute(model: nn.Module, images: np.ndarray, meta: Any = 0.0) -> np.ndarray:
@@ -77,7 +80,9 @@ def test_images_with_channels_last(model: nn.Module, form: str) -> None:
 def test_images_in_files(model: nn.Module, in_folder: Path, suffix: str) -> None:
     """For rows that are in a file, the change is a preprocess."""
     da.to_zarr(da.from_array(IMAGES), "x.zarr") if suffix == ".zarr" else np.save("x.npy", IMAGES)
-    keyword, code = get_cure(model, f"x{suffix}").split("=", 1)
+    keyword, code = get_cure(model, f"x{suffix}", rf"^axis 1 of x is 9, .*did you mean (.*){FOR_THE_COMMAND}\?$").split(
+        "=", 1
+    )
     assert di.run(model, f"x{suffix}", "y.npy", devices="inline", **{keyword: eval(code)}).rows == 6
     np.testing.assert_allclose(np.load("y.npy"), compute(model, IMAGES), atol=1e-6)
 
@@ -92,7 +97,8 @@ def test_one_port_of_several(model: nn.Module, in_folder: Path, kind: type) -> N
     changed = eval(code, ports if kind is dict else {"x": ports})
     assert changed.shape == (6, 3, 9, 8)
     in_file: Any = {"image": "x.npy", "meta": META} if kind is dict else ("x.npy", META)
-    keyword, code = get_cure(model, in_file, rf"^axis 1 of ({name}) is 9, .*did you mean (.*)\?$").split("=", 1)
+    message = rf"^axis 1 of ({name}) is 9, .*did you mean (.*){FOR_THE_COMMAND}\?$"
+    keyword, code = get_cure(model, in_file, message).split("=", 1)
     np.testing.assert_allclose(predict(model, in_file, **{keyword: eval(code)}), compute(model, IMAGES, META), atol=1e-6)
     assert in_file[first] == "x.npy"
 
