@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from daskinfer.options import Options
+from daskinfer.options import AutocastLike, DTypeLike, MemoryFormatLike, Options
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +22,13 @@ class _SharedKeywords(TypedDict, total=False):
 
     batch_size: int | Literal["auto"]
     options: Options | None
-    dtype: str | Mapping[str, str] | None
-    autocast: Literal["bf16", "fp16"] | None
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None
+    autocast: AutocastLike | None
     preprocess: Callable[..., Any] | None
     postprocess: Callable[..., Any] | None
     output: Any
     pad: bool
-    memory_format: Literal["auto", "contiguous", "channels_last"]
+    memory_format: MemoryFormatLike
     nan_is_failure: bool
     trust: bool
 

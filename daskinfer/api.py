@@ -19,7 +19,7 @@ from daskinfer.core.files import remove_stale_scratch
 from daskinfer.diagnostics.events import EventBus
 from daskinfer.diagnostics.progress import Progress, make_event_bus
 from daskinfer.diagnostics.report import RunReport
-from daskinfer.errors import ErrorCollector
+from daskinfer.errors import DaskInferError, ErrorCollector, shorten_traceback
 from daskinfer.execution.result_buffers import result_pool
 from daskinfer.execution.run import Run, make_complete_report, measure_throughput
 from daskinfer.execution.sinks import ArraySink, StorageSink, StreamSink, warn_of_failed_rows
@@ -324,5 +324,7 @@ def _build_blocks(job: InferenceJob, blocks: Generator[Any, None, None]) -> Gene
     try:
         for arrays in blocks:
             yield job.build_output(arrays)
+    except DaskInferError as error:
+        raise shorten_traceback(error) from error.__cause__
     finally:
         blocks.close()

@@ -31,12 +31,19 @@ A message has four parts: which thing, what was got, what is allowed, what to ch
 
 from __future__ import annotations
 
+import logging
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E", bound="DaskInferError")
+
+PACKAGE_PREFIX = f"{Path(__file__).parent}{os.sep}"  # of the file names of daskinfer's own frames
 
 
 class PartialOutput(NamedTuple):
@@ -176,6 +183,23 @@ class Interrupted(DaskInferError, KeyboardInterrupt):
 
 class MissingExtra(DaskInferError, ImportError):
     """An optional package that is not installed; the message names the extra to install."""
+
+
+def shorten_traceback(error: E) -> E:
+    """Return an error without the frames of daskinfer that it passed; with all of them if the log shows debug lines.
+
+    Its message says what to change. The frames of a model or of a user's function are its cause's, which keeps them.
+    """
+    if logging.getLogger("daskinfer").isEnabledFor(logging.DEBUG):
+        return error
+    link: BaseException | None = error
+    while link is not None:
+        frames = (frame for frame, _ in traceback.walk_tb(link.__traceback__))
+        if isinstance(link, DaskInferError) or all(f.f_code.co_filename.startswith(PACKAGE_PREFIX) for f in frames):
+            link.__traceback__ = None
+            link.__suppress_context__ = True  # what it has to say is its cause
+        link = link.__cause__
+    return error
 
 
 class ErrorCollector:

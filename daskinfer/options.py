@@ -11,15 +11,28 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from daskinfer.core.declarations import COMPUTING, STORING, Declaration, add_parameters, declare, get_declarations
 from daskinfer.core.env import MAX_PREFETCH
-from daskinfer.errors import UnknownKeyword
+from daskinfer.errors import DaskInferError, UnknownKeyword, shorten_traceback
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    DTypeLike: TypeAlias = str | torch.dtype | np.dtype[Any] | type[np.generic]
+    AutocastLike: TypeAlias = Literal["bf16", "fp16", "bfloat16", "float16"] | torch.dtype | bool
+    MemoryFormatLike: TypeAlias = Literal["auto", "contiguous", "channels_last"] | torch.memory_format
+else:  # what is stored: a run is the same, and continues another, however its options were typed
+    DTypeLike: TypeAlias = str
+    AutocastLike: TypeAlias = Literal["bf16", "fp16"]
+    MemoryFormatLike: TypeAlias = Literal["auto", "contiguous", "channels_last"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -93,10 +106,18 @@ def get_renamed_key(key: str) -> str | None:
 
 
 def with_options(function: F) -> F:
-    """Show every option that a public function takes, in its signature and in its docstring.
+    """Show every option that a public function takes, in its signature and in its docstring; shorten its errors.
 
     The function itself has ``**keywords``, for :func:`read_keywords`.
     """
+
+    @wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        try:
+            return function(*args, **keywords)
+        except DaskInferError as error:
+            raise shorten_traceback(error) from error.__cause__
+
     taken = list_options(function.__name__)
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -104,9 +125,9 @@ def with_options(function: F) -> F:
         inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
         for option in taken
     ]
-    cast(Any, function).__signature__ = signature.replace(parameters=[*own, *shown])
-    function.__doc__ = add_parameters(function.__doc__, taken)
-    return function
+    cast(Any, call).__signature__ = signature.replace(parameters=[*own, *shown])
+    call.__doc__ = add_parameters(function.__doc__, taken)
+    return cast(F, call)
 
 
 def _document_fields(holder: C) -> C:
@@ -117,8 +138,11 @@ def _document_fields(holder: C) -> C:
 
     @wraps(construct)
     def check_and_construct(self: Any, **fields: Any) -> None:
-        check_names(holder.__name__, list(fields), list(declared))
-        construct(self, **fields)
+        try:
+            check_names(holder.__name__, list(fields), list(declared))
+            construct(self, **fields)
+        except DaskInferError as error:
+            raise shorten_traceback(error) from error.__cause__
 
     cast(Any, holder).__init__ = check_and_construct
     return holder
@@ -150,14 +174,60 @@ def make_reference_rows() -> list[dict[str, str]]:
 
 
 def _validate_fields(record: Any, declarations: Mapping[str, Declaration]) -> None:
+    """Bring every field of a frozen record to the form that is stored, and check it."""
     for name, option in declarations.items():
-        if (value := getattr(record, name)) is not option.default:  # a default is allowed
+        value = getattr(record, name)
+        if option.convert is not None:
+            value = option.convert(value)
+            object.__setattr__(record, name, value)
+        if value is not option.default:  # a default is allowed
             option.validate(value)
 
 
 def _is_dtype(dtype: Any) -> bool:
     names = [*dtype.keys(), *dtype.values()] if isinstance(dtype, Mapping) else [dtype]
     return all(isinstance(name, str) for name in names)
+
+
+def _convert_dtype(dtype: Any) -> Any:
+    """Return the name of a dtype, or a dict of names by port; what is no dtype stays as it is."""
+    if isinstance(dtype, Mapping):
+        return {port: _convert_dtype(one) for port, one in dtype.items()}
+    # No torch or NumPy dtype exists in a process that has not imported them, and this module does not.
+    torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        dtype = str(dtype)
+    elif np is not None and isinstance(dtype, np.dtype):
+        return dtype.name
+    elif np is not None and isinstance(dtype, type) and dtype in np.sctypeDict.values():
+        return np.dtype(dtype).name
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
+def _convert_autocast(precision: Any) -> Any:
+    """Return "bf16", "fp16" or None for any spelling of them; what is no precision stays as it is."""
+    if isinstance(precision, bool):
+        return "bf16" if precision else None
+    name = _convert_dtype(precision)
+    return _AUTOCAST_NAMES.get(name, precision) if isinstance(name, str) else precision
+
+
+_AUTOCAST_NAMES = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def _convert_memory_format(memory_format: Any) -> Any:
+    """Return the name of one of torch's memory formats; what is none stays as it is."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(memory_format, torch.memory_format):
+        return memory_format
+    return _MEMORY_FORMAT_NAMES.get(str(memory_format), memory_format)
+
+
+_MEMORY_FORMAT_NAMES = {
+    "torch.contiguous_format": "contiguous",
+    "torch.channels_last": "channels_last",
+    "torch.channels_last_3d": "channels_last",
+}
 
 
 def _is_failure_limit(limit: Any) -> bool:
@@ -294,17 +364,23 @@ class Options:
     'bf16'
     """
 
-    dtype: str | Mapping[str, str] | None = declare(
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None = declare(
         None,
-        'Cast the input to this dtype, micro-batch by micro-batch on the worker. A name ("float32", "bfloat16"), or a '
-        "mapping that casts the ports it names. None: no cast, and an input that the model cannot take is refused.",
+        "Cast the input to this dtype, micro-batch by micro-batch on the worker. A torch or NumPy dtype or its name "
+        '("float32", "bfloat16"), or a mapping that casts the ports it names. None: no cast, and an input that the model '
+        "cannot take is refused.",
         section="what",
         flag_help="For example float32, or image=float32,meta=int64 by port.",
-        allowed="a name such as 'float32', a mapping from port to name, or None",
+        allowed="a dtype such as 'float32' or torch.float32, a mapping from port to dtype, or None",
         check=_is_dtype,
+        convert=_convert_dtype,
     )
-    autocast: Literal["bf16", "fp16"] | None = declare(
-        None, "Run the model under torch.autocast with this precision. None: in its own precision.", section="how fast"
+    autocast: AutocastLike | None = declare(
+        None,
+        'Run the model under torch.autocast with this precision. "bf16" or "fp16", also as torch.bfloat16, "bfloat16" '
+        'and so on; True is "bf16". None: in its own precision.',
+        section="how fast",
+        convert=_convert_autocast,
     )
     preprocess: Callable[..., Any] | None = declare(
         None,
@@ -336,13 +412,14 @@ class Options:
         "False: for models whose output for one row depends on other rows in the batch, or that cannot take zeros.",
         section="what",
     )
-    memory_format: Literal["auto", "contiguous", "channels_last"] = declare(
+    memory_format: MemoryFormatLike = declare(
         "auto",
         'Memory format in which an nn.Module gets images (n, channels, height, width) and volumes. "auto": '
         '"contiguous", or "channels_last" if that is measured to be faster and the outputs agree; measured only if '
         "``batch_size`` is. Outputs of the two differ in the last bits.",
         section="how fast",
         flag_help="auto: the one measured to be faster, if --batch-size is auto.",
+        convert=_convert_memory_format,
     )
     prefetch: int = declare(
         1,
@@ -413,8 +490,6 @@ class Options:
 
     def __post_init__(self) -> None:
         _validate_fields(self, get_declarations(Options))
-        if isinstance(self.dtype, Mapping):  # options do not change once they are made
-            object.__setattr__(self, "dtype", dict(self.dtype))
 
     def compute_max_failed_rows(self, n_rows: int) -> float:
         """Return how many of ``n_rows`` rows may fail.
@@ -429,9 +504,7 @@ class Options:
 
     def get_cast_dtype(self, port: str) -> str | None:
         """Return the name of the dtype that ``port`` is cast to; None if it is not cast."""
-        if isinstance(self.dtype, Mapping):
-            return self.dtype.get(port)
-        return self.dtype
+        return cast("str | None", self.dtype.get(port) if isinstance(self.dtype, Mapping) else self.dtype)
 
 
 def read_keywords(function: str, keywords: Mapping[str, Any]) -> CallKeywords:

@@ -29,6 +29,7 @@ from daskinfer.cli.messages import use_flags
 from daskinfer.cluster.worker_spec import LOOPBACK, memory_per_worker
 from daskinfer.core.env import MAX_TASKS_IN_FLIGHT
 from daskinfer.core.formatting import format_nbytes
+from daskinfer.core.installation import describe_cuda_install
 from daskinfer.errors import DaskInferError
 from daskinfer.hardware.device_spec import check_drivable
 from daskinfer.hardware.discovery import Machine, inspect_machine
@@ -176,8 +177,7 @@ def check_cuda_packages() -> Iterator[Finding]:
 
 
 def _get_install_command() -> str:
-    major = (torch.version.cuda or "13").partition(".")[0]
-    return f'pip install "daskinfer[cuda{major}]"'
+    return describe_cuda_install(int((torch.version.cuda or "13").partition(".")[0]))
 
 
 def _check_cuda_versions() -> Iterator[Finding]:

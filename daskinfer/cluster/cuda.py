@@ -16,6 +16,7 @@ from typing import Any
 from daskinfer.cluster.nanny import NannyProcess
 from daskinfer.cluster.shutdown import close_on_failure
 from daskinfer.cluster.worker_spec import LOOPBACK, WorkerSpec
+from daskinfer.core.installation import describe_install
 from daskinfer.errors import MissingExtra
 from daskinfer.hardware.discovery import Device
 
@@ -25,7 +26,7 @@ try:
 except ImportError as error:
     raise MissingExtra(
         f"GPU workers need dask-cuda, but importing it failed ({error}). Install it: "
-        'pip install "daskinfer[cuda13]" (driver 580 or newer) or "daskinfer[cuda12]" (driver 525 or newer).'
+        f"{describe_install('cuda13')} (driver 580 or newer), or {describe_install('cuda12')} (driver 525 or newer)."
     ) from error
 
 

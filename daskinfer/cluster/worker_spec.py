@@ -11,6 +11,7 @@ import dask.config
 from distributed import Security
 
 from daskinfer.core import env
+from daskinfer.core.installation import describe_install
 from daskinfer.errors import MissingExtra, OptionError
 from daskinfer.hardware.discovery import Device
 
@@ -58,7 +59,7 @@ def resolve_security(security: bool | Security | None) -> Security:
         except ImportError as error:
             raise MissingExtra(
                 f"security=True needs the cryptography package ({error}). "
-                'Run pip install "daskinfer[tls]", or pass a distributed.Security with your own certificates.'
+                f"Run {describe_install('tls')}, or pass a distributed.Security with your own certificates."
             ) from error
     if security is None or security is False:
         return Security()

@@ -52,6 +52,8 @@ class Declaration:
     check
         Whether a value is allowed, if the type does not say so. An option with ``allowed`` but no ``check`` is checked by
         the module that uses it.
+    convert
+        Brings what users may type to the form in which it is checked and stored; what it does not know stays as it is.
     unit
         Of a number.
     formerly
@@ -72,6 +74,7 @@ class Declaration:
     maximum: int | None = None
     above: float | None = None
     check: Callable[[Any], bool] | None = None
+    convert: Callable[[Any], Any] | None = None
     unit: str = ""
     formerly: str = ""
 

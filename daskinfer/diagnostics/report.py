@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from daskinfer.core.chunks import BatchConfig, RowFailure
 from daskinfer.core.formatting import format_text_table, render_template
+from daskinfer.core.installation import describe_install
 from daskinfer.diagnostics.charts import list_device_names, make_bars, render_svg
 from daskinfer.diagnostics.device_stats import DeviceReport, DeviceTable
 from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, Event, RunStarted
@@ -172,7 +173,7 @@ class RunReport:
         except ImportError as error:
             raise MissingExtra(
                 f"RunReport.plot() needs matplotlib, which cannot be imported ({error}). "
-                'Install it: pip install "daskinfer[plot]"; or use to_html(), which needs no extra.'
+                f"Install it: {describe_install('plot')}; or use to_html(), which needs no extra."
             ) from error
         return plot_report(self)
 

@@ -19,6 +19,7 @@ from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any
 
 from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
+from daskinfer.core.installation import describe_cuda_install
 from daskinfer.errors import DeviceError
 from daskinfer.hardware.discovery import Device, Machine, inspect_machine
 
@@ -159,7 +160,7 @@ def _format_cpu_build_error(gpus: str, machine: Machine) -> str:
     major = 12 if machine.driver_cuda and machine.driver_cuda[0] == 12 else 13
     return (
         f"cannot use {gpus}: this torch is a CPU-only build. Install its CUDA {major} build "
-        f'(https://pytorch.org/get-started/locally) and pip install "daskinfer[cuda{major}]", or use {_CPU_HINT}.'
+        f"(https://pytorch.org/get-started/locally) and {describe_cuda_install(major)}, or use {_CPU_HINT}."
     )
 
 

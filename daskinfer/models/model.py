@@ -94,12 +94,23 @@ class Model:
             return self._make_loader_from_reference(os.fspath(self.source))
         self._reject_arguments("factory", "kwargs", "sha256")
         if not callable(self.source) or isinstance(self.source, type | torch.export.ExportedProgram):
-            source_type = f"class {self.name}" if isinstance(self.source, type) else self.name
-            raise ModelError(
-                "model must be an nn.Module, a function of arrays, an object with load(device) and __call__(batch), a path "
-                f"(.pt2 for an exported program) or 'pkg.mod:make', got {source_type}"
-            )
+            raise self._make_type_error()
         return InMemoryLoader(serialization.serialize_object(self.source), version=self.version)
+
+    def _make_type_error(self) -> ModelError:
+        is_class = isinstance(self.source, type)
+        methods = [name for name in ("predict_proba", "predict", "transform") if hasattr(self.source, name)]
+        if methods and not is_class:  # an estimator of scikit-learn
+            advice = f"model.{methods[0]}" + (f" or model.{methods[1]}" if len(methods) > 1 else "")
+            return ModelError(f"model must be a function of arrays, got the object {self.name}. Pass its method {advice}.")
+        if isinstance(self.source, Mapping) and any(isinstance(value, torch.Tensor) for value in self.source.values()):
+            return ModelError(
+                f"model must be a module, got its weights ({self.name}). Pass the module after module.load_state_dict(…)."
+            )
+        return ModelError(
+            "model must be an nn.Module, a function of arrays, an object with load(device) and __call__(batch), a path "
+            f"(.pt2 for an exported program) or 'pkg.mod:make', got {'class ' if is_class else ''}{self.name}"
+        )
 
     def _make_loader_from_reference(self, source: str) -> ModelLoader:
         suffix = Path(source).suffix.lower()

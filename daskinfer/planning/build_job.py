@@ -226,7 +226,7 @@ def get_output_spec(loader: ModelLoader, inputs: Inputs, options: Options) -> Ou
     """Return the output spec for these inputs, from a cache unless ``output``, ``preprocess`` or ``postprocess`` is set."""
 
     def infer() -> OutputSpec:
-        return infer_output_spec(loader, inputs.ports, inputs.make_empty_arrays(), options)
+        return infer_output_spec(loader, inputs.ports, inputs.make_empty_arrays(), options, inputs.forms)
 
     if options.output is not None or options.preprocess is not None or options.postprocess is not None:
         return infer()

@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import dask
 import dask.array as da
@@ -27,6 +27,7 @@ from daskinfer.core.arrays import NUMERIC_KINDS, Array, ArraySource
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.core.pytree import Ports
 from daskinfer.errors import InputError
+from daskinfer.planning.input_advice import check_is_array_like, make_conversion_error, make_dtype_error
 from daskinfer.storage.formats import open_source
 from daskinfer.worker.tensors import tensor_to_numpy
 
@@ -36,6 +37,9 @@ MAX_INPUT_NBYTES = 1 << 48  # 256 TiB of rows: a plan lists every chunk, here 4 
 ArrayLike: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor | da.Array | Sequence[Any] | str | os.PathLike[str]"
 InputLike: TypeAlias = "ArrayLike | Mapping[str, ArrayLike] | tuple[ArrayLike, ...]"
 
+# What a user passed for a port: an array of NumPy or Dask, a tensor, a path, or something that is converted to an array.
+Form: TypeAlias = Literal["array", "tensor", "path", "other"]
+
 # Python's numbers have no precision of their own: convert them as torch does.
 _DEFAULT_DTYPES = {"float64": np.float32, "complex128": np.complex64}
 
@@ -44,13 +48,13 @@ _DEFAULT_DTYPES = {"float64": np.float32, "complex128": np.complex64}
 class Inputs:
     """The ports of one input and their arrays, all with the same number of rows.
 
-    ``has_tensors``: at least one port was a torch tensor. ``bfloat16_ports`` names the ports that were bfloat16, which NumPy
-    can hold only as float32.
+    ``forms`` says what the user passed for each port. ``bfloat16_ports`` names the ports that were bfloat16, which NumPy can
+    hold only as float32.
     """
 
     ports: Ports
     arrays: tuple[Any, ...]
-    has_tensors: bool
+    forms: tuple[Form, ...]
     bfloat16_ports: tuple[str, ...]
 
     @classmethod
@@ -68,8 +72,14 @@ class Inputs:
         named_values = list(zip(ports.names, ports.split(value), strict=True))
         arrays = tuple(_make_port_array(name, port_value) for name, port_value in named_values)
         _check_lengths(ports, arrays)
-        tensors = [(name, port_value) for name, port_value in named_values if isinstance(port_value, torch.Tensor)]
-        return cls(ports, arrays, bool(tensors), tuple(name for name, t in tensors if t.dtype == torch.bfloat16))
+        forms = tuple(_get_form(port_value) for _, port_value in named_values)
+        bfloat16 = (n for n, value in named_values if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16)
+        return cls(ports, arrays, forms, tuple(bfloat16))
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether at least one port was a torch tensor, so that outputs are tensors too."""
+        return "tensor" in self.forms
 
     @property
     def n_rows(self) -> int:
@@ -144,6 +154,14 @@ class Inputs:
         return _convert_to_dask(array, tuple(row_chunks))
 
 
+def _get_form(value: Any) -> Form:
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, str | os.PathLike):
+        return "path"
+    return "array" if isinstance(value, np.ndarray | da.Array) else "other"
+
+
 def _compute_nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
     """Return the bytes of an array, as a Python int: a file may declare more than NumPy can count."""
     return prod(map(int, shape)) * dtype.itemsize
@@ -164,9 +182,7 @@ def _get_unit_rows(array: Any) -> int | None:
 def _make_port_array(name: str, value: Any) -> Any:
     array = _convert_to_array(name, value)
     if array.dtype.kind not in NUMERIC_KINDS:
-        raise InputError(
-            f"{name} must hold numbers (bool, int, float or complex), got dtype {array.dtype}. Convert or encode it first."
-        )
+        raise make_dtype_error(name, value, array)
     if array.ndim == 0:
         single_row = f"{name}[None]" if hasattr(value, "ndim") else f"[{name}]"
         raise InputError(f"{name} is 0-d, but its first axis must be the rows. Pass {single_row} for a single row.")
@@ -183,15 +199,13 @@ def _convert_to_array(name: str, value: Any) -> Any:
         return open_source(value)
     if isinstance(value, da.Array):
         return value
+    check_is_array_like(name, value)
     _check_supported_type(name, value)
     try:
         # np.asarray turns a memmap into a plain view: a memmap itself is pickled whole with every chunk.
         array = tensor_to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{name} cannot be read as an array: {str(error).rstrip('.')}. "
-            "Convert it so that every row holds numbers in the same shape."
-        ) from error
+        raise make_conversion_error(name, value, error) from None  # it says what NumPy or torch said
     if array.dtype.name not in _DEFAULT_DTYPES or not isinstance(value, list) or _has_arrays(value):
         return array
     return array.astype(_DEFAULT_DTYPES[array.dtype.name])

@@ -19,9 +19,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,15 @@ import torch
 from daskinfer.core.arrays import Array
 from daskinfer.core.chunks import BatchConfig
 from daskinfer.core.pytree import Ports, PyTreeSpec, call_with, flatten
-from daskinfer.errors import ChunkError, InputError, ModelError, OptionError
+from daskinfer.errors import ChunkError, ModelError, OptionError
 from daskinfer.models.loaded_model import LoadedModel
 from daskinfer.models.loaders import ModelLoader
 from daskinfer.options import Options
+from daskinfer.planning.inputs import Form
+from daskinfer.planning.trial_advice import FailedTrial, check_axes, check_dtypes
 from daskinfer.scheduling.throughput_history import MAX_RECORDS
-from daskinfer.worker.model_runner import ModelRunConfig, make_autocast_context, run_model
+from daskinfer.worker.error_kinds import describe_error, get_step_note
+from daskinfer.worker.model_runner import ModelRunConfig, get_model_dtypes, make_autocast_context, run_model
 from daskinfer.worker.tensors import tensor_to_numpy
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,9 @@ class OutputSpecCache:
 output_specs = OutputSpecCache()
 
 
-def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
+def infer_output_spec(
+    loader: ModelLoader, ports: Ports, empty_arrays: Sequence[Array], options: Options, forms: Sequence[Form] = ()
+) -> OutputSpec:
     """Infer what the model's output looks like.
 
     Parameters
@@ -107,11 +112,13 @@ def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[
         The input's form, and one array per port whose ``shape[1:]`` and dtype are the input's (rows are not read).
     options
         How the model is run.
+    forms
+        What the user passed for each port, for errors that say how to change it. Empty: arrays.
 
     Raises
     ------
     InputError
-        If the model rejects the input's dtype but accepts its own.
+        If the model rejects the input's dtype but accepts its own, or takes the input with its axes in another order.
     OptionError
         If ``dtype=`` names a port that does not exist, or a dtype that cannot be passed to the model.
     ModelError
@@ -128,6 +135,7 @@ def infer_output_spec(loader: ModelLoader, ports: Ports, empty_arrays: Sequence[
             ports,
             empty_arrays,
             options,
+            forms,
             use_fake_tensors=_should_use_fake_tensors(loader, model, ports, empty_arrays, options),
         )
     finally:
@@ -163,15 +171,17 @@ def _should_use_fake_tensors(
         return False
     dtypes = [options.get_cast_dtype(name) or port.dtype.name for name, port in zip(ports.names, empty_arrays, strict=True)]
     has_embedding = any(isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag) for layer in module.modules())
-    return {*dtypes} <= {*_get_model_dtypes(module), *(("int32", "int64") if has_embedding else ())}
-
-
-def _get_model_dtypes(module: torch.nn.Module) -> list[str]:
-    return sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
+    return {*dtypes} <= {*get_model_dtypes(module), *(("int32", "int64") if has_embedding else ())}
 
 
 def _infer_from_model(
-    model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options, *, use_fake_tensors: bool
+    model: LoadedModel,
+    ports: Ports,
+    empty_arrays: Sequence[Array],
+    options: Options,
+    forms: Sequence[Form],
+    *,
+    use_fake_tensors: bool,
 ) -> OutputSpec:
     if use_fake_tensors:
         try:
@@ -181,21 +191,35 @@ def _infer_from_model(
     try:
         return _infer_from_zeros(model, ports, empty_arrays, options)
     except ChunkError as error:
-        _check_input_dtype(model, ports, empty_arrays, options)
-        port_specs = ", ".join(
-            f"{name}: {(N_DUMMY_ROWS, *port.shape[1:])} {port.dtype}"
-            for name, port in zip(ports.names, empty_arrays, strict=True)
-        )
-        raise ModelError(
-            f"the model failed on {N_DUMMY_ROWS} rows of zeros ({port_specs}), from which its output is inferred: "
-            f"{error.__cause__!r}. If it works on real rows, pass output=np.empty((0, …), dtype)."
-        ) from error.__cause__
+        cause = error.__cause__ or error  # what the model, or a function around it, raised
+    if not get_step_note(cause)[0]:
+        attempt = partial(_infer_from_zeros, model, ports, empty_arrays)
+        trial = FailedTrial(model, ports, empty_arrays, options, forms, attempt)
+        check_dtypes(trial)
+        check_axes(trial)
+    raise _make_trial_error(cause, ports, empty_arrays) from cause
+
+
+def _make_trial_error(error: BaseException, ports: Ports, empty_arrays: Sequence[Array]) -> ModelError:
+    """Make the error for a failed trial: it names the step that failed, and what to pass if real rows would not."""
+    specs = [f"{n}: {(N_DUMMY_ROWS, *a.shape[1:])} {a.dtype}" for n, a in zip(ports.names, empty_arrays, strict=True)]
+    subject, advice = get_step_note(error)
+    rows = f"{N_DUMMY_ROWS} rows of zeros ({', '.join(specs)})"
+    if subject and advice:
+        return ModelError(f"{describe_error(error)}. It was tried on {rows}.")
+    failure = f"the model failed on {rows}, from which its output is inferred: {error!r}{advice}"
+    if subject:
+        failure = f"{describe_error(error)}, on {rows}"
+    return ModelError(f"{failure}. If it works on real rows, pass output=np.empty((0, …), dtype).")
 
 
 def _infer_from_zeros(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> OutputSpec:
     dummy_rows = [np.zeros((N_DUMMY_ROWS, *port.shape[1:]), port.dtype) for port in empty_arrays]
     options = replace(options, on_error="raise", nan_is_failure=False)  # the failure options are for the user's rows
-    output = run_model(model, dummy_rows, 0, ModelRunConfig(ports, BatchConfig(N_DUMMY_ROWS), options))
+    try:
+        output = run_model(model, dummy_rows, 0, ModelRunConfig(ports, BatchConfig(N_DUMMY_ROWS), options))
+    except (ModelError, OptionError) as error:
+        raise error.__cause__ or error from None  # without the rows and the device, which are not the caller's
     return OutputSpec(output.structure, tuple(array[:0] for array in output.arrays))
 
 
@@ -230,33 +254,6 @@ def _check_ports(ports: Ports, options: Options) -> None:
         raise OptionError(
             f"dtype names unknown port {', '.join(map(repr, unknown))}; the input has {', '.join(map(repr, ports.names))}"
         )
-
-
-def _check_input_dtype(model: LoadedModel, ports: Ports, empty_arrays: Sequence[Array], options: Options) -> None:
-    """Raise an error that names the ``dtype=`` to pass, if the model runs on an input of its own dtype."""
-    if not isinstance(model.run, torch.nn.Module) or options.dtype is not None:
-        return
-    for model_dtype in _get_model_dtypes(model.run):
-        for dtype in _iter_casts(model_dtype, ports, empty_arrays):
-            try:
-                _infer_from_zeros(model, ports, empty_arrays, replace(options, dtype=dtype))
-            except ChunkError:
-                continue
-            port_dtypes = ", ".join(f"{name} is {port.dtype}" for name, port in zip(ports.names, empty_arrays, strict=True))
-            raise InputError(f"{port_dtypes}, but the model is {model_dtype}. Pass dtype={dtype!r} (--dtype).") from None
-
-
-def _iter_casts(model_dtype: str, ports: Ports, empty_arrays: Sequence[Array]) -> Iterator[str | dict[str, str]]:
-    """Yield values of ``dtype=`` that cast ports to the model's dtype: all ports first, then those of fewer dtypes.
-
-    Complex ports are never cast, since they would lose their imaginary part.
-    """
-    port_dtypes = {name: port.dtype for name, port in zip(ports.names, empty_arrays, strict=True)}
-    castable = {dtype for dtype in port_dtypes.values() if dtype.kind != "c" and dtype.name != model_dtype}
-    for n in range(len(castable), 0, -1):
-        for dtypes in combinations(sorted(castable, key=str), n):
-            names = [name for name, dtype in port_dtypes.items() if dtype in dtypes]
-            yield model_dtype if len(names) == len(port_dtypes) else dict.fromkeys(names, model_dtype)
 
 
 def check_fill_value(options: Options, output_spec: OutputSpec) -> None:

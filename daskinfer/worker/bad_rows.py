@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from daskinfer.core.arrays import Array
+from daskinfer.worker.error_kinds import describe_error
 
 ProbeRows = Callable[[int, int], None]  # runs rows begin:end, or raises
 IsFatal = Callable[[Exception], bool]  # whether no row is to blame for an exception
@@ -108,7 +109,7 @@ def _retry_row(compute_rows: ComputeRows, row: int, error: Exception, n_tries: i
         if latest is None:
             return {}
         error = latest
-    return {row: f"{type(error).__name__}: {error}"}
+    return {row: describe_error(error)}
 
 
 def find_first_failing_range(compute_rows: ProbeRows, begin: int, end: int, is_fatal: IsFatal) -> tuple[int, int]:

@@ -7,6 +7,7 @@ chunk, because allocating fresh pages costs more than the copy.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,13 +116,20 @@ def _resolve_cast_dtypes(port: str, cast: str | None, *, for_torch: bool) -> tup
     # torch's meaning of the name comes first: "float" is float32 to torch and float64 to NumPy.
     by_numpy = _parse_numpy_dtype(str(by_torch).removeprefix("torch.") if for_torch else cast)
     if for_torch and not isinstance(by_torch, torch.dtype):
-        raise OptionError(f"dtype of {port} (--dtype) must be the name of a torch dtype such as 'float32', got {cast!r}")
+        known = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+        raise OptionError(f"torch has no dtype {cast!r}; did you mean {_find_alike(cast, known)!r} for {port} (--dtype)?")
     if not for_torch and by_numpy is None:
+        known = [np.dtype(kind).name for kind in np.sctypeDict.values() if np.dtype(kind).kind in NUMERIC_KINDS]
         raise OptionError(
-            f"dtype of {port} (--dtype) must be the name of a numeric NumPy dtype such as 'float32', since the model is no "
-            f"nn.Module and gets ndarrays; got {cast!r}"
+            f"NumPy has no numeric dtype {cast!r}, and a model that is no module gets ndarrays; did you mean "
+            f"{_find_alike(cast, known)!r} for {port} (--dtype)?"
         )
     return by_numpy, by_torch
+
+
+def _find_alike(name: str, known: Sequence[str]) -> str:
+    """Return the known dtype whose name is most alike; the usual one if none is."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "float32")
 
 
 def _parse_numpy_dtype(name: str) -> np.dtype[Any] | None:

@@ -47,9 +47,17 @@ from daskinfer.storage.formats import Target
 from daskinfer.worker import bad_rows
 from daskinfer.worker.backends import get_backend
 from daskinfer.worker.batch_buffers import BatchBuffers
-from daskinfer.worker.error_kinds import BadRowsError, annotate_errors, is_out_of_memory, is_sticky
+from daskinfer.worker.error_kinds import (
+    BadRowsError,
+    annotate_errors,
+    blame_step,
+    is_out_of_memory,
+    is_sticky,
+    note_preprocessed_dtypes,
+)
 from daskinfer.worker.output_checks import (
     check_output_spec,
+    check_preprocessed_dtypes,
     check_row_counts,
     describe_row_specs,
     flatten_output,
@@ -60,7 +68,7 @@ from daskinfer.worker.tensors import to_numpy
 logger = logging.getLogger(__name__)
 
 _NAN_MESSAGE = "the output contains NaN"
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES: Mapping[Any, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PLAIN_ARRAY_TYPES = (torch.Tensor, np.ndarray)  # but no subclass: its attributes may have side effects
 
 
@@ -299,6 +307,8 @@ class _ChunkRun:
             # Copies, since a function that works in place would write into the caller's array.
             ports, arrays = _apply_preprocess(preprocess, ports.join([np.array(array) for array in arrays]))
             check_row_counts(ports.names, arrays, n_rows, "preprocess")
+            if self.model.takes_tensors:
+                check_preprocessed_dtypes(ports.names, arrays)
         size = n_rows
         positions: slice | Array = slice(0, n_rows)
         if options.pad and padded:
@@ -307,11 +317,15 @@ class _ChunkRun:
         batch = [
             self._buffers.make_batch(name, array, size, positions) for name, array in zip(ports.names, arrays, strict=True)
         ]
-        outputs, structure = self._convert_output(self._call_model(ports.join(batch)), size)
+        with self._note_dtypes(ports.names, arrays):
+            flat_output = self._call_model(ports.join(batch))
+        outputs, structure = self._convert_output(flat_output, size)
         trimmed = [array[positions] for array in outputs]
         if options.postprocess is None:
             return trimmed, structure
-        outputs, structure = flatten_output(options.postprocess(structure.rebuild(trimmed)), "postprocess")
+        with blame_step("postprocess"):
+            output = options.postprocess(structure.rebuild(trimmed))
+        outputs, structure = flatten_output(output, "postprocess")
         check_row_counts(structure, outputs, n_rows, "postprocess")
         return [to_numpy(array) for array in outputs], structure
 
@@ -343,6 +357,19 @@ class _ChunkRun:
         else:  # another float dtype under autocast, or another output than before, which raises there
             arrays, structure = self._convert_output(flatten_output(output, "the model"), size)
             self._store_output(self._cast_to_output_spec(arrays), structure, begin, begin + size, None)
+
+    @contextlib.contextmanager
+    def _note_dtypes(self, names: Sequence[str], arrays: Sequence[Any]) -> Iterator[None]:
+        """Note on the model's error if ``preprocess`` returned floats of another dtype than the model's."""
+        options = self.run_config.options
+        try:
+            yield
+        except Exception as error:
+            if options.preprocess is not None:
+                given = zip(names, arrays, strict=True)
+                dtypes = [options.get_cast_dtype(name) or array.dtype.name for name, array in given]
+                note_preprocessed_dtypes(error, dtypes, get_model_dtypes(self.model.run))
+            raise
 
     def _call_model(self, batch: Any) -> tuple[list[Any], PyTreeSpec]:
         with self._inference_context():
@@ -398,11 +425,19 @@ class _ChunkRun:
 
 def _apply_preprocess(preprocess: Callable[..., Any], value: Any) -> tuple[Ports, list[Any]]:
     """Call ``preprocess`` on a micro-batch; return the ports and arrays that the model gets."""
-    value = call_with(preprocess, value)
-    ports = Ports.from_input(value)
+    with blame_step("preprocess"):
+        value = call_with(preprocess, value)
+        ports = Ports.from_input(value)
+        arrays = [to_numpy(array) for array in ports.split(value)]
     if not ports.names:
         raise ModelError("preprocess returned no array; it must return what the model takes, with one entry per row.")
-    return ports, [to_numpy(array) for array in ports.split(value)]
+    return ports, arrays
+
+
+def get_model_dtypes(model: Any) -> list[str]:
+    """Return the names of the float dtypes of a module's parameters, sorted; none for anything else."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()})
 
 
 def make_autocast_context(options: Options, device_type: str) -> contextlib.AbstractContextManager[Any]:

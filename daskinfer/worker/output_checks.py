@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from daskinfer.core.arrays import Array
+from daskinfer.core.arrays import NUMERIC_KINDS, Array
 from daskinfer.core.pytree import PyTreeSpec, flatten
 from daskinfer.errors import ModelError
 
@@ -48,6 +48,21 @@ def check_row_counts(names: Sequence[str] | PyTreeSpec, arrays: Sequence[Any], n
             raise ModelError(
                 f"{producer} returned {name} of shape {tuple(shape)} for {n_rows} rows; its first axis must have length "
                 f"{n_rows}, one entry per row."
+            )
+
+
+def check_preprocessed_dtypes(names: Sequence[str], arrays: Sequence[Any]) -> None:
+    """Check that ``preprocess`` returned numbers, for a model that gets tensors.
+
+    Raises
+    ------
+    ModelError
+        If an array holds anything else.
+    """
+    for name, array in zip(names, arrays, strict=True):
+        if array.dtype.kind not in NUMERIC_KINDS:
+            raise ModelError(
+                f"preprocess returned {name} of dtype {array.dtype}; a module takes numbers (bool, int, float or complex)."
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from distributed import Client
 
 import daskinfer as di
+from daskinfer.core.installation import describe_install
 from daskinfer.errors import DeviceError
 from daskinfer.hardware.device_spec import check_drivable
 from daskinfer.hardware.discovery import inspect_machine
@@ -29,7 +30,7 @@ def _find_skip_reason() -> str:
         check_drivable(machine.gpus, torch.version.cuda, machine)
     except DeviceError as error:
         return str(error)
-    return "" if find_spec("dask_cuda") else 'dask-cuda is not installed: pip install "daskinfer[cuda13]"'
+    return "" if find_spec("dask_cuda") else f"dask-cuda is not installed: {describe_install('cuda13')}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

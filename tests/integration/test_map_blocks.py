@@ -353,7 +353,7 @@ def test_unknown_chunks() -> None:
 def test_all_problems_at_once() -> None:
     """Everything that cannot work is reported at once."""
     with pytest.raises(
-        PlanError, match=r"(?s)invalid plan, 4 problems.*must hold numbers.*autocast.*batch_size.*model must be .*, got int"
+        PlanError, match=r"(?s)invalid plan, 4 problems.*x holds text.*autocast.*batch_size.*model must be .*, got int"
     ):
         di.map_blocks(3, ["a"], autocast="int8", batch_size=0)
 

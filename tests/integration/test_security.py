@@ -211,7 +211,7 @@ def test_what_security_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("no cryptography")
 
     monkeypatch.setattr(cluster_room.Security, "temporary", temporary)
-    with pytest.raises(MissingExtra, match=r'security=True needs the cryptography package.*pip install "daskinfer\[tls\]"'):
+    with pytest.raises(MissingExtra, match=r'security=True needs the cryptography package.*pip install .*\[tls\]"'):
         di.LocalDeviceCluster("cpu", security=True)
 
 

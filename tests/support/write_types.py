@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from daskinfer.options import Options
+from daskinfer.options import AutocastLike, DTypeLike, MemoryFormatLike, Options
 
 if TYPE_CHECKING:
     import torch

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import pickle
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import daskinfer as di
 from daskinfer import _keywords
 from daskinfer.cli.main import main
 from daskinfer.core.declarations import ALL
-from daskinfer.errors import OptionError, UnknownKeyword
+from daskinfer.errors import PACKAGE_PREFIX, OptionError, UnknownKeyword
 from daskinfer.options import CallKeywords, Options, get_all_declarations, list_options, make_reference_rows
 from tests.support.write_types import API, KEYWORDS, NAMED, make_keywords_module, make_name, replace_overloads
 
@@ -34,19 +36,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"autocast": "bfloat16"}, "autocast must be 'bf16', 'fp16' or None, got 'bfloat16'$"),
-        ({"autocast": True}, "autocast must be .*, got True$"),
+        ({"autocast": "fp8"}, "autocast must be 'bf16', 'fp16' or None, got 'fp8'$"),
+        ({"autocast": torch.float32}, "autocast must be .*, got torch.float32$"),
+        ({"autocast": 16}, "autocast must be .*, got 16$"),
         ({"autocast": np.zeros(2)}, "autocast must be .*, got array"),
         ({"preprocess": "x/255"}, "preprocess must be a function or None, got 'x/255'$"),
         ({"postprocess": 1}, "postprocess must be a function or None, got 1$"),
-        ({"dtype": np.float32}, "dtype must be a name such as 'float32', .*, got <class 'numpy.float32'>$"),
-        ({"dtype": torch.float32}, "dtype must be a name .*, got torch.float32$"),
         (
-            {"dtype": {"image": torch.float32}},
-            "dtype must be .* a mapping from port to name, .*got {'image': torch.float32}$",
+            {"dtype": np.floating},
+            "dtype must be a dtype such as 'float32' or torch.float32, .*, got <class 'numpy.floating'>$",
         ),
-        ({"dtype": {0: "float32"}}, "dtype must be a name .*, got {0: 'float32'}$"),
-        ({"dtype": ["float32"]}, r"dtype must be a name .*, got \['float32'\]$"),
+        ({"dtype": float}, "dtype must be a dtype .*, got <class 'float'>$"),
+        ({"dtype": {"image": 32}}, "dtype must be .* a mapping from port to dtype, .*got {'image': 32}$"),
+        ({"dtype": {0: "float32"}}, "dtype must be a dtype .*, got {0: 'float32'}$"),
+        ({"dtype": ["float32"]}, r"dtype must be a dtype .*, got \['float32'\]$"),
         ({"pad": 1}, "pad must be True or False, got 1$"),
         ({"pad": None}, "pad must be True or False, got None$"),
         ({"prefetch": 0}, "prefetch must be an integer between 1 and 6, got 0$"),
@@ -71,6 +74,7 @@ ROOT = Path(__file__).parents[2]
         ({"chunk_timeout": math.nan}, "chunk_timeout must be a number of seconds > 0 or None, got nan$"),
         ({"fill_value": "NaN"}, "fill_value must be a number or None, got 'NaN'$"),
         ({"memory_format": "nhwc"}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got 'nhwc'$"),
+        ({"memory_format": torch.preserve_format}, "memory_format must be .*, got torch.preserve_format$"),
         ({"memory_format": None}, "memory_format must be 'auto', 'contiguous' or 'channels_last', got None$"),
         ({"max_failed_rows": -1}, "max_failed_rows must be an integer >= 0, a share such as '1%', or None, got -1$"),
         ({"max_failed_rows": True}, "max_failed_rows must be an integer >= 0, .*, got True$"),
@@ -141,6 +145,84 @@ def test_survives_json_and_pickle(dtype: Any) -> None:
     assert pickle.loads(pickle.dumps(options)) == options
 
 
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        (torch.float32, "float32"),
+        (torch.float, "float32"),
+        (torch.half, "float16"),
+        (torch.bfloat16, "bfloat16"),
+        ("torch.float32", "float32"),
+        (np.float32, "float32"),
+        (np.dtype("float32"), "float32"),
+        (np.dtype(">f4"), "float32"),
+        (np.bool_, "bool"),
+        (
+            {"image": torch.float32, "meta": np.int64, "mask": np.dtype("?")},
+            {"image": "float32", "meta": "int64", "mask": "bool"},
+        ),
+    ],
+)
+def test_dtypes_of_torch_and_numpy(typed: Any, stored: Any) -> None:
+    """A dtype of torch or NumPy, alone or by port, is stored as its name, however often options are made of options."""
+    options = Options(dtype=typed)
+    assert options.dtype == stored
+    assert dataclasses.replace(options, pad=False).dtype == stored
+    assert options == Options(dtype=stored)
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        (torch.bfloat16, "bf16"),
+        ("bfloat16", "bf16"),
+        ("torch.bfloat16", "bf16"),
+        (True, "bf16"),
+        (torch.float16, "fp16"),
+        (torch.half, "fp16"),
+        (np.float16, "fp16"),
+        ("float16", "fp16"),
+        (False, None),
+    ],
+)
+def test_precisions_of_torch(typed: Any, stored: str | None) -> None:
+    """A precision of autocast in torch's words is stored in the short ones."""
+    assert Options(autocast=typed).autocast == stored
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        (torch.channels_last, "channels_last"),
+        (torch.channels_last_3d, "channels_last"),
+        (torch.contiguous_format, "contiguous"),
+    ],
+)
+def test_memory_formats_of_torch(typed: Any, stored: str) -> None:
+    """A memory format of torch is stored by its name."""
+    assert Options(memory_format=typed).memory_format == stored
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": torch.float32, "autocast": torch.bfloat16},
+        {"dtype": np.float32, "autocast": "bfloat16"},
+        {"dtype": {"x": np.dtype("float32")}, "autocast": True},
+    ],
+)
+def test_a_run_is_the_same_however_its_options_are_typed(in_folder: Path, fields: dict[str, Any]) -> None:
+    """An output that was begun with names is continued by a call with torch's and NumPy's dtypes: nothing is left to do."""
+    x, dtype = np.arange(24, dtype=np.float64).reshape(8, 3), fields["dtype"]
+    model = torch.nn.Linear(3, 2)
+    names = {"dtype": {"x": "float32"} if isinstance(dtype, dict) else "float32", "autocast": "bf16"}
+    assert di.run(model, x, "y.npy", devices="inline", **names).rows == 8
+    header = Path("y.npy.daskinfer/header.json").read_bytes()
+    again = di.run(model, x, "y.npy", devices="inline", **fields)
+    assert (again.rows, again.rows_before) == (0, 8)
+    assert Path("y.npy.daskinfer/header.json").read_bytes() == header
+
+
 def test_functions_of_any_kind() -> None:
     """Whatever can be called may be a preprocess or postprocess."""
     assert Options(preprocess=np.abs, postprocess=torch.nn.ReLU()).preprocess is np.abs
@@ -193,6 +275,64 @@ def test_completion_in_ipython(use_jedi: bool) -> None:
         assert expected in found, text
     with provisionalcompleter():
         assert not list(completer.completions("di.map_blocks(net, x, on_e", 26))
+
+
+def count_own_frames(error: BaseException | None) -> int:
+    """Count the frames of daskinfer in an error's traceback."""
+    assert error is not None
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    assert __file__ in frames
+    return sum(name.startswith(PACKAGE_PREFIX) for name in frames)
+
+
+class Broken(torch.nn.Module):
+    """A module that fails."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+
+def stream_all(*args: Any, **fields: Any) -> None:
+    """Stream to the end."""
+    list(di.stream(*args, **fields))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(di.predict, np.sqrt, np.ones(8), pad="yes"),
+        partial(di.plan, np.sqrt, np.ones(8), devices="tpu"),
+        partial(di.stream, np.sqrt, [[1.0], [1.0, 2.0]]),
+        partial(di.map_blocks, np.sqrt, "nowhere.npy"),
+        partial(Options, pad="yes"),
+    ],
+)
+def test_a_refusal_has_a_short_traceback(call: Callable[..., Any]) -> None:
+    """What is refused shows the caller's line and one line of daskinfer; the message says the rest."""
+    with pytest.raises(di.DaskInferError, match=r"must be|allowed|unlike|does not exist") as refused:
+        call()
+    assert count_own_frames(refused.value) == 1
+    shown = "".join(traceback.format_exception(refused.value))
+    assert shown.count(PACKAGE_PREFIX) == 1
+
+
+@pytest.mark.parametrize("function", [di.predict, stream_all])
+def test_the_traceback_of_a_model_begins_in_the_model(function: Callable[..., Any]) -> None:
+    """If the model fails, its own frames are shown, and of daskinfer only those that raised to the caller."""
+    with pytest.raises(di.DaskInferError, match="rows 0:1 on cpu failed: RuntimeError: broken") as failed:
+        function(Broken(), np.ones((4, 3), np.float32), output=np.empty((0, 3), "f4"), devices="inline")
+    assert count_own_frames(failed.value) == 1
+    assert count_own_frames(failed.value.__cause__) == 0
+
+
+def test_debug_keeps_the_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """With debug lines in the log, the traceback is whole."""
+    with (
+        caplog.at_level(logging.DEBUG, "daskinfer"),
+        pytest.raises(OptionError, match="pad must be") as refused,
+    ):
+        di.predict(np.sqrt, np.ones(8), pad="yes")
+    assert count_own_frames(refused.value) > 3
 
 
 def test_docstrings_explain_options() -> None:

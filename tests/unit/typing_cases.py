@@ -32,6 +32,10 @@ def make_right_calls(client: Client, report_wanted: bool) -> None:
     di.predict(abs, X, device_weights={"cuda": 8, "cpu": 1}, client=client, progress=on_event, prefetch=2)
     di.predict(abs, {"a": X}, on_error="skip", fill_value=0, max_failed_rows="1%", chunk_timeout=3, trust=True)
     di.predict(abs, X, options=di.Options(autocast="bf16"), memory_format="channels_last", dtype={"x": "float32"})
+    di.predict(abs, X, dtype=torch.float32, autocast=torch.bfloat16)
+    di.predict(abs, X, dtype=np.float32, autocast="bfloat16", memory_format=torch.channels_last)
+    di.predict(abs, X, dtype=np.dtype("float32"), autocast=True)
+    di.predict(abs, {"a": X, "b": X}, dtype={"a": torch.float32, "b": np.int64}, options=di.Options(dtype=torch.half))
     for block in di.stream(abs, X, progress=False, retries=0):
         print(block)
     assert_type(di.run(abs, "x.npy", "y.npy", overwrite=True, shard=(1, 2), batch_size="auto"), di.RunReport)
@@ -48,7 +52,10 @@ def make_wrong_calls() -> None:
     di.predict(abs, X, devices=2)  # type: ignore[call-overload]
     di.predict(abs, X, overwrite=True)  # type: ignore[call-overload]
     di.stream(abs, X, return_report=True)  # type: ignore[call-arg]
-    di.stream(abs, X, autocast="bfloat16")  # type: ignore[arg-type]
+    di.stream(abs, X, autocast="fp8")  # type: ignore[arg-type]
+    di.stream(abs, X, dtype=float)  # type: ignore[arg-type]
+    di.run(abs, "x.npy", "y.npy", dtype=32)  # type: ignore[arg-type]
+    di.Options(autocast=16)  # type: ignore[arg-type]
     di.run(abs, "x.npy", "y.npy", shard=3)  # type: ignore[arg-type]
     di.run(abs, "x.npy", "y.npy", fresh=True)  # type: ignore[call-arg]
     di.run(abs, "x.npy")  # type: ignore[call-arg]

@@ -26,6 +26,7 @@ from distributed import Client, LocalCluster
 from daskinfer.cli import checks, doctor
 from daskinfer.cli.checks import OK, UNKNOWN, WARNING, WRONG, ChildError, Finding
 from daskinfer.cli.main import main
+from daskinfer.core.installation import describe_install
 from daskinfer.errors import ClusterError, PlanError
 from daskinfer.hardware.discovery import Device, Machine
 from tests.conftest import wait_until
@@ -212,7 +213,7 @@ def test_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(checks, "run_in_child", fails)
         broken, cupy, *others = checks.check_cuda_packages()
     assert (broken.state, cupy.state) == (WRONG, WARNING)
-    assert broken.cure == 'pip install "daskinfer[cuda12]"'
+    assert broken.cure == describe_install("cuda12")
     assert "cupy-cuda13x is installed; torch is built for CUDA 12" in others[0].found
     assert any("dask-cuda needs dask<" in finding.found for finding in others[1:])
 

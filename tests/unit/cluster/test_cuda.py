@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_gpus_without_dask_cuda_name_the_extra_to_install(stand_in: dict[str, st
     """
     name, message = run_code(stand_in, 1, code)
     assert name == "MissingExtra"
-    assert 'pip install "daskinfer[cuda13]"' in message
+    assert re.search(r'Install it: pip install .*\[cuda13\]" .*, or pip install .*\[cuda12\]"', message)
 
 
 def test_a_script_without_a_main_guard_works_with_gpus_too(stand_in: dict[str, str], in_folder: Path) -> None:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+import daskinfer as di
 from daskinfer.errors import ModelError
 from daskinfer.models.model import Model, as_model
 
@@ -29,7 +34,8 @@ def linear() -> nn.Linear:
         (3, "model must be an nn.Module, a function of arrays, .* or 'pkg.mod:make', got int$"),
         (None, "model must be .*, got NoneType$"),
         (b"net.pt", "model must be .*, got bytes$"),
-        ({"weight": X}, "model must be .*, got dict$"),
+        ({"weight": torch.ones(3)}, r"got its weights \(dict\)\. Pass the module after module\.load_state_dict\(…\)\.$"),
+        ({"weight": 1}, "model must be .*, got dict$"),
         (nn.Linear, "model must be .*, got class Linear$"),
         (Model("a:b"), "model must be .*, got Model$"),
         (threading.Lock().acquire, "the model .* cannot be pickled for the workers"),
@@ -46,6 +52,28 @@ def test_invalid_sources(in_folder: Path, source: Any, message: str) -> None:
     """A source that is not understood is refused before anything travels."""
     with pytest.raises(ModelError, match=message):
         Model(source).make_loader()
+
+
+def test_an_estimator() -> None:
+    """An estimator of scikit-learn is refused: each of the methods in the message, typed in, is a model."""
+    x, labels = np.arange(12.0).reshape(6, 2), [0, 0, 0, 1, 1, 1]
+    model = LogisticRegression().fit(x, labels)
+    message = r"^model must be a function of arrays, got the object LogisticRegression\. Pass its method (.*) or (.*)\.$"
+    with pytest.raises(ModelError, match=message) as refused:
+        Model(model).make_loader()
+    methods = re.findall(message, str(refused.value))[0]
+    assert methods == ("model.predict_proba", "model.predict")
+    for method in methods:
+        output = di.predict(eval(method, {"model": model}), x, devices="inline")
+        np.testing.assert_array_equal(output, eval(method, {"model": model})(x))
+
+
+def test_an_estimator_without_probabilities() -> None:
+    """Only methods that the object has are named, and a class is no object."""
+    with pytest.raises(ModelError, match=r"got the object PCA\. Pass its method model\.transform\.$"):
+        Model(PCA()).make_loader()
+    with pytest.raises(ModelError, match=r"got class PCA$"):
+        Model(PCA).make_loader()
 
 
 def test_a_program_in_memory() -> None:

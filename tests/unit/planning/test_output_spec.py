@@ -332,7 +332,7 @@ def test_dtype_of_preprocessed_port() -> None:
 
 def test_dtype_unknown() -> None:
     """A dtype that does not exist is refused before anything runs."""
-    with pytest.raises(OptionError, match="must be the name of a torch dtype such as 'float32', got 'flot32'"):
+    with pytest.raises(OptionError, match=r"^torch has no dtype 'flot32'; did you mean 'float32' for x"):
         infer(nn.Linear(3, 2), dtype="flot32")
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from daskinfer.errors import ChunkError, ModelError, OptionError
 from daskinfer.scheduling.retry import ErrorKind
-from daskinfer.worker.error_kinds import BadRowsError, annotate_errors, classify_error, is_out_of_memory, is_sticky
+from daskinfer.worker.error_kinds import (
+    BadRowsError,
+    annotate_errors,
+    blame_step,
+    classify_error,
+    describe_error,
+    is_out_of_memory,
+    is_sticky,
+)
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = [
@@ -84,6 +94,14 @@ def test_errors_name_their_rows(error: str, advice: str) -> None:
         annotate_errors(CPU, 3, 9),
     ):
         raise RuntimeError(error)
+
+
+def test_the_step_of_an_error_survives_pickling() -> None:
+    """What is noted on an error of preprocess is still known after it came from another process."""
+    with pytest.raises(ValueError, match="odd") as caught, blame_step("preprocess"):
+        raise ValueError("odd")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert describe_error(again) == describe_error(caught.value) == "preprocess raised ValueError: odd"
 
 
 @pytest.mark.parametrize("kind", [ModelError, OptionError])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from daskinfer.errors import ModelError, OptionError
+from daskinfer.errors import ChunkError, ModelError, OptionError
 from tests.unit.worker.test_model_runner import WRONG_PLANS, Do, Recorder, X, result, run
 
 
@@ -47,20 +48,26 @@ def test_dtype_by_name_whatever_the_order() -> None:
     assert (first.dtype, second.dtype) == ("float32", "float64")
 
 
-@pytest.mark.parametrize("dtype", ["flot32", "longdouble", "nn", "S3"])
-def test_dtype_unknown_to_torch(dtype: str) -> None:
-    """A dtype that torch lacks is refused by name."""
-    message = rf"dtype of x \(--dtype\) must be the name of a torch dtype such as 'float32', got '{dtype}'"
-    with pytest.raises(OptionError, match=message):
-        run(Recorder(), X, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "flot32", "object"])
-def test_dtype_unknown_to_numpy(dtype: str) -> None:
-    """A dtype that NumPy lacks is refused for models that get ndarrays."""
-    message = rf"dtype of x \(--dtype\) must be the name of a numeric NumPy dtype .* got '{dtype}'"
-    with pytest.raises(OptionError, match=message):
-        run(lambda x: x, X, dtype=dtype)
+@pytest.mark.parametrize(
+    ("model", "dtype", "message"),
+    [
+        (Recorder(), "flot32", "torch has no dtype 'flot32'"),
+        (Recorder(), "bflot16", "torch has no dtype 'bflot16'"),
+        (Recorder(), "longdouble", "torch has no dtype 'longdouble'"),
+        (Recorder(), "nn", "torch has no dtype 'nn'"),
+        (Recorder(), "S3", "torch has no dtype 'S3'"),
+        (np.negative, "bfloat16", "NumPy has no numeric dtype 'bfloat16', and a model that is no module gets ndarrays"),
+        (np.negative, "flot32", "NumPy has no numeric dtype 'flot32'"),
+        (np.negative, "object", "NumPy has no numeric dtype 'object'"),
+    ],
+)
+def test_an_unknown_dtype(model: Any, dtype: str, message: str) -> None:
+    """A dtype that the model cannot get is refused with one whose name is alike, and which works."""
+    with pytest.raises(OptionError, match=rf"{message}.*; did you mean '\w+' for x \(--dtype\)\?$") as refused:
+        run(model, X, dtype=dtype)
+    (meant,) = re.findall(r"did you mean '(\w+)'", str(refused.value))
+    assert meant == {"bflot16": "bfloat16", "longdouble": meant, "bfloat16": "float16"}.get(dtype, "float32")
+    run(model, X, dtype=meant)
 
 
 def test_autocast() -> None:
@@ -120,6 +127,68 @@ def test_preprocess_bad(preprocess: Callable[..., Any], message: str) -> None:
     """A preprocess that does not return one entry per row is refused."""
     with pytest.raises(ModelError, match=message):
         run(Recorder(), X, preprocess=preprocess)
+
+
+@pytest.mark.parametrize("step", ["preprocess", "postprocess"])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda a: a.float(),
+            r"{step} raised AttributeError: 'numpy\.ndarray' object has no attribute 'float'; it is given ndarrays: "
+            r"torch\.from_numpy\(a\) makes a tensor\.",
+        ),
+        (lambda a: torch.relu(a), r"{step} raised TypeError: .*must be Tensor, not numpy\.ndarray; it is given ndarrays"),
+        (lambda a: a.no_such, r"{step} raised AttributeError: [^;]*no attribute 'no_such'\. For the traceback"),
+        (lambda a: 1 / 0, r"{step} raised ZeroDivisionError: division by zero\. For the traceback"),
+    ],
+)
+def test_a_step_that_raises_is_named(step: str, function: Callable[..., Any], message: str) -> None:
+    """An error of preprocess or postprocess is told as its own, and keeps its type; a tensor's methods name the cure."""
+    with pytest.raises(ChunkError, match=rf"^rows 0:1 on cpu failed: {message.format(step=step)}") as failed:
+        run(nn.Identity(), X, **{step: function})
+    assert isinstance(failed.value.__cause__, AttributeError | TypeError | ZeroDivisionError)
+
+
+def test_the_cure_of_a_step_works() -> None:
+    """What a step is told to call makes a tensor, of which it may return anything."""
+    output = result(nn.Identity(), X, preprocess=lambda a: torch.from_numpy(a).double(), postprocess=lambda y: y.sum(1))
+    np.testing.assert_array_equal(output, X.astype("f8").sum(1), strict=True)
+
+
+def test_rows_that_a_step_fails_on_are_skipped() -> None:
+    """With on_error="skip", the reason of a row says which step failed on it."""
+
+    def refuse_three(x: np.ndarray) -> np.ndarray:
+        if (x[:, 0] == X[3, 0]).any():
+            raise ValueError("three")
+        return x
+
+    output = run(nn.Identity(), X, preprocess=refuse_three, on_error="skip", retries=0)
+    assert output.failed_rows == {3: "preprocess raised ValueError: three"}
+
+
+def test_a_model_that_fails_is_not_a_step() -> None:
+    """An error of the model is told as the model's; that preprocess returned another dtype than its own is added."""
+    with pytest.raises(ChunkError, match=r"failed: RuntimeError: broken\. For the traceback"):
+        run(Do(fail), X, preprocess=np.negative)
+    message = r"failed: RuntimeError: .*; preprocess returned float64, but the model is float32\. For the traceback"
+    with pytest.raises(ChunkError, match=message):
+        run(nn.Linear(3, 2), X, preprocess=lambda x: x.astype("f8"))
+
+
+def fail(x: torch.Tensor) -> torch.Tensor:
+    """Raise an error."""
+    raise RuntimeError("broken")
+
+
+def test_preprocess_of_text() -> None:
+    """A module gets numbers only; a function may get anything that preprocess returns."""
+    words = np.array(["a", "bc", "", "d"])
+    with pytest.raises(ModelError, match=r"preprocess returned x of dtype <U2; a module takes numbers"):
+        run(nn.Identity(), X, preprocess=lambda x: words[: len(x)])
+    lengths = result(lambda words: np.char.str_len(words), X[:4], preprocess=lambda x: words[: len(x)])
+    np.testing.assert_array_equal(lengths, [1, 2, 0, 1])
 
 
 def test_postprocess() -> None:
