@@ -181,11 +181,37 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daskinfer.cluster.preflight.advertise_process_memory", lambda: None)
 
 
+@pytest.fixture(scope="session")
+def _kept_cluster() -> Iterator[None]:
+    """End the cluster that ``two_cpus`` leaves open for the next file of tests."""
+    import daskinfer as di
+
+    yield
+    di.close()
+
+
 @pytest.fixture(scope="module")
-def two_cpus() -> Iterator[list[str]]:
-    """The cluster that ``predict`` keeps, warm, of ``devices=["cpu", "cpu"]``; ended with the test file."""
+def two_cpus(_kept_cluster: None) -> list[str]:
+    """The cluster that ``predict`` keeps, warm, of ``devices=["cpu", "cpu"]``; files in a row share it."""
     import daskinfer as di
 
     di.predict(abs, [1.0], devices=["cpu", "cpu"])
-    yield ["cpu", "cpu"]
-    di.close()
+    return ["cpu", "cpu"]
+
+
+def _needs_two_cpus(item: pytest.Item) -> bool:
+    return "two_cpus" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_the_kept_cluster(request: pytest.FixtureRequest) -> None:
+    """A file of tests that does not use the kept cluster starts without one."""
+    here = [item for item in request.session.items if item.path == request.path]
+    if not any(map(_needs_two_cpus, here)) and (module := sys.modules.get("daskinfer.cluster.process_cluster")):
+        module.default_cluster.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that share the kept cluster beside each other."""
+    sharing = {item.path for item in items if _needs_two_cpus(item)}
+    items.sort(key=lambda item: item.path not in sharing)

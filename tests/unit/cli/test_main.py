@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from distributed import Client
 
 import daskinfer as di
@@ -587,29 +588,28 @@ def test_dask_infer_is_the_same_command(folder: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)["rows"], done.stderr) == (0, 100, "")
     again = installed("run", *arguments)
     assert (again.returncode, json.loads(again.stdout)["rows_before"]) == (0, 100)
-    for wrong in (["cli_nets:linear", "gone.npy", "y.npy"], ["cli_nets:linear", "x.npy", "y.npy", "--batch-size", "7"]):
-        one, other = installed("infer", *wrong, program="dask"), installed("run", *wrong)
-        assert (one.returncode, one.stdout) == (2, "")
-        assert re.sub(STAMP, "", one.stderr) == re.sub(STAMP, "", other.stderr)
+    wrong = ["cli_nets:linear", "x.npy", "y.npy", "--batch-size", "7"]
+    one, other = installed("infer", *wrong, program="dask"), installed("run", *wrong)
+    assert (one.returncode, one.stdout) == (2, "")
+    assert re.sub(STAMP, "", one.stderr) == re.sub(STAMP, "", other.stderr)
 
 
-def completed(words: str, folder: Path) -> list[str]:
-    """What a shell offers for the last of these words."""
-    environment = {**os.environ, "_DASKINFER_COMPLETE": "bash_complete", "COMP_WORDS": words}
-    done = installed(env={**environment, "COMP_CWORD": str(words.count(" "))}, cwd=folder)
-    return done.stdout.split()
+def complete(words: str) -> list[str]:
+    """Return what bash offers for the last of these words."""
+    environment = {"_DASKINFER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    return CliRunner(env=environment).invoke(main, prog_name="daskinfer").stdout.split()
 
 
 def test_completion(folder: Path) -> None:
     """Shells complete commands, options, choices, paths and the devices of this machine, the last of several too."""
-    assert completed("daskinfer ver", folder) == ["plain,verify"]
-    assert completed("daskinfer run --autocast ", folder) == ["plain,bf16", "plain,fp16"]
-    assert completed("daskinfer run --device-w", folder) == ["plain,--device-weights"]
-    assert completed("daskinfer run x.sa", folder) == ["file,x.sa"]
-    assert completed("daskinfer run m x.n", folder) == ["file,x.n"]
-    assert completed("daskinfer run --devices c", folder)[-1] == "plain,cpu"
-    assert "plain,cuda,cpu" in completed("daskinfer run --devices cuda,c", folder)
-    assert completed("daskinfer run --dtype f", folder) == []
+    assert complete("daskinfer ver") == ["plain,verify"]
+    assert complete("daskinfer run --autocast ") == ["plain,bf16", "plain,fp16"]
+    assert complete("daskinfer run --device-w") == ["plain,--device-weights"]
+    assert complete("daskinfer run x.sa") == ["file,x.sa"]
+    assert complete("daskinfer run m x.n") == ["file,x.n"]
+    assert complete("daskinfer run --devices c")[-1] == "plain,cpu"
+    assert "plain,cuda,cpu" in complete("daskinfer run --devices cuda,c")
+    assert complete("daskinfer run --dtype f") == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
