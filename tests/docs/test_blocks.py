@@ -16,6 +16,7 @@ import click
 import pytest
 
 import daskinfer
+from daskinfer.cli import main as commands
 from daskinfer.cli.config import read_config
 from daskinfer.cli.main import main
 from tests.docs.pages import GUIDES, INDEX, LANGUAGES, PAGES, README, REFERENCE, ROOT, Block, get_label, list_blocks
@@ -92,6 +93,22 @@ def test_commands_exist(command: str) -> None:
     n_arguments = sum(isinstance(parameter, click.Argument) for parameter in subcommand.params)
     with subcommand.make_context(name, words, resilient_parsing=True) as context:
         assert len(context.args) <= n_arguments
+
+
+def test_exit_codes_agree() -> None:
+    """The guide explains each exit code that the command documents, and no other."""
+    guide = (ROOT / "notebooks/guides/jobs.md").read_text()
+    assert re.findall(r"(?m)^\| (\d+) \|", guide) == re.findall(r"(?m)^(\d+) ", commands.__doc__ or "")
+
+
+def test_verdicts_are_explained() -> None:
+    """Each verdict that a report can end with is a row of the guide on performance."""
+    source = "".join(path.read_text() for path in (ROOT / "daskinfer/diagnostics").glob("*.py"))
+    verdicts = set(re.findall(r'f"([a-z-]+-bound|unbalanced): ', source))
+    assert len(verdicts) >= 4
+    guide = (ROOT / "notebooks/guides/performance.md").read_text()
+    table = "".join(re.findall(r"(?m)^\| (?:.*-bound|unbalanced) \|", guide))
+    assert {verdict for verdict in verdicts if verdict not in table} == set()
 
 
 def test_flags_in_the_text_exist() -> None:

@@ -41,7 +41,7 @@ Every function, option, command, exit code and error. This page is written from 
 `python -m tests.support.write_reference`: change the docstring or the declaration, not this page.
 
 [Functions](#functions) · [Classes](#classes) · [Options](#all-options) · [Command line](#command-line) ·
-[Exit codes](#exit-codes) · [Errors](#errors) · [Events](#events)
+[Exit codes and JSON](#exit-codes-and-json) · [Errors](#errors) · [Events](#events)
 """
 
 
@@ -195,7 +195,7 @@ def _describe_commands() -> str:
     group = commands.main
     parts = ["## Command line\n", f"{_fill(group.help or '')}\n", _make_flag_table(group, ())]
     left_out = {f"--{option.key}" for option in get_all_declarations().values() if option.key}
-    for name in (*RUNNING, *sorted(set(group.commands) - set(RUNNING))):
+    for name in (*RUNNING, *(name for name in group.list_commands(click.Context(group)) if name not in RUNNING)):
         command = group.commands[name]
         usage = " ".join([name, "[OPTIONS]", *_list_arguments(command)])
         parts += [f"### `daskinfer {name}`\n", f"```sh\ndaskinfer {usage}\n```\n", *_describe_help(command)]
@@ -232,10 +232,23 @@ def _make_flag_table(command: click.Command, left_out: Iterable[str]) -> str:
 
 
 def _describe_exit_codes() -> str:
-    """Return the table of exit codes that the docstring of ``cli.main`` holds."""
-    codes = re.findall(r"(?m)^(\d+) +(\S.*)$", commands.__doc__ or "")
-    assert codes, "the docstring of daskinfer.cli.main has no table of exit codes"
-    return f"## Exit codes\n\n{_make_table(['code', 'meaning'], [[code, to_markdown(text)] for code, text in codes])}"
+    """Return what the docstring of ``cli.main`` says about exit codes and output, below its first paragraph."""
+    _, *blocks = inspect.cleandoc(commands.__doc__ or "").split("\n\n")
+    return "\n".join(
+        ["## Exit codes and JSON\n", *(_convert_block(block, ["code", "status", "meaning"]) for block in blocks)]
+    )
+
+
+def _convert_block(block: str, heads: Sequence[str]) -> str:
+    """Return a paragraph or a simple table of reStructuredText as Markdown; a table's last column is the last head's."""
+    rule, *lines = block.splitlines()
+    if not re.fullmatch(r"=+(  +=+)+", rule):
+        return f"{_fill(block)}\n"
+    starts = [match.start() for match in re.finditer(r"=+", rule)]
+    ends = [*starts[1:], None]
+    rows = [[to_markdown(line[start:end].strip()) for start, end in zip(starts, ends, strict=True)] for line in lines[:-1]]
+    first = heads[0] if rows[0][0].isdigit() else "command"
+    return _make_table([first, *heads[len(heads) - len(starts) + 1 :]], rows)
 
 
 def _describe_errors() -> str:
