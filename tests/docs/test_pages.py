@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tests.docs.pages import (
     DEVELOPER_PAGES,
@@ -23,7 +23,7 @@ from tests.docs.pages import (
     read_page,
     remove_blocks,
 )
-from tests.support import pictures
+from tests.support import draw_pictures, pictures
 from tests.support.write_reference import make_reference
 
 MAX_README_LINES, MAX_README_WORDS, MAX_WIDTH, MAX_PROSE_LINES, MAX_CHANGES = 200, 1600, 120, 12, 10
@@ -167,3 +167,15 @@ def test_a_picture_says_what_it_was_made_from(tmp_path: Path, monkeypatch: pytes
     script.unlink()
     assert pictures.find_problem(picture) == "was made by draw.py, which does not exist"
     assert pictures.find_problem(tmp_path / "b.png") == "does not exist"
+
+
+def test_a_screen_is_drawn_with_its_text(tmp_path: Path) -> None:
+    """The picture of a screen has bars in place of blocks, one of them in daskinfer's colour, and carries the text."""
+    lines = ["$ daskinfer demo", "plain torch loop  ████████  2.00 s", "daskinfer         ████      1.00 s  2.0x"]
+    path = tmp_path / "screen.png"
+    draw_pictures.draw_screen(path, lines)
+    assert pictures.find_problem(path) == ""
+    assert pictures.read_figures(path) == {"screen": lines}
+    with Image.open(path) as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert {ImageColor.getrgb(color) for color in (draw_pictures.INK, draw_pictures.ACCENT)} <= colors
