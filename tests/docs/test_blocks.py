@@ -19,7 +19,7 @@ import daskinfer
 from daskinfer.cli import main as commands
 from daskinfer.cli.config import read_config
 from daskinfer.cli.main import main
-from tests.docs.pages import GUIDES, INDEX, LANGUAGES, PAGES, README, REFERENCE, ROOT, Block, get_label, list_blocks
+from tests.docs.pages import GUIDES, LANGUAGES, PAGES, REFERENCE, ROOT, Block, get_label, list_blocks
 
 WRITTEN_PAGES = [path for path in PAGES if path != REFERENCE]  # by hand
 
@@ -29,16 +29,23 @@ def list_blocks_in(*languages: str) -> list[Block]:
     return [block for path in WRITTEN_PAGES for block in list_blocks(path) if block.language in languages]
 
 
+def has_modules(path: Path) -> bool:
+    """Whether a page writes modules of its own."""
+    return any(block.file_name for block in list_blocks(path))
+
+
+def closes_workers(path: Path) -> bool:
+    """Whether a page shuts the workers down."""
+    return any("di.close()" in block.text for block in list_blocks(path) if block.language == "python")
+
+
 @pytest.mark.slow
 def test_code_runs_and_prints_what_the_pages_show(tmp_path: Path) -> None:
     """The code of README and guides runs, block after block, and prints what they show; one process runs all of them.
 
     Pages with modules of their own come first, since those need new workers; the one that shuts the workers down is last.
     """
-    pages = sorted(
-        [README, INDEX, *(path for path in GUIDES if path != REFERENCE)],
-        key=lambda path: (not any(block.file_name for block in list_blocks(path)), "di.close()" in path.read_text()),
-    )
+    pages = sorted(WRITTEN_PAGES, key=lambda path: (not has_modules(path), closes_workers(path)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.docs.run_pages", *pages],
         cwd=ROOT,
