@@ -42,7 +42,10 @@ FULL_SCALE = 1.0
 @click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Where the inputs are made; 16 GB at scale 1.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all raw figures there.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the table as a picture.")
-@click.option("--markdown", is_flag=True, help="Print the table for the README at the end.")
+@click.option(
+    "--redraw", type=click.Path(exists=True, path_type=Path), help="Draw this picture again and end: it has its figures."
+)
+@click.option("--markdown", is_flag=True, help="Print the table for the guide on performance at the end.")
 def main(
     only: Sequence[str],
     starts: int,
@@ -51,9 +54,15 @@ def main(
     folder: str | None,
     json_path: Path | None,
     plot_path: Path | None,
+    redraw: Path | None,
     markdown: bool,
 ) -> None:
     """Measure daskinfer beside its peers, and judge each figure by its target."""
+    if redraw:
+        from tests.support.pictures import read_figures  # needs pillow, which comes with matplotlib
+
+        table.plot(read_figures(redraw), redraw)
+        return
     if plot_path:
         table.check_plotting()  # now, not at the end of an hour
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=folder) as temporary:
@@ -70,7 +79,7 @@ def main(
     if json_path:
         json_path.write_text(json.dumps(_everything(session, verdicts), default=Race.record, indent=1))
     if plot_path and full:
-        table.plot(full, caption, plot_path)
+        table.plot(table.make_figures(full, caption), plot_path)
     sys.exit(any(verdict.passed is False for verdict in verdicts))
 
 

@@ -1,14 +1,19 @@
-"""The table of all peers on both full works, as Markdown and as a plot."""
+"""The table of all peers on both full works, as Markdown and as a picture."""
 
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tests.benchmarks.session import Race
+
+MAX_RATIO = 2.5  # of the longest bar to the next one, from which on it is cut; arbitrary
+_OURS, _OTHERS = "tab:orange", "silver"
+_CAPTION_WIDTH = 170  # characters at the caption's size below two panels
 
 _HEADERS = {"cnn": "CNN, {n:,} images", "mlp": "MLP, {n:,} rows"}
 
@@ -40,7 +45,7 @@ def caption(machine: dict[str, Any], versions: dict[str, str]) -> str:
 
 
 def markdown(races: dict[str, Race], line: str) -> str:
-    """The table for the README."""
+    """The table for the guide on performance."""
     titles = headers(races)
     lines = [f"| | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
     for peer, seconds in rows(races):
@@ -55,28 +60,46 @@ def check_plotting() -> None:
         raise click.UsageError("--plot needs matplotlib, which is not installed. Run: pip install '.[bench]'.")
 
 
-def plot(races: dict[str, Race], line: str, path: Path) -> None:
-    """Horizontal bars, both works side by side; seconds on a logarithmic scale, as they span two decades."""
+def make_figures(races: dict[str, Race], line: str) -> dict[str, Any]:
+    """Make what the picture shows, as JSON can hold it: the caption, and for each work its title and peers' seconds."""
+    found = rows(races)
+    works = {title: {peer: seconds[i] for peer, seconds in found} for i, title in enumerate(headers(races))}
+    return {"caption": line, "works": works}
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Draw bars from zero, a panel for each work with the fastest first; the figures travel in the picture."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
-    found, titles = rows(races)[::-1], headers(races)
-    figure = Figure(figsize=(5.5 * len(titles), 0.4 * len(found) + 1.4), layout="constrained")
-    axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
-    for index, (axis, title) in enumerate(zip(axes, titles, strict=True)):
-        _bars(axis, [(peer, seconds[index]) for peer, seconds in found])
-        axis.set(title=title, xlabel="seconds, less is better", xscale="log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    figure.supxlabel(line, fontsize=6, wrap=True)
+    from tests.support.pictures import stamp_picture
+
+    works = figures["works"]
+    n_bars = max(len(peers) for peers in works.values())
+    figure = Figure(figsize=(6.2 * len(works), 0.36 * n_bars + 1.3), layout="constrained")
+    for axis, (title, peers) in zip(figure.subplots(1, len(works), squeeze=False)[0], works.items(), strict=True):
+        _draw_bars(axis, {peer: seconds for peer, seconds in peers.items() if seconds is not None})
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_xlabel("seconds; shorter is better")
+    figure.supxlabel(textwrap.fill(figures["caption"], _CAPTION_WIDTH), fontsize=7, color="tab:gray")
     figure.savefig(path, dpi=150)
+    stamp_picture(path, script=__file__, figures=figures)
 
 
-def _bars(axis: Any, found: list[tuple[str, float | None]]) -> None:
-    peers = [peer for peer, _ in found]
-    colours = ["tab:orange" if peer.startswith("daskinfer") else "tab:gray" for peer in peers]
-    bars = axis.barh(peers, [seconds or 0.0 for _, seconds in found], color=colours)
-    axis.bar_label(bars, ["" if seconds is None else f"{seconds:.2f}" for _, seconds in found], padding=3)
+def _draw_bars(axis: Any, peers: dict[str, float]) -> None:
+    """Draw a panel; a bar that would leave no room for the others is cut, and says so."""
+    found = sorted(peers.items(), key=lambda item: item[1], reverse=True)
+    end = max(seconds for _, seconds in found)
+    others = [seconds for _, seconds in found[1:]]
+    is_cut = bool(others) and end > MAX_RATIO * max(others)
+    limit = 1.25 * max(others) if is_cut else end
+    colours = [_OURS if peer.startswith("daskinfer") else _OTHERS for peer, _ in found]
+    bars = axis.barh([peer for peer, _ in found], [min(seconds, limit) for _, seconds in found], color=colours)
+    labels = [f"{seconds:.2f}" + (" (bar cut)" if is_cut and seconds == end else "") for _, seconds in found]
+    axis.bar_label(bars, labels, padding=3)
+    for label in axis.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("daskinfer") else "normal")
+    if is_cut:
+        axis.plot([0.96 * limit, 0.97 * limit], [-0.55, 0.55], color="white", linewidth=4)
+    axis.set_xlim(0, (1.45 if is_cut else 1.18) * limit)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.15)
+    axis.tick_params(axis="y", length=0)

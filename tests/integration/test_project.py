@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-import daskinfer
-from daskinfer.cli.main import main
-
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
 CONDA_NAMES = {"torch": "pytorch-gpu", "cupy-cuda13x": "cupy"}  # PyPI's name -> conda's
-RESULT_BEFORE_LINE = 30
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -81,71 +73,19 @@ def test_conda_environment_agrees_with_pyproject() -> None:
 
 def test_ci_runs_the_readme_command() -> None:
     """CI runs the README's test command, to the letter."""
-    (command,) = re.findall(r"^python3 -m venv .*pytest -n 2 --dist loadfile$", README, re.MULTILINE)
-    assert command in (ROOT / ".ci/run").read_text().splitlines()
+    (command,) = re.findall(r"^python3 -m venv .*pytest -n 2 --dist loadfile$", join_lines(README), re.MULTILINE)
+    assert command in join_lines((ROOT / ".ci/run").read_text()).splitlines()
 
 
-def test_result_comes_early() -> None:
-    """A reader sees the first result before line 30 of the README."""
-    assert README[: README.index("accuracy")].count("\n") < RESULT_BEFORE_LINE
+def join_lines(shell: str) -> str:
+    r"""Join what a shell reads as one line.
 
-
-@pytest.mark.slow
-def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    """The README's Python, pasted into one script without a guard, runs and prints what the README shows."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
-    done = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"cpu:1 .* 7,504 ", done.stdout)
-    assert done.stdout.endswith("(4,)\n10000\nRunStarted RunEnded\n")
-
-
-def test_python_of_the_readme_that_needs_a_cluster_is_python() -> None:
-    """Code that needs Slurm, Kubernetes or a cloud cannot run here; it compiles, and its calls fit the signatures."""
-    for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
-        tree = ast.parse(block)
-        calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("di.")]
-        assert calls
-        for call in calls:
-            function = getattr(daskinfer, ast.unparse(call.func).removeprefix("di."))
-            keywords = {str(word.arg): None for word in call.keywords}
-            inspect.signature(function).bind(*call.args, **keywords)
-
-
-def commands() -> list[str]:
-    """Return each daskinfer command in the README's shell blocks, with its continuation lines."""
-    blocks = re.findall(r"```(?:sh|console|crontab)\n(.*?)```", README, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    matches = [re.search(r"(?:^|[$/] ?|exec )daskinfer ([a-z].*)", line) for line in lines]
-    return [re.sub(r" +#.*| 2?>>?.*", "", match[1]) for match in matches if match]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_commands_of_the_readme_exist(command: str) -> None:
-    """Each command in the README exists, and has the options that the README gives it."""
-    name, *words = shlex.split(command)
-    subcommand = main.commands[name]
-    options = {option for parameter in subcommand.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
-    n_arguments = sum(isinstance(parameter, click.Argument) for parameter in subcommand.params)
-    with subcommand.make_context(name, words, resilient_parsing=True) as context:
-        assert len(context.args) <= n_arguments
-
-
-def test_shell_of_the_readme_is_shell() -> None:
-    """A shell can parse the README's shell blocks."""
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
-        read = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
-        assert (read.returncode, read.stderr) == (0, "")
-
-
-def test_links_of_the_readme_exist() -> None:
-    """Every file that the README links to exists."""
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert links
-    assert all((ROOT / link).is_file() for link in links)
+    Examples
+    --------
+    >>> join_lines("a && \\\n    b")
+    'a && b'
+    """
+    return re.sub(r"\\\n *", "", shell)
 
 
 @pytest.mark.slow
