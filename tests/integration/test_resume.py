@@ -127,7 +127,7 @@ def command(folder: Path, output: str, *arguments: str) -> list[str]:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
     """A command that is killed repeatedly with all its processes writes the bytes of an undisturbed run."""
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((8000, 6), np.float32))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((2000, 6), np.float32))
     draw = random.Random(suffix)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command(tmp_path, f"once{suffix}"), cwd=tmp_path, env=env, check=True, capture_output=True)
