@@ -17,8 +17,10 @@ codes:
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
         return
     check_report(report)
     done = call_api("run", options, options["input"], options["output"])
+    done = replace(done, facts={"command": _format_command(context), **done.facts})
     if report is not None:
         _write_report(done, report, options["shard"])
     click.echo(json.dumps(done.to_dict()) if as_json else str(done))
@@ -82,6 +85,11 @@ def run(context: click.Context, /, print_config: bool, report: str | None, as_js
             len(done.failed_rows), ROWS_MISSING, list_paths(options["output"])[0], sharded=options["shard"] is not None
         )
         context.exit(ROWS_MISSING)
+
+
+def _format_command(context: click.Context) -> str:
+    """Return the command as it was typed."""
+    return shlex.join([context.find_root().info_name or "daskinfer", *sys.argv[1:]])
 
 
 def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> None:

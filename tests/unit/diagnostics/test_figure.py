@@ -50,5 +50,5 @@ def test_the_figure_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without matplotlib, the error tells what to install."""
     monkeypatch.delitem(sys.modules, "daskinfer.diagnostics.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r'needs matplotlib.*pip install "daskinfer\[plot\]"; or use to_html\(\)'):
+    with pytest.raises(MissingExtra, match=r'needs matplotlib.*pip install "\.\[plot\]"; or use to_html\(\)'):
         RunReport(0, 0.0, 8, ()).plot()
