@@ -208,6 +208,7 @@ def format_progress(status: Status) -> list[str]:
         *(done if _has_begun(status) else []),
         *_format_throughput(status),
         *_format_problems(status),
+        *_format_absent(status),
         *_format_stall(status),
     ]
     return [*parts, status.error] if status.error else parts
@@ -231,6 +232,17 @@ def _format_throughput(status: Status) -> list[str]:
     return [f"{status.rows_per_second:,.0f} rows/s", *left]
 
 
+def _format_absent(status: Status) -> list[str]:
+    """Name the devices whose worker is away."""
+    names = [device.title for device in status.devices if device.state == "restarting"] if not status.ended else []
+    return [f"{_list_some(names)} restarting"] if names else []
+
+
+def _list_some(texts: list[str]) -> str:
+    more = [f"{len(texts) - MAX_LISTED_DEVICES:,} more"] if len(texts) > MAX_LISTED_DEVICES else []
+    return " and ".join([*texts[:MAX_LISTED_DEVICES], *more])
+
+
 def _format_stall(status: Status) -> list[str]:
     """Say what is waited for if nothing has moved for unusually long."""
     if not status.quiet_seconds:
@@ -240,9 +252,7 @@ def _format_stall(status: Status) -> list[str]:
         for device in status.devices
         if device.n_in_flight or device.state == "restarting"
     ]
-    more = [f"{len(waits) - MAX_LISTED_DEVICES:,} more"] if len(waits) > MAX_LISTED_DEVICES else []
-    awaited = " and ".join([*waits[:MAX_LISTED_DEVICES], *more]) or "a worker"
-    return [f"no result for {format_seconds(status.quiet_seconds)}: waiting for {awaited}"]
+    return [f"no result for {format_seconds(status.quiet_seconds)}: waiting for {_list_some(waits) or 'a worker'}"]
 
 
 def format_status(status: Status) -> str:

@@ -234,8 +234,8 @@ class _PhasesPlot:
 
     def __init__(self) -> None:
         self._source = _make_source("daskinfer-phases", "device", *(phase.label for phase in _TIMED_PHASES))
-        title = "time of each device"
-        self.root = _make_plot(_PLOT_HEIGHT, title=title, y_range=FactorRange(" "), min_width=_MIN_PLOT_WIDTH)
+        how = {"y_range": FactorRange(" "), "min_width": _MIN_PLOT_WIDTH, "background_fill_color": palette.IDLE.color}
+        self.root = _make_plot(_PLOT_HEIGHT, title="time of each device", **how)
         labels = [phase.label for phase in _TIMED_PHASES]
         for phase, left, right in zip(_TIMED_PHASES, ["", *labels], labels, strict=False):
             look = {"fill_color": phase.color, "line_color": INK, "line_width": 0.5}
