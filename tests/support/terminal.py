@@ -120,11 +120,17 @@ class Terminal:
         """Type text; ``\\x03`` is Ctrl-C."""
         os.write(self._master, text.encode())
 
-    def read_all(self) -> str:
-        """Read what is there, without control sequences."""
-        found = b""
-        while select.select([self._master], [], [], 0.1)[0]:
-            found += os.read(self._master, 1 << 16)
+    def read_all(self, seconds: float = 60.0) -> str:
+        """Read until the process has ended, which must succeed; return the text without control sequences."""
+        deadline, found = time.monotonic() + seconds, b""
+        while True:
+            has_ended = self.process.poll() is not None
+            if select.select([self._master], [], [], 0.1)[0]:
+                found += os.read(self._master, 1 << 16)
+            elif has_ended:
+                break
+            assert time.monotonic() < deadline, found
+        assert self.process.returncode == 0, found
         return _SEQUENCE.sub("", found.decode())
 
     def read_until(self, condition: Callable[[Screen], object], seconds: float = 60.0) -> Screen:
