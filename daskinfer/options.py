@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
 
 # What other tools call the number of processes.
-_WORKER_COUNT_KEYWORDS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")
+WORKER_COUNT_KEYWORDS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")
 
 
 @cache
@@ -71,7 +71,7 @@ def _advise(name: str, known: Sequence[str]) -> str:
         return f"did you mean {renamed!r}?"
     if renamed in declared:
         return f"{renamed!r} is a keyword of {', '.join(declared[renamed].functions)}"
-    if name in _WORKER_COUNT_KEYWORDS and "devices" in known:
+    if name in WORKER_COUNT_KEYWORDS and "devices" in known:
         return "devices sets the number of workers, as in devices='cpu*2'"
     alike = difflib.get_close_matches(name, known, 1)
     return f"did you mean {alike[0]!r}?" if alike else f"allowed are {', '.join(known)}"
