@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from daskinfer.options import Options
 
 if TYPE_CHECKING:
+    import torch
     from distributed import Client
 
     from daskinfer.diagnostics.events import Event
@@ -35,7 +36,7 @@ class _SharedKeywords(TypedDict, total=False):
 class _ComputingKeywords(TypedDict, total=False):
     """Keywords that several functions take."""
 
-    devices: str | Sequence[str]
+    devices: str | torch.device | Sequence[str | torch.device]
     device_weights: Literal["auto", "even"] | Sequence[float] | Mapping[str, float]
     client: Client | None
     prefetch: int

@@ -190,7 +190,14 @@ class ErrorCollector:
         try:
             yield
         except DaskInferError as error:
-            self._errors.append(error)
+            self.add(error)
+
+    def add(self, error: DaskInferError) -> None:
+        """Collect an error that is known already."""
+        self._errors.append(error)
+
+    def __bool__(self) -> bool:
+        return bool(self._errors)
 
     def attempt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call a function; None if it raised an error on purpose, which is kept for later."""

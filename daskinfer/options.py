@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
 
 # What other tools call the number of processes.
-_WORKER_COUNT_KEYWORDS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")
+WORKER_COUNT_KEYWORDS = ("n_jobs", "n_workers", "nworkers", "num_workers", "workers")
 
 
 @cache
@@ -71,7 +71,7 @@ def _advise(name: str, known: Sequence[str]) -> str:
         return f"did you mean {renamed!r}?"
     if renamed in declared:
         return f"{renamed!r} is a keyword of {', '.join(declared[renamed].functions)}"
-    if name in _WORKER_COUNT_KEYWORDS and "devices" in known:
+    if name in WORKER_COUNT_KEYWORDS and "devices" in known:
         return "devices sets the number of workers, as in devices='cpu*2'"
     alike = difflib.get_close_matches(name, known, 1)
     return f"did you mean {alike[0]!r}?" if alike else f"allowed are {', '.join(known)}"
@@ -181,15 +181,16 @@ class CallKeywords:
     Only switches are checked here; every other value by what uses it, so that all errors are reported at once.
     """
 
-    devices: str | Sequence[str] = declare(
+    devices: Any = declare(
         "auto",
         'Devices to compute on. A string, comma-joined, or a list: "auto" (every GPU, or one CPU worker per core if '
-        'there is none), "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4"; "inline" computes '
-        "in this process.",
+        'there is none), "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu*4", "cpu:0" (the first '
+        'CPU worker); "inline" computes in this process. A ``torch.device`` stands for its text.',
+        type="str | torch.device | Sequence[str | torch.device]",
         section="where",
         functions=COMPUTING,
         flag_help="For example cuda, cuda:1, cpu, cpu*4, cuda,cpu*2 or inline.",
-        allowed="a string or a list of strings",
+        allowed="a string, a torch.device or a list of these",
     )
     device_weights: Literal["auto", "even"] | Sequence[float] | Mapping[str, float] = declare(
         "auto",

@@ -25,6 +25,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from daskinfer.cli.messages import use_flags
 from daskinfer.cluster.worker_spec import LOOPBACK, memory_per_worker
 from daskinfer.core.env import MAX_TASKS_IN_FLIGHT
 from daskinfer.core.formatting import format_nbytes
@@ -72,7 +73,7 @@ class Finding:
 
 def make_error_finding(check_name: str, error: Exception, where: str = "") -> Finding:
     """Make a finding of an error's message; what follows its first sentence is the cure."""
-    found, _, cure = str(error).partition(". ")
+    found, _, cure = use_flags(str(error)).partition(". ")
     return Finding(check_name, WRONG, found, cure, where)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
 
-from daskinfer.errors import DaskInferError
+from daskinfer.cli.messages import describe_error
 
 logger = logging.getLogger("daskinfer")
 progress_logger = logging.getLogger("daskinfer.progress")
@@ -33,11 +33,12 @@ class _StderrHandler(logging.Handler):
 
 
 class _TextFormatter(logging.Formatter):
-    """``daskinfer: error: …``, below the traceback if there is one."""
+    """``2026-12-01 00:30:12 daskinfer: error: …``, in local time, below the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "error: " if record.levelno >= logging.ERROR else ""
-        return f"{_format_traceback(record)}{record.name}: {prefix}{record.getMessage()}"
+        time = f"{datetime.fromtimestamp(record.created):%Y-%m-%d %H:%M:%S}"
+        return f"{_format_traceback(record)}{time} {record.name}: {prefix}{record.getMessage()}"
 
 
 class _JsonFormatter(logging.Formatter):
@@ -63,18 +64,35 @@ def _format_traceback(record: logging.LogRecord) -> str:
     return "".join(traceback.format_exception(record.exc_info[1])) if record.exc_info else ""
 
 
-def configure_logging(log_format: str = "text", *, debug: bool | None = None) -> None:
-    """Show daskinfer's log; leave the root logger alone, or Dask's lines would come too. ``debug`` None: as before."""
+def configure_logging(log_format: str = "text") -> None:
+    """Show daskinfer's log; leave the root logger alone, or Dask's lines would come too."""
     handler = _StderrHandler()
     handler.setFormatter(_FORMATS[log_format]())
     logger.handlers[:] = [handler]
-    if debug is not None:
-        logger.setLevel(logging.DEBUG if debug else logging.WARNING)
-    # At the package's level, WARNING, progress would be silent; ``--no-progress`` decides whether there is any.
-    progress_logger.setLevel(min(logging.INFO, logger.level))
     if log_format == "json":
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers[:] = [handler]
+
+
+def reset_verbosity() -> None:
+    """Show warnings and errors, and progress."""
+    _set_level(logging.WARNING)
+
+
+def raise_verbosity(level: int) -> None:
+    """Show lines of this level too; one that is shown already stays."""
+    _set_level(min(level, logger.level))
+
+
+def _set_level(level: int) -> None:
+    logger.setLevel(level)
+    # At the package's level, WARNING, progress would be silent; ``--no-progress`` decides whether there is any.
+    progress_logger.setLevel(min(logging.INFO, level))
+
+
+def is_debugging() -> bool:
+    """Return whether debug lines are shown, and with them tracebacks."""
+    return logger.isEnabledFor(logging.DEBUG)
 
 
 def is_json_format() -> bool:
@@ -94,16 +112,12 @@ def adopt_dask_loggers() -> None:
             other.setLevel(max(other.level, logging.WARNING))
 
 
-def log_error(error: BaseException, exit_code: int, *, message: str = "", with_traceback: bool = False) -> None:
-    """Log why the command ends, with the error's notes on how to continue; ``message`` replaces the error's own."""
-    interrupted = isinstance(error, KeyboardInterrupt)
-    known = interrupted or message or isinstance(error, DaskInferError)
-    message = message or str(error) or "interrupted"
-    message = " ".join([message if known else f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+def log_error(error: BaseException, exit_code: int, *, with_traceback: bool = False) -> None:
+    """Log why the command ends, with the error's notes on how to continue."""
     logger.log(
-        logging.WARNING if interrupted else logging.ERROR,
+        logging.WARNING if isinstance(error, KeyboardInterrupt) else logging.ERROR,
         "%s",
-        message,
+        describe_error(error),
         exc_info=error if with_traceback else None,
         extra={"fields": {"type": type(error).__name__, "exit_code": exit_code}},
     )

@@ -85,7 +85,7 @@ class LocalDeviceCluster:
 
     def __init__(
         self,
-        devices: str | Sequence[str] = "auto",
+        devices: str | torch.device | Sequence[str | torch.device] = "auto",
         *,
         threads_per_worker: int | str = 1,
         memory_limit: int | str = "auto",

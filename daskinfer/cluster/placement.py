@@ -53,7 +53,9 @@ def fetch_workers(client: Client) -> dict[str, dict[str, Any]]:
     return workers
 
 
-def resolve_placement(devices: str | Sequence[str], client: Client | None) -> tuple[Placement, Client | None]:
+def resolve_placement(
+    devices: str | torch.device | Sequence[str | torch.device], client: Client | None
+) -> tuple[Placement, Client | None]:
     """Find the devices of a call, and the caller's client if its workers are the devices; starts nothing.
 
     Raises

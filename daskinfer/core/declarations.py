@@ -111,6 +111,11 @@ class Declaration:
         words += ["None"] if self.default is None else []
         return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
+    def describe_allowed_flag(self) -> str:
+        """Return in words what a flag or a job file may say: None is to leave it out."""
+        words = re.sub(r"(.*), (.*), or None$", r"\1 or \2", self.describe_allowed())
+        return re.sub(r",? or None$", "", words)
+
     def _describe_kind(self) -> str:
         if self.kind is bool:
             return "True or False"
@@ -131,10 +136,11 @@ class Declaration:
         OptionError
             With the name, what was got, and what is allowed.
         """
-        if not (value is None and self.default is None) and not self._is_allowed(value):
+        if not (value is None and self.default is None) and not self.is_allowed(value):
             raise OptionError(f"{self.name} must be {self.describe_allowed()}, got {value!r}")
 
-    def _is_allowed(self, value: Any) -> bool:
+    def is_allowed(self, value: Any) -> bool:
+        """Return whether a value other than None is allowed, as far as the declaration says."""
         if self.check is not None:
             return self.check(value)
         is_of_kind = _KIND_CHECKS.get(self.kind)

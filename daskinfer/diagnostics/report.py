@@ -197,7 +197,14 @@ class RunReport:
             ) from error
         return plot_report(self)
 
+    @property
+    def found_all_done(self) -> bool:
+        """Whether an earlier call had computed every row, so that this one had nothing to do."""
+        return self.rows_before > 0 and not any(device.n_chunks for device in self.devices)
+
     def __str__(self) -> str:
+        if self.found_all_done:
+            return self.totals
         devices = self.shown_devices
         table = format_text_table(tuple(choose_columns(devices)), self._format_devices()) if devices else ""
         return "\n".join(line for line in (table, self._format_summary(), self.details) if line)
@@ -205,6 +212,8 @@ class RunReport:
     __repr__ = __str__  # shown at the interpreter's prompt and by notebooks without HTML
 
     def _repr_html_(self) -> str:
+        if self.found_all_done:
+            return f"<p>{self.totals}</p>"
         return render_template(
             "diagnostics/report.html.j2",
             headers=tuple(choose_columns(self.shown_devices)),
@@ -219,7 +228,7 @@ class RunReport:
     @property
     def totals(self) -> str:
         """How many rows were done in which time, in one line."""
-        if self.rows_before and not any(device.n_chunks for device in self.devices):
+        if self.found_all_done:
             return f"nothing to do: all {self.rows_before:,} rows were already done"
         line = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
         line += f"batch size {self.batch_size:,}"

@@ -153,7 +153,9 @@ def collect_facts(job: InferenceJob) -> dict[str, str]:
         header = job.output_request.headers[0]
         facts["stored in"] = ", ".join(job.output_request.paths)
         facts["model fingerprint"] = header.model
-        facts["input fingerprint"] = "; ".join(f"{port}: {dict(mark)}" for port, mark in header.input.items())
+        facts["input fingerprint"] = "; ".join(
+            f"{port}: {', '.join(f'{name} {value}' for name, value in mark.items())}" for port, mark in header.input.items()
+        )
     return facts
 
 

@@ -2,6 +2,10 @@
 
 The functions map text and a :class:`Machine` record to devices. Only :func:`find_local_devices` inspects this machine, so a
 plan can be made and tested for another one.
+
+Every name that a table or a report shows is also a spec, so what was listed can be typed: ``"cuda:1"``, a UUID, and
+``"cpu:0"``. GPUs have numbers of their own. CPU workers are numbered in the order requested, so ``"cpu:0,cpu:1"`` is
+``"cpu*2"``, and a number out of turn is refused: the worker would get another name than was typed.
 """
 
 from __future__ import annotations
@@ -9,21 +13,24 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from reprlib import repr as short_repr
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daskinfer.core.formatting import format_html_table, format_nbytes, format_text_table
 from daskinfer.errors import DeviceError
 from daskinfer.hardware.discovery import Device, Machine, inspect_machine
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_CPU_WORKERS = 1024  # arbitrary: catches "cpu*40000"; no machine gains from more processes than this
 
 _MIN_DRIVER = {11: "450", 12: "525", 13: "580"}  # by CUDA's major version; from its release notes
 _CPU_HINT = 'devices="cpu" (--devices cpu)'
 _ALLOWED_SPECS = (
-    '"auto", "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", '
+    '"auto", "cuda" (every GPU), "cuda:1", "GPU-<uuid>", "MIG-<uuid>", "cpu", "cpu:0", '
     f'"cpu*4" (1 to {MAX_CPU_WORKERS}), several of these, or "inline" alone'
 )
 
@@ -80,15 +87,16 @@ def find_local_devices() -> DeviceTable:
     return DeviceTable((*machine.gpus, replace(cpu, label=f"{cpu.label}, {cores}")))
 
 
-def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, ...]:
+def parse_devices(spec: str | torch.device | Sequence[str | torch.device], machine: Machine) -> tuple[Device, ...]:
     """Parse a device spec into devices, in the order requested.
 
     Parameters
     ----------
     spec
         ``"auto"`` (every GPU; without GPUs, a CPU worker per core), ``"cuda"`` (every GPU), ``"cuda:1"``,
-        ``"GPU-<uuid>"``, ``"MIG-<uuid>"``, ``"cpu"``, ``"cpu*4"``, several of these joined by commas or in a list, or
-        ``"inline"`` alone. ``"gpu"`` means ``"cuda"``; letter case and spaces do not matter.
+        ``"GPU-<uuid>"``, ``"MIG-<uuid>"``, ``"cpu"``, ``"cpu*4"``, ``"cpu:0"`` (the first CPU worker), several of these
+        joined by commas or in a list, or ``"inline"`` alone. ``"gpu"`` means ``"cuda"``; letter case and spaces do not
+        matter. A ``torch.device`` stands for its text: ``torch.device("cuda")`` is every GPU.
     machine
         The machine whose devices can be chosen.
 
@@ -100,11 +108,12 @@ def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, 
     Raises
     ------
     DeviceError
-        If a device is unknown, missing or requested twice, or if the spec is empty or not text.
+        If a device is unknown, missing or requested twice, if a CPU worker's number is out of turn, or if the spec is
+        empty or not text.
 
     Examples
     --------
-    >>> [device.name for device in parse_devices("cpu, CPU*2", Machine(n_cores=8))]
+    >>> [device.name for device in parse_devices("cpu:0, CPU*2", Machine(n_cores=8))]
     ['cpu:0', 'cpu:1', 'cpu:2']
     """
     entries = _split_spec(spec)
@@ -112,8 +121,7 @@ def parse_devices(spec: str | Sequence[str], machine: Machine) -> tuple[Device, 
         return _parse_inline(entries)
     requested = [(entry, device) for entry in entries for device in _parse_entry(entry, machine)]
     _check_duplicate_gpus(requested)
-    index = itertools.count()
-    return tuple(_number_cpu_device(d, next(index)) if d.kind == "cpu" else d for _, d in requested)
+    return tuple(_number_cpu_devices(requested))
 
 
 def check_drivable(devices: Sequence[Device], torch_cuda: str | None, machine: Machine) -> None:
@@ -165,26 +173,53 @@ def _format_old_driver_error(gpus: str, torch_cuda: str, driver: str, driver_cud
     )
 
 
+def explain_number(number: int) -> str:
+    """Return how to write what a number alone may have meant: one GPU, or so many devices.
+
+    Examples
+    --------
+    >>> explain_number(2)
+    "'cuda:2' is one GPU, 'cuda:0,cuda:1' or 'cpu*2' are two devices"
+    """
+    if number < 2:
+        return f"'cuda:{number}' is one GPU, 'cpu' is one CPU worker"
+    gpus = f"{','.join(f'cuda:{i}' for i in range(number))!r} or " if number <= _MAX_SPELLED_GPUS else ""
+    return f"'cuda:{number}' is one GPU, {gpus}'cpu*{number}' are {_NUMBER_WORDS.get(number, number)} devices"
+
+
+_MAX_SPELLED_GPUS = 8  # named one by one; arbitrary
+_NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
+
+
 def _split_spec(spec: object) -> list[str]:
+    if isinstance(spec, int) and not isinstance(spec, bool) and spec >= 0:
+        raise DeviceError(f"devices must name devices, got {spec}: {explain_number(spec)}")
+    spec = _convert_torch_device(spec)
     if not isinstance(spec, Sequence) or isinstance(spec, bytes | bytearray):
         raise DeviceError(
             'devices must be a string or a list of strings, such as "cpu*2" or ["cuda:0", "cpu"], '
             f"got {short_repr(spec)} ({type(spec).__name__})"
         )
-    items = [spec] if isinstance(spec, str) else list(spec)
+    items = [spec] if isinstance(spec, str) else [_convert_torch_device(item) for item in spec]
     for position, item in enumerate(items):
         if not isinstance(item, str):
             raise DeviceError(
                 f'devices[{position}] must be a string such as "cuda:1" or "cpu*2", '
                 f"got {short_repr(item)} ({type(item).__name__})"
             )
-    entries = [entry.strip() for item in items for entry in item.split(",")]
+    entries = [entry.strip() for item in items for entry in str(item).split(",")]
     if not entries or not all(entries):
         raise DeviceError(
             f'devices={short_repr(spec)} has an empty entry; name a device there, or use devices="auto" (--devices auto). '
             f"Allowed are {_ALLOWED_SPECS}."
         )
     return entries
+
+
+def _convert_torch_device(item: object) -> object:
+    """Return the text of a ``torch.device``, and anything else unchanged; this module does not import torch."""
+    kind = type(item)
+    return str(item) if (kind.__module__, kind.__qualname__) == ("torch", "device") else item
 
 
 def _parse_inline(entries: Sequence[str]) -> tuple[Device, ...]:
@@ -200,6 +235,8 @@ def _parse_entry(entry: str, machine: Machine) -> Sequence[Device]:
     for pattern, select_devices in _ENTRY_PARSERS:
         if match := re.fullmatch(pattern, entry, re.IGNORECASE):
             return select_devices(match, machine)
+    if re.fullmatch(r"[0-9]{1,9}", entry):
+        raise DeviceError(f"{entry!r} does not name a device: {explain_number(int(entry))}")
     raise DeviceError(
         f"unknown device {short_repr(entry)}; allowed are {_ALLOWED_SPECS}. This process sees {_list_hardware(machine)}."
     )
@@ -232,12 +269,17 @@ def _make_cpu_workers(match: re.Match[str], machine: Machine) -> Sequence[Device
     return [_make_cpu_device(machine)] * n_workers
 
 
+def _make_numbered_cpu_worker(match: re.Match[str], machine: Machine) -> Sequence[Device]:
+    return [_number_cpu_device(_make_cpu_device(machine), int(match["n"]))]
+
+
 _ENTRY_PARSERS: tuple[tuple[str, Callable[[re.Match[str], Machine], Sequence[Device]]], ...] = (
     (r"auto", _select_auto),
     (r"(cuda|gpu)", _select_all_gpus),
     (r"(cuda|gpu)\s*:\s*(?P<n>[0-9]{1,9})", _select_gpu_by_index),
     (r"(gpu|mig)-.+", _select_gpu_by_uuid),
     (r"cpu(\s*\*\s*(?P<n>[0-9]{1,9}))?", _make_cpu_workers),
+    (r"cpu\s*:\s*(?P<n>[0-9]{1,9})", _make_numbered_cpu_worker),
 )
 
 
@@ -247,6 +289,22 @@ def _make_cpu_device(machine: Machine) -> Device:
 
 def _number_cpu_device(device: Device, index: int) -> Device:
     return replace(device, name=f"cpu:{index}", index=index)
+
+
+def _number_cpu_devices(requested: Sequence[tuple[str, Device]]) -> Iterator[Device]:
+    """Number the CPU workers in the order requested, and leave GPUs as they are; refuse a typed number that differs."""
+    index = itertools.count()
+    for entry, device in requested:
+        if device.kind != "cpu":
+            yield device
+            continue
+        numbered = _number_cpu_device(device, next(index))
+        if ":" in device.name and device.name != numbered.name:
+            raise DeviceError(
+                f"{entry!r} is out of turn: CPU workers are numbered from cpu:0 in the order requested, and this one is "
+                f"{numbered.name}. Use 'cpu' for one worker, 'cpu*2' for two."
+            )
+        yield numbered
 
 
 def _check_duplicate_gpus(requested: Sequence[tuple[str, Device]]) -> None:

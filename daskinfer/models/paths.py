@@ -64,5 +64,5 @@ def missing_factory_error(source: str) -> ModelError:
     """Return the error for weights without a factory."""
     return ModelError(
         f"{source} holds only weights, and needs a factory to make their model. "
-        f"Pass Model({source!r}, factory='pkg.mod:make'), or --factory pkg.mod:make"
+        f"Pass Model({source!r}, factory='pkg.mod:make') (--factory pkg.mod:make)."
     )

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from daskinfer.options import Options
 
 if TYPE_CHECKING:
+    import torch
     from distributed import Client
 
     from daskinfer.diagnostics.events import Event

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, assert_type
 
 import numpy as np
+import torch
 from distributed import Client
 
 import daskinfer as di
@@ -25,6 +26,8 @@ def make_right_calls(client: Client, report_wanted: bool) -> None:
     assert_type(di.predict(abs, X, return_report=True), tuple[Any, di.RunReport])
     _, report = di.predict(abs, X, devices=["cpu", "cpu"], device_weights=[1, 3], batch_size=5, return_report=True)
     assert_type(report.rows, int)
+    di.predict(abs, X, devices=torch.device("cpu"))
+    di.plan(abs, X, devices=["cpu", torch.device("cuda", 0)])
     di.predict(abs, X, return_report=report_wanted)
     di.predict(abs, X, device_weights={"cuda": 8, "cpu": 1}, client=client, progress=on_event, prefetch=2)
     di.predict(abs, {"a": X}, on_error="skip", fill_value=0, max_failed_rows="1%", chunk_timeout=3, trust=True)
@@ -42,6 +45,7 @@ def make_wrong_calls() -> None:
     di.predict(abs, X, readers=2)  # type: ignore[call-overload]
     di.predict(abs, X, on_error="ignore")  # type: ignore[call-overload]
     di.predict(abs, X, prefetch="2")  # type: ignore[call-overload]
+    di.predict(abs, X, devices=2)  # type: ignore[call-overload]
     di.predict(abs, X, overwrite=True)  # type: ignore[call-overload]
     di.stream(abs, X, return_report=True)  # type: ignore[call-arg]
     di.stream(abs, X, autocast="bfloat16")  # type: ignore[arg-type]

@@ -70,12 +70,26 @@ def open_source(path: str | os.PathLike[str]) -> ArraySource:
     InputError
         If the suffix is unknown, or the file does not hold an array of numbers.
     """
+    path = check_input_path(path)
+    source: ArraySource = _load_format_module(path, "the input").Source(path)
+    return source
+
+
+def check_input_path(path: str | os.PathLike[str]) -> str:
+    """Check that there is something at ``path`` whose suffix names a format, and return it as an absolute path.
+
+    Raises
+    ------
+    SourceMissing
+        If ``path`` does not exist.
+    InputError
+        If the suffix is unknown.
+    """
     path = os.path.abspath(path)
-    module = _load_format_module(path, "the input")
+    _find_format_module(path, "the input")
     if not os.path.exists(path):
         raise SourceMissing(f"the input {path!r} does not exist. Pass the path of a {_join_suffixes()} array.")
-    source: ArraySource = module.Source(path)
-    return source
+    return path
 
 
 def check_output_path(path: str | os.PathLike[str]) -> str:
@@ -89,7 +103,7 @@ def check_output_path(path: str | os.PathLike[str]) -> str:
         If the suffix is unknown.
     """
     path = os.path.abspath(path)
-    _load_format_module(path, "the output")
+    _find_format_module(path, "the output")
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         state = "is not a folder" if os.path.exists(folder) else "does not exist"
@@ -123,13 +137,18 @@ def compute_stat_fingerprint(path: str) -> dict[str, Any]:
 
 
 def _load_format_module(path: str, role: str) -> Any:
+    return importlib.import_module(_find_format_module(path, role))
+
+
+def _find_format_module(path: str, role: str) -> str:
+    """Return the name of the module for a path; importing Zarr's takes a third of a second."""
     suffix = Path(path).suffix.lower()
     if not suffix and any(os.path.exists(os.path.join(path, name)) for name in _ZARR_METADATA):
         suffix = ".zarr"  # an array in a group, as xarray writes it
     if suffix not in _FORMATS:
         advice = _SUFFIX_ADVICE.get(suffix, "Rename or convert it.")
         raise InputError(f"{role} {path!r} must end in {_join_suffixes()}, got {suffix!r}. {advice}")
-    return importlib.import_module(_FORMATS[suffix])
+    return _FORMATS[suffix]
 
 
 def _join_suffixes() -> str:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
-from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskinfer.cli.main import main
+from tests.support.command_line import STAMP, invoke
 
 JOB = """
 model = "job_nets:linear"
@@ -34,11 +33,6 @@ input = "x.npy"
 [kwargs]
 n_out = 3
 """
-
-
-def invoke(*arguments: str) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(main, arguments)
 
 
 def printed(*arguments: str) -> dict[str, Any]:
@@ -92,14 +86,20 @@ def test_log_format_of_the_file(folder: Path) -> None:
     """A file may choose how errors are printed; a flag goes over it."""
     Path("job.toml").write_text('log-format = "json"\n' + JOB.replace("x.npy", "gone.npy"))
     assert json.loads(invoke("run", "--config", "job.toml").stderr)["exit_code"] == 2
-    assert invoke("run", "--config", "job.toml", "--log-format", "text").stderr.startswith("daskinfer: error: the input")
+    assert " daskinfer: error: the input" in invoke("run", "--config", "job.toml", "--log-format", "text").stderr
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("batchsize = 3", "unknown key 'batchsize' in {file}; did you mean 'batch-size'\\?"),
-        ("zzzzz = 3", "unknown key 'zzzzz' in {file}; allowed are model, input, .*, overwrite, "),
+        ("zzzzz = 3", "unknown key 'zzzzz' in {file}; `daskinfer run --help` lists them"),
+        (
+            "num_workers = 3",
+            "unknown key 'num_workers' in {file}; devices sets the number of workers, as in devices = 'cpu\\*2'",
+        ),
+        ("preprocess = 3", "unknown key 'preprocess' in {file}; it takes an object of Python"),
+        ("[run]\nretries = 3", "unknown key 'run' in {file}; write the keys of this table at the top of the file"),
         ('config = "other.toml"', "unknown key 'config' in {file}"),
         ("readers = 3", "unknown key 'readers' in {file}; did you mean 'prefetch'\\?"),
         ("fresh = true", "unknown key 'fresh' in {file}; did you mean 'overwrite'\\?"),
@@ -110,14 +110,24 @@ def test_log_format_of_the_file(folder: Path) -> None:
         ),
         ("pad = true\nno-pad = true", "{file} sets one option twice, as 'pad' and 'no-pad'"),
         ('overwrite = "yes"', "overwrite in {file}: must be true or false, got 'yes'"),
-        ("retries = true", "retries in {file}: must be a whole number, got True"),
+        ("retries = true", "retries in {file}: must be a whole number, got true"),
         ("retries = 1.5", "retries in {file}: must be a whole number, got 1.5"),
         ('chunk-timeout = "1"', "chunk-timeout in {file}: must be a number, got '1'"),
         ("factory = 3", "factory in {file}: must be text, got 3"),
         ("report = 3", "report in {file}: must be text, got 3"),
         ('on-error = "ignore"', "on-error in {file}: 'ignore' is not one of 'raise', 'skip'"),
         ("on-error = 1", "on-error in {file}: must be text, got 1"),
-        ("shard = [0.5, 3]", r"shard in {file}: must be i/n such as 3/64, got \[0.5, 3\]"),
+        ("shard = [0.5, 3]", r"shard in {file}: must be i/n, part i of n counted from 1, such as 3/64, got \[0.5, 3\]"),
+        ("shard = [0, 4]", r"shard in {file}: must be i/n, .* such as 3/64, got \[0, 4\]"),
+        ('shard = "5/4"', "shard in {file}: must be i/n, .* such as 3/64, got '5/4'"),
+        ("retries = -1", "retries in {file}: must be an integer >= 0, got -1"),
+        ("prefetch = 7", "prefetch in {file}: must be an integer between 1 and 6, got 7"),
+        ("batch-size = 0", "batch-size in {file}: must be an integer >= 1, or 'auto', got 0"),
+        ('max-failed-rows = "1.5"', "max-failed-rows in {file}: must be an integer >= 0 or a share such as '1%', got '1.5'"),
+        ("chunk-timeout = 0", "chunk-timeout in {file}: must be a number of seconds > 0, got 0"),
+        ("devices = 2", r"devices in {file}: must name devices, got 2: 'cuda:2' is one GPU, .*'cpu\*2' are two devices"),
+        ("devices = [0, 1]", r"devices in {file}: must name devices, got \[0, 1\]: 'cuda:0' is one GPU"),
+        ("devices = [true]", r"devices in {file}: must be text, or a list of texts, got \[true\]"),
         ("shard = 3", "shard in {file}: must be text such as '3/64', or a list of two numbers, got 3"),
         ("device-weights = [[1]]", "device-weights in {file}: must be auto, even, or weights such as 1,1,8 or cuda=8,cpu=1"),
         ('kwargs = "3"', "kwargs in {file}: must be a JSON object, got '3'"),
@@ -134,7 +144,7 @@ def test_files_that_are_refused(folder: Path, text: str, message: str) -> None:
     done = invoke("run", "m:n", "x.npy", "y.npy", "--config", "job.toml")
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     pattern = message.replace("{file}", "the job file 'job.toml'").replace("{{}}", "{}")
-    assert re.search(f"^daskinfer: error: {pattern}", done.stderr), done.stderr
+    assert re.search(f"^{STAMP} daskinfer: error: {pattern}", done.stderr), done.stderr
     assert not Path("y.npy").exists()
 
 
@@ -147,6 +157,60 @@ def test_the_suggested_key_works(folder: Path, old: str, new: str) -> None:
     Path("job.toml").write_text(f"{text}\n{JOB}")
     assert text == new
     assert invoke("run", "--config", "job.toml").exit_code == 0
+
+
+FAULTY = """
+model = "w.safetensors"
+input = "gone.npy"
+output = "gone/y.npy"
+batchsize = 3
+retries = -1
+overwrite = "yes"
+devices = "tpu"
+shard = [0, 4]
+"""
+FAULTS = [
+    r"unknown key 'batchsize' in the job file 'job\.toml'; did you mean 'batch-size'\?",
+    r"retries in the job file 'job\.toml': must be an integer >= 0, got -1",
+    r"overwrite in the job file 'job\.toml': must be true or false, got 'yes'",
+    r"shard in the job file 'job\.toml': must be i/n, .*, got \[0, 4\]",
+    r"w\.safetensors holds only weights, and needs a factory to make their model\. Pass --factory pkg\.mod:make\.",
+    r"the input '.*gone\.npy' does not exist\. .*",
+    r"the output's folder '.*gone' does not exist\. .*",
+    r"unknown device 'tpu'; .*",
+]
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_all_faults_at_once(folder: Path, command: str) -> None:
+    """Keys, types, values, paths and devices that are wrong are told together, a line each, before torch is loaded."""
+    Path("job.toml").write_text(FAULTY)
+    done = invoke(command, "--config", "job.toml")
+    first, *lines = done.stderr.splitlines()
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert re.fullmatch(f"{STAMP} daskinfer: error: invalid plan, {len(FAULTS)} problems:", first)
+    for number, (line, fault) in enumerate(zip(lines, FAULTS, strict=True), 1):
+        assert re.fullmatch(f"  {number}\\. {fault}", line), line
+    assert not re.search(r"\.\.(\s|$)|=True|Model\(", done.stderr)
+
+
+def test_faults_of_the_file_and_of_the_command_line(folder: Path) -> None:
+    """An argument that neither gives is told with the file's faults, but not one that is wrong in the file."""
+    Path("job.toml").write_text("retires = 3\npad = 1\n")
+    done = invoke("run", "--config", "job.toml", "m:n")
+    assert re.findall(r"  \d\. (\w+ \w+)", done.stderr) == ["unknown key", "pad in", "Missing argument"]
+    Path("job.toml").write_text("retires = 3\nmodel = 1\n")
+    done = invoke("run", "--config", "job.toml")
+    assert re.findall(r"  \d\. (\w+ \w+)", done.stderr) == ["unknown key", "model in"]
+    assert "unknown key 'retires'" in invoke("run", "m:n", "x.npy", "y.npy", "--config", "job.toml", "--print-config").stderr
+
+
+def test_a_faulty_file_still_chooses_the_output(folder: Path) -> None:
+    """What a file says about JSON holds for its own faults too."""
+    Path("job.toml").write_text('json = true\nlog-format = "json"\nretires = 3\npad = 1\n')
+    done = invoke("run", "m:n", "x.npy", "y.npy", "--config", "job.toml")
+    assert len(json.loads(done.stdout)["error"]["reasons"]) == 2
+    assert json.loads(done.stderr)["exit_code"] == 2
 
 
 def test_files_that_are_not_text(folder: Path) -> None:
@@ -164,6 +228,7 @@ def test_what_toml_cannot_say(folder: Path) -> None:
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="=,\0"), min_size=1)
+NAMES = WORDS.filter(lambda word: not re.fullmatch("[0-9]+", word))
 NUMBERS = st.floats(0, 1e9)
 TABLES = st.dictionaries(WORDS, WORDS, min_size=1)
 VALUES = st.recursive(
@@ -174,7 +239,7 @@ VALUES = st.recursive(
 JOBS = st.fixed_dictionaries(
     {"model": WORDS, "input": WORDS | TABLES, "output": WORDS | TABLES},
     optional={
-        "devices": WORDS | st.lists(WORDS, min_size=1),
+        "devices": NAMES | st.lists(NAMES, min_size=1),
         "device-weights": st.sampled_from(["auto", "even"])
         | st.lists(NUMBERS, min_size=1)
         | st.dictionaries(WORDS, NUMBERS),
@@ -182,18 +247,18 @@ JOBS = st.fixed_dictionaries(
         "factory": WORDS,
         "kwargs": st.dictionaries(WORDS, VALUES, max_size=3),
         "dtype": WORDS | TABLES,
-        "prefetch": st.integers(),
+        "prefetch": st.integers(1, 6),
         "on-error": st.sampled_from(["raise", "skip"]),
         "fill-value": st.floats(allow_nan=False),
-        "max-failed-rows": st.integers() | st.just("1%"),
-        "chunk-timeout": NUMBERS,
+        "max-failed-rows": st.integers(0) | st.just("1%"),
+        "chunk-timeout": st.floats(0, 1e9, exclude_min=True),
         "autocast": st.sampled_from(["bf16", "fp16"]),
         "pad": st.booleans(),
         "overwrite": st.booleans(),
         "trust-model": st.booleans(),
         "progress": st.booleans(),
         "json": st.booleans(),
-        "shard": st.lists(st.integers(0, 99), min_size=2, max_size=2),
+        "shard": st.lists(st.integers(1, 99), min_size=2, max_size=2).map(sorted),
         "report": WORDS,
         "scheduler": WORDS,
     },

@@ -76,7 +76,7 @@ def test_a_machine_without_loopback() -> None:
     """If processes cannot connect to each other, the command says so with the cure, exits with 1, and does not hang."""
     done = command("--json", before=("unshare", "-n"))
     report = json.loads(done.stdout)
-    assert (done.returncode, report["well"], done.stdout.count("\n")) == (1, False, 1)
+    assert (done.returncode, report["healthy"], done.stdout.count("\n")) == (1, False, 1)
     (wrong,) = (finding for finding in report["findings"] if finding["state"] == WRONG)
     assert (wrong["what"], "ip link set lo up" in wrong["cure"]) == ("loopback ports", True)
     last = report["findings"][-1]
@@ -428,7 +428,7 @@ def test_workers_that_are_well(cluster_client: Client) -> None:
     """Every worker reports its device, versions are compared, and a small run goes through the scheduler."""
     done = CliRunner().invoke(main, ["doctor", "--scheduler", cluster_client.scheduler.address, "--json"])
     report = json.loads(done.stdout)
-    assert (done.exit_code, report["well"]) == (0, True), report
+    assert (done.exit_code, report["healthy"]) == (0, True), report
     assert [finding["what"] for finding in report["findings"]] == [
         *("scheduler", "versions", "workers", "workers", "a small run")
     ]

@@ -51,6 +51,14 @@ def as_current(client: Client) -> Iterator[None]:
         yield
 
 
+def test_devices_of_torch(two_gpus: pytest.MonkeyPatch) -> None:
+    """What torch people have in a variable names the device, alone or in a list."""
+    for devices in (torch.device("cuda", 1), [torch.device("cuda:1"), "cpu"]):
+        assert resolve_placement(devices, None)[0].devices[0].name == "cuda:1"
+    placement, _ = resolve_placement(torch.device("cpu"), None)
+    assert ([d.name for d in placement.devices], placement.can_choose_executor) == (["cpu:0"], False)
+
+
 def test_an_explicit_client_is_used_even_if_another_is_current(cluster_client: Client) -> None:
     """Its workers are the devices, in order, each placed by its resource if the cluster is managed."""
     placement, client = resolve_placement("auto", cluster_client)

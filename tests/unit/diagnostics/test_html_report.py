@@ -251,6 +251,11 @@ def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, show
     for said in (report.verdict, "1,998 rows", "Failed rows: 2.", f"no number {SCRIPT}", "model fingerprint"):
         assert said in tab.text
     assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
+    for width in (800, 1100, 1600):  # no table is wider than the page
+        tab.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        tab.wait_for(lambda width=width: tab.evaluate("window.innerWidth") == width)
+        assert tab.evaluate("[...document.querySelectorAll('.wide')].every(one => one.scrollWidth <= one.clientWidth)")
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert tab.errors == []
 
 

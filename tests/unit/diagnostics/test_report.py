@@ -143,8 +143,12 @@ def test_a_report_is_read_in_the_terminal():
 
 
 def test_a_run_that_had_nothing_to_do_says_so():
-    """If earlier calls did all of it, the text says that, in place of totals."""
-    assert str(RunReport(0, 0.0, 8, (), rows_before=5000)).endswith("nothing to do: all 5,000 rows were already done")
+    """If earlier calls did all of it, one line says that, in place of a table of zeros, in text and HTML."""
+    found = dataclasses.replace(started({"cpu:0": 1.0}).make_report(seconds=0.0), rows_before=5000)
+    assert str(found) == "nothing to do: all 5,000 rows were already done"
+    assert found._repr_html_() == f"<p>{found}</p>"
+    assert found.found_all_done
+    assert not report().found_all_done
 
 
 def test_what_else_is_worth_a_line():

@@ -3,13 +3,17 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
+from dataclasses import replace
+from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskinfer.errors import DeviceError
-from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, DeviceTable, check_drivable, parse_devices
+from daskinfer.hardware.device_spec import MAX_CPU_WORKERS, DeviceTable, check_drivable, find_local_devices, parse_devices
 from daskinfer.hardware.discovery import Device, Machine
 
 MIG_UUID = "MIG-aaaa"
@@ -92,6 +96,66 @@ def test_any_text_gives_devices_or_a_device_error(spec: str | list[str]) -> None
         assert len(parse_devices(spec, make_machine())) >= 1
 
 
+@settings(deadline=None)
+@given(
+    n_gpus=st.integers(0, 3),
+    n_migs=st.integers(0, 2),
+    spec=st.sampled_from(["auto", "cuda", "cpu", "cpu*3", "cuda,cpu*2", "cpu,cuda:0,cpu", "MIG-1", "cpu:0"]),
+    as_list=st.booleans(),
+)
+def test_every_name_that_is_shown_can_be_typed(n_gpus: int, n_migs: int, spec: str, as_list: bool) -> None:
+    """What ``daskinfer devices`` lists, alone or together, and what a report lists, asks for the same devices."""
+    migs = [Device(f"cuda:{n_gpus + i}", "cuda", n_gpus + i, uuid=f"MIG-{i}", label="Slice") for i in range(n_migs)]
+    machine = make_machine(n_gpus)
+    machine = replace(machine, gpus=(*machine.gpus, *migs))
+    with mock.patch("daskinfer.hardware.device_spec.inspect_machine", return_value=machine):
+        listed = find_local_devices()
+    for device in listed:
+        assert parse_names(device.name, machine) == [device.name]
+        assert not device.uuid or parse_names(device.uuid, machine) == [device.name]
+    names = [device.name for device in listed]
+    assert parse_names(names if as_list else ",".join(names), machine) == names
+    with contextlib.suppress(DeviceError):
+        devices = parse_devices(spec, machine)
+        reported = [device.name for device in devices]
+        assert parse_devices(reported if as_list else ",".join(reported), machine) == devices
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (torch.device("cpu"), ["cpu:0"]),
+        (torch.device("cuda", 1), ["cuda:1"]),
+        (torch.device("cuda"), ["cuda:0", "cuda:1"]),
+        ([torch.device("cuda:0"), "cpu"], ["cuda:0", "cpu:0"]),
+        (["cuda:0", "cpu"], ["cuda:0", "cpu:0"]),
+        ("cpu:0,cpu:1", ["cpu:0", "cpu:1"]),
+        ("cpu, cpu:1", ["cpu:0", "cpu:1"]),
+    ],
+    ids=repr,
+)
+def test_devices_of_torch_and_numbered_cpu_workers(spec: object, names: list[str]) -> None:
+    """A ``torch.device`` is what its text is, alone or in a list; ``cpu:0,cpu:1`` are two CPU workers."""
+    assert parse_names(spec, make_machine()) == names
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 9])
+def test_the_spellings_for_a_number_work(number: int) -> None:
+    """A number alone is refused, as a number and as text, with spellings that do what they say."""
+    for spec in (number, str(number)):
+        with pytest.raises(DeviceError, match=rf"got {number}: |'{number}' does not name a device: ") as error:
+            parse_devices(spec, make_machine(10))
+        one, *several = re.findall(r"'((?:cuda:|cpu)[^']*)'", str(error.value))
+        assert parse_names(one, make_machine(10)) == [f"cuda:{number}"]
+        assert {len(parse_names(way, make_machine(10))) for way in several} == {max(1, number)}
+
+
+def test_two_devices_are_spelled_out() -> None:
+    """The number that torch people type first has both spellings, GPUs and CPU workers."""
+    with pytest.raises(DeviceError, match=r"got 2: 'cuda:2' is one GPU, 'cuda:0,cuda:1' or 'cpu\*2' are two devices"):
+        parse_devices(2, make_machine())
+
+
 def test_auto_takes_every_gpu_else_one_cpu_worker_per_core() -> None:
     """ "auto" means the GPUs, and CPU workers only without a GPU."""
     assert parse_names("auto", make_machine(2)) == ["cuda:0", "cuda:1"]
@@ -127,6 +191,8 @@ REFUSED = {
     "cuda,cuda:0": r"cuda:0 \(Fast One\) is requested 2 times, as 'cuda' and 'cuda:0'; each GPU has one worker\. Keep one",
     "gpu:1,GPU-0001": r"cuda:1 .* is requested 2 times, as 'gpu:1' and 'GPU-0001'",
     "cuda:7": r"device 'cuda:7' not found; this process sees cuda:0.*cuda:1.*4 CPU cores\. Request one of those",
+    "cpu:3": r"'cpu:3' is out of turn: CPU workers are numbered .*this one is cpu:0\. Use 'cpu' for one worker, 'cpu\*2'",
+    "cpu:0,cpu:0": r"'cpu:0' is out of turn: .*this one is cpu:1",
     "gpu:7": r"device 'gpu:7' \(same as 'cuda:7'\) not found; this process sees cuda:0",
     "GPU-9999": r"device 'GPU-9999' not found",
 }
@@ -140,7 +206,8 @@ def test_errors_say_what_was_got_what_is_allowed_and_what_to_change(spec: str) -
 
 
 WRONG_TYPES = [
-    (3, r"devices must be a string or a list of strings, such as \"cpu\*2\".*got 3 \(int\)"),
+    (-3, r"devices must be a string or a list of strings, such as \"cpu\*2\".*got -3 \(int\)"),
+    (True, r"devices must be .*got True \(bool\)"),
     (None, r"devices must be .*got None \(NoneType\)"),
     (b"cpu", r"devices must be .*got b'cpu' \(bytes\)"),
     ({"cpu"}, r"devices must be .*got \{'cpu'\} \(set\)"),
