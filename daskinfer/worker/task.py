@@ -157,9 +157,10 @@ def compute_chunk(
         return ChunkResult(chunk, [output.copy() for output in config.outputs], stats)
     _check_dask_row_counts(config, rows, chunk)
     with worker_device.limit_threads():
-        since = time.perf_counter()
+        n_loads, since = model_cache.n_loads, time.perf_counter()
         model = get_model(spec.loader, worker_device)
-        load_seconds, began = time.perf_counter() - since, time.time()
+        load_seconds = time.perf_counter() - since if model_cache.n_loads > n_loads else 0.0
+        began = time.time()
         output = run_model(model, rows, chunk.start, config, out, alone=alone)
     stats = _make_chunk_stats(chunk, worker_device, output, began, load_seconds)
     return ChunkResult(chunk, output.arrays, stats, failures=_make_row_failures(chunk, worker_device, output))

@@ -180,6 +180,34 @@ def test_startup_is_no_part_of_the_throughput():
     assert cold.start_seconds > cold.seconds
 
 
+class SlowToLoad:
+    """A model that loads for a while, and is slow the first time it is called."""
+
+    def load(self, device: str) -> None:
+        time.sleep(0.4)  # stands for reading weights
+        self.calls = 0
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        if self.calls == 1:
+            time.sleep(0.1)  # stands for compiling
+        return rows
+
+
+def test_loading_and_the_first_call_stand_apart():
+    """A call that mostly loads its model is told so; the next call finds the model loaded and warm."""
+    model, x = di.Model(SlowToLoad(), version="1"), np.zeros(64, np.float32)
+    how = {"devices": "inline", "batch_size": 8, "output": x[:0], "return_report": True}
+    _, cold = di.predict(model, x, **how)
+    _, warm = di.predict(model, x, **how)
+    assert cold.load_seconds >= 0.4
+    assert cold.verdict.startswith(f"load-bound: loading took {cold.load_seconds:.1f} of {cold.seconds:.1f} s; ")
+    (device,) = cold.devices
+    assert device.seconds >= device.first_call_seconds >= device.warm_up_seconds > 0.09
+    assert [span.loaded[1] - span.loaded[0] >= 0.4 for span in cold.timeline].count(True) == 1
+    assert (warm.load_seconds, warm.first_call_seconds) == (0.0, 0.0)
+
+
 def test_a_notebook_shows_the_timeline():
     """A report with a timeline has a small picture of it between the table and the verdict."""
     times = {"read_began": 1.0, "ended": 3.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
