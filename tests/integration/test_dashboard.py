@@ -335,6 +335,9 @@ def test_where_the_time_of_each_device_goes() -> None:
     columns = seen(registry)[0]._phases_plot._source.data
     ends = [columns[label][0] for label in ("read", "load the model", "compute")]
     assert ends == pytest.approx([0.1, 0.3, 0.4])
+    view = seen(registry)[0]
+    plots = [plot.root for plot in (view._throughput_plot, view._shares_plot, view._phases_plot)]
+    assert {type(plot.x_scale).__name__ for plot in plots} | {type(plots[0].y_scale).__name__} == {"LinearScale"}
 
 
 def test_one_run_of_several_is_shown() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import daskinfer as di
 from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
+from daskinfer.diagnostics import html_report
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, PlannedDevice, RunStarted
 from daskinfer.diagnostics.html_report import MAX_EXCEPTION_CHARACTERS, MAX_FAILURES
 from daskinfer.diagnostics.report import RunAggregator, RunReport
@@ -97,6 +98,15 @@ def test_the_page_has_it_all() -> None:
     assert "cpu:0 finished 1.00 s before the last device." in words
     assert "Failed attempts at a chunk: 0." in words
     assert re.search(r"Failed rows: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
+
+
+def test_bars_are_as_long_as_what_they_mean() -> None:
+    """Every axis is linear, and those of bars begin at 0."""
+    charts = html_report._make_charts(made(["cuda:0", "cpu:0"], 11))
+    assert set(charts) == set(CHARTS)
+    assert {type(scale).__name__ for chart in charts.values() for scale in (chart.x_scale, chart.y_scale)} == {"LinearScale"}
+    assert {charts[name].x_range.start for name in ("timeline", "shares", "tail", "memory")} == {0.0}
+    assert charts["throughput"].y_range.start == 0.0
 
 
 def test_the_legend_has_what_is_drawn() -> None:
