@@ -18,6 +18,7 @@ from daskinfer.cluster.process_cluster import default_cluster
 from daskinfer.core.files import remove_stale_scratch
 from daskinfer.diagnostics.events import EventBus
 from daskinfer.diagnostics.progress import Progress, make_event_bus
+from daskinfer.diagnostics.provenance import describe_call
 from daskinfer.diagnostics.report import RunReport
 from daskinfer.errors import DaskInferError, ErrorCollector, shorten_traceback
 from daskinfer.execution.result_buffers import result_pool
@@ -101,7 +102,7 @@ def predict(model: ModelLike, x: InputLike, **keywords: Any) -> Any:
     sink = ArraySink(job, _choose_allocator(job))
     report = Run(job, call.client, _make_event_bus(job, given.progress)).into(sink)
     if given.return_report:
-        return sink.output, report
+        return sink.output, replace(report, facts={**describe_call("predict", given), **report.facts})
     warn_of_failed_rows(report.failed_rows)
     return sink.output
 
@@ -201,7 +202,8 @@ def run(
         else:
             report = make_complete_report(job)
         outputs.finish()
-    return replace(report, rows_before=outputs.n_rows_before, **outputs.failure_fields)
+    facts = {**describe_call("run", given), **report.facts}
+    return replace(report, rows_before=outputs.n_rows_before, facts=facts, **outputs.failure_fields)
 
 
 @with_options

@@ -38,7 +38,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ def run(context: click.Context, /, print_config: bool, as_json: bool, **options:
         _print_config(context)
         return
     report: RunReport = call_api("run", options, options["input"], options["output"])
+    report = replace(report, facts={"command": _format_command(context), **report.facts})
     if options["report"] is not None:
         _write_report(report, options["report"], options["shard"])
     outputs = list_paths(options["output"])
@@ -145,6 +146,11 @@ def _make_run_fields(report: RunReport, outputs: Sequence[str]) -> dict[str, Any
     fields = report.to_dict()
     facts = {re.sub(r"\W+", "_", title).lower(): fact for title, fact in fields["facts"].items()}
     return fields | {"facts": facts, "output_paths": [os.path.abspath(output) for output in outputs]}
+
+
+def _format_command(context: click.Context) -> str:
+    """Return the command as it was typed."""
+    return shlex.join([context.find_root().info_name or "daskinfer", *sys.argv[1:]])
 
 
 def _write_report(run_report: Any, report_path: str, shard: Shard | None) -> None:

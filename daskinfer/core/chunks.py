@@ -30,10 +30,11 @@ class ChunkStats:
 
     ``batch_size`` is the smallest batch that was used (rows), below the plan's if memory ran out. ``channels_last`` says
     whether images were laid out in that memory format. ``seconds`` is the time spent in the model, transfers included, but
-    not reading and writing; ``waited_seconds`` is how long the device was idle until this chunk was read. ``read_began``,
-    ``began`` and ``ended`` are when reading and computing began, and when all was written, in seconds since 1970 by the
-    worker's clock. ``peak_nbytes`` is the most that was held so far: of a GPU's memory by the model, of the host's by the
-    process.
+    not loading it, reading and writing; ``first_call_seconds`` of it went into the first micro-batch that the process gave
+    to the model, 0 in any later chunk. ``load_seconds`` is how long this chunk had the device wait for the model to load;
+    ``waited_seconds`` is how long the device was idle until this chunk was read. ``read_began``, ``began`` and ``ended`` are
+    when reading and computing began, and when all was written, in seconds since 1970 by the worker's clock. ``peak_nbytes``
+    is the most that was held so far: of a GPU's memory by the model, of the host's by the process.
     """
 
     start: int
@@ -51,6 +52,8 @@ class ChunkStats:
     ended: float = 0.0
     peak_nbytes: int = 0
     channels_last: bool = False
+    load_seconds: float = 0.0
+    first_call_seconds: float = 0.0
 
     @property
     def is_abandoned(self) -> bool:

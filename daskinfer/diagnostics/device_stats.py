@@ -34,20 +34,41 @@ def _min_known(first: Any, second: Any) -> Any:
     return min(first or second, second or first)
 
 
+def _add_known(first: Any, second: Any) -> Any:
+    """Return the sum of two numbers of which None means "unknown"."""
+    return None if first is None and second is None else (first or 0.0) + (second or 0.0)
+
+
 # How two values become one: of two chunks of a device, or of two devices that are shown as one.
 SUM, MAX, MIN = ({"combine": combine} for combine in (operator.add, max, _min_known))
+
+INLINE = "inline"  # what events and programs call this process as a device
+
+
+def format_device(device: str, n_cores: int) -> str:
+    """Format a device's name for people.
+
+    Examples
+    --------
+    >>> format_device("cuda:0", 4), format_device("inline", 4), format_device("inline", 0)
+    ('cuda:0', 'this process (all 4 cores)', 'this process')
+    """
+    if device != INLINE:
+        return device
+    return "this process" + (f" (all {n_cores} cores)" if n_cores > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
     """One device's part in a run: shares are fractions of all rows, ``seconds`` the time spent in the model.
 
-    ``asked_share`` is the plan's, ``measured_share`` the device's fraction of the throughput of all devices, ``done_share``
-    what it did. ``read_seconds`` and ``write_seconds`` are sums over its chunks, and overlap with the model's;
-    ``waited_seconds`` is how long the device was idle until a chunk was read. ``batch_size`` is the smallest micro-batch
-    used (rows; 0 if nothing was done), ``peak_nbytes`` the most memory held: by the model on a GPU, else by the process.
-    ``n_retried`` counts failed attempts; ``began`` and ``ended`` are when reading its first chunk began and its last chunk
-    was done, in seconds since 1970.
+    ``asked_share`` is what the caller requested, None if nothing; ``measured_share`` is the device's fraction of the
+    throughput of all devices, ``done_share`` what it did. ``read_seconds`` and ``write_seconds`` are sums over its chunks,
+    and overlap with the model's; ``waited_seconds`` is how long the device was idle until a chunk was read, ``load_seconds``
+    until the model was loaded; ``first_call_seconds`` of ``seconds`` went into the model's first micro-batch. ``batch_size``
+    is the smallest micro-batch used (rows; 0 if nothing was done), ``peak_nbytes`` the most memory held: by the model on a
+    GPU, else by the process. ``n_retried`` counts failed attempts; ``began`` and ``ended`` are when reading its first chunk
+    began and its last chunk was done, in seconds since 1970.
     """
 
     device: str
@@ -55,7 +76,7 @@ class DeviceReport:
     n_chunks: int
     n_rows: int
     seconds: float = field(default=0.0, metadata=SUM)
-    asked_share: float = 0.0
+    asked_share: float | None = None
     done_share: float = 0.0
     measured_share: float = 0.0
     read_seconds: float = field(default=0.0, metadata=SUM)
@@ -66,6 +87,27 @@ class DeviceReport:
     n_retried: int = 0
     began: float = field(default=0.0, metadata=MIN | {"source": "read_began"})
     ended: float = field(default=0.0, metadata=MAX)
+    load_seconds: float = field(default=0.0, metadata=SUM)
+    first_call_seconds: float = field(default=0.0, metadata=SUM)
+    n_cores: int = 0
+
+    @property
+    def title(self) -> str:
+        """What people call the device."""
+        return format_device(self.device, self.n_cores)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it got any chunk."""
+        return bool(self.n_chunks or self.n_retried)
+
+    @property
+    def warm_up_seconds(self) -> float:
+        """How much longer the model's first micro-batch took than the others; 0.0 if there was no other."""
+        n_others = self.n_rows / self.batch_size - 1 if self.batch_size else 0
+        if not self.first_call_seconds or n_others < 1:
+            return 0.0
+        return max(0.0, self.first_call_seconds - (self.seconds - self.first_call_seconds) / n_others)
 
     @property
     def rows_per_second(self) -> float:
@@ -77,8 +119,9 @@ class DeviceReport:
 class DeviceStatus:
     """One device at one moment: rows done and failed, chunks in flight, recent rows/s, and shares of all rows, fractions.
 
-    ``batch_size`` is the micro-batch of its last chunk (rows; 0 before it), ``state`` "", "replaced" (its worker was
-    restarted) or "gone" (the device is lost). The rule of a field tells how several devices are shown as one.
+    ``asked_share`` is None if no shares were requested. ``batch_size`` is that of its last chunk (rows; 0 before it),
+    ``state`` "" or that of :class:`DeviceChanged`. ``seconds`` and those after it are as in :class:`DeviceReport`. The rule
+    of a field tells how several devices are shown as one.
     """
 
     device: str
@@ -89,13 +132,37 @@ class DeviceStatus:
     n_in_flight: int = field(metadata=SUM)
     n_retried: int = field(metadata=SUM)
     rows_per_second: float = field(metadata=SUM)
-    asked_share: float = field(metadata=SUM)
+    asked_share: float | None = field(metadata={"combine": _add_known})
     done_share: float = field(metadata=SUM)
     batch_size: int = field(metadata=MAX)
     state: str
+    seconds: float = field(default=0.0, metadata=SUM)
+    waited_seconds: float = field(default=0.0, metadata=SUM)
+    load_seconds: float = field(default=0.0, metadata=SUM)
+    write_seconds: float = field(default=0.0, metadata=SUM)
+    n_cores: int = 0
+
+    @property
+    def title(self) -> str:
+        """What people call the device."""
+        return format_device(self.device, self.n_cores)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it got any chunk."""
+        return bool(self.n_rows or self.n_in_flight or self.n_retried or self.state)
 
 
 Record = TypeVar("Record", DeviceReport, DeviceStatus)
+
+
+def select_shown(devices: Sequence[Record]) -> list[Record]:
+    """Select the devices that a table lists: not workers that were never used because this process was faster.
+
+    A device of which a share was requested is always listed.
+    """
+    runs_inline = any(device.device == INLINE and device.is_used for device in devices)
+    return [device for device in devices if device.is_used or device.asked_share is not None or not runs_inline]
 
 
 @dataclass
@@ -132,7 +199,8 @@ class DeviceStats:
     Note: not locked.
     """
 
-    def __init__(self, planned: PlannedDevice) -> None:
+    def __init__(self, planned: PlannedDevice, n_cores: int = 0) -> None:
+        self.n_cores = n_cores
         self.device, self.kind, self.asked_share = planned.device, planned.kind, planned.share
         self.planned_label = planned.label
         self.device_name = self.state = ""
@@ -220,11 +288,13 @@ class DeviceTable:
 
     def __init__(self) -> None:
         self._devices: dict[str, DeviceStats] = {}
+        self._n_cores = 0
 
     def __call__(self, event: Event) -> None:
         """Pass an event on to the device that it is about; other events change nothing."""
         if isinstance(event, RunStarted):
-            self._devices = {planned.device: DeviceStats(planned) for planned in event.devices}
+            self._n_cores = event.n_cores
+            self._devices = {planned.device: DeviceStats(planned, event.n_cores) for planned in event.devices}
         elif isinstance(event, RunEnded):
             for device in self._devices.values():
                 device.end()
@@ -252,7 +322,8 @@ class DeviceTable:
 
     def _get_device(self, name: str) -> DeviceStats:
         if name not in self._devices:  # this process, if no device was named
-            self._devices[name] = DeviceStats(PlannedDevice(name, "", name.partition(":")[0], 0.0))
+            planned = PlannedDevice(name, "", name.partition(":")[0], None)
+            self._devices[name] = DeviceStats(planned, self._n_cores)
         return self._devices[name]
 
 

@@ -34,12 +34,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class PlannedDevice:
-    """A device of a run: its name, its model, its kind ("cuda", "cpu"), and its planned share of the rows, a fraction."""
+    """A device of a run: its name, its model, its kind ("cuda", "cpu"), and the share of the rows that was requested of it.
+
+    ``share`` is a fraction; None if no shares were requested.
+    """
 
     device: str
     label: str
     kind: str
-    share: float
+    share: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class RunStarted(Event):
 
     ``rows`` (start, stop) is the run's part of the input, all of it or its shard; ``done`` are the ranges of it that
     earlier calls computed, in order. ``model``, ``inputs`` and ``outputs`` describe what is computed. ``batch`` is what the
-    plan or an earlier call chose.
+    plan or an earlier call chose. ``n_cores`` are the cores that this process may use; 0 if unknown.
     """
 
     model: str
@@ -58,6 +61,7 @@ class RunStarted(Event):
     done: tuple[Range, ...]
     batch: BatchConfig
     devices: tuple[PlannedDevice, ...]
+    n_cores: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -131,7 +135,11 @@ class ChunkFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceChanged(Event):
-    """A device's worker was restarted (state "replaced"), or the device is lost ("gone") and the others continue."""
+    """What became of a device's worker.
+
+    It is away and expected back (state "restarting"), it was restarted ("replaced"), or the device is lost ("gone") and the
+    others continue.
+    """
 
     device: str
     state: str

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from bokeh.embed import components
 from bokeh.models import (
+    BoxAnnotation,
     ColumnDataSource,
     DataRange1d,
     FixedTicker,
@@ -30,20 +31,25 @@ from bokeh.resources import Resources
 from daskinfer.core.files import write_atomic
 from daskinfer.core.formatting import format_nbytes, render_template
 from daskinfer.diagnostics.charts import (
+    MARK_STYLES,
     SERIES_HEIGHT,
-    SHARES,
     STAGES,
     Bar,
+    PlacedMark,
+    Row,
+    Stage,
     compute_idle_seconds,
-    get_device_color,
-    list_device_names,
+    list_rows,
+    list_shares,
     make_bars,
     measure_peak_memory,
-    shorten_label,
+    place_marks,
     stack_throughput,
 )
 from daskinfer.diagnostics.device_stats import DeviceReport
-from daskinfer.diagnostics.report import DEVICE_COLUMNS
+from daskinfer.diagnostics.palette import INK
+from daskinfer.diagnostics.provenance import format_period
+from daskinfer.diagnostics.report import choose_columns
 from daskinfer.errors import SourceMissing
 
 if TYPE_CHECKING:
@@ -61,18 +67,24 @@ def render_page(report: RunReport) -> str:
     """Render the whole page."""
     charts = _make_charts(report)
     script, divs = components(charts) if charts else ("", {})
-    columns = _make_columns(report)
+    columns, times = _make_columns(report), _make_time_columns(report)
+    shown, colors = report.shown_devices, {row.device: row.color for row in list_rows(report)}
     return render_template(
         "diagnostics/html_report.html.j2",
         report=report,
         title=report.facts.get("model") or "a run",
+        period=format_period(report.started_at, report.ended_at) if report.started_at else "",
+        call=report.facts.get("command") or report.facts.get("call") or "",
         code=Resources(mode="inline", components=["bokeh"], log_level="warn").render() if charts else "",
         script=script,
         charts=divs,
         device_headers=tuple(columns),
-        devices=[[format_cell(device) for format_cell in columns.values()] for device in report.devices],
-        colors=[get_device_color(position) for position in range(len(report.devices))],
+        devices=[[format_cell(device) for format_cell in columns.values()] for device in shown],
+        time_headers=tuple(times),
+        times=[[format_cell(device) for format_cell in times.values()] for device in shown],
+        colors=[colors[device.device] for device in shown],
         tail=_describe_tail(report),
+        legends={"timeline": _list_stage_entries(report), "shares": _list_share_entries(report)},
         failure_headers=("rows", "device", "error"),
         failures=_format_failures(report),
         n_more=max(0, len(report.failures) - MAX_FAILURES),
@@ -103,16 +115,25 @@ def write_page(content: str, path: str | os.PathLike[str]) -> None:
 
 def _make_columns(report: RunReport) -> Mapping[str, Callable[[DeviceReport], str]]:
     """Return the columns of the devices' table: those of the report's text, and more, as a page is wider."""
-    idle = compute_idle_seconds(report.devices)
     return {
-        **DEVICE_COLUMNS,
+        **choose_columns(report.shown_devices),
         "batch size": lambda device: f"{device.batch_size:,}" if device.batch_size else "",
-        "reading": lambda device: f"{device.read_seconds:,.2f} s",
-        "waiting": lambda device: f"{device.waited_seconds:,.2f} s",
-        "computing": lambda device: f"{device.seconds:,.2f} s",
-        "writing": lambda device: f"{device.write_seconds:,.2f} s",
         "peak memory": lambda device: format_nbytes(device.peak_nbytes) if device.peak_nbytes else "",
         "retries": lambda device: f"{device.n_retried:,}",
+    }
+
+
+def _make_time_columns(report: RunReport) -> Mapping[str, Callable[[DeviceReport], str]]:
+    """Return the columns of the table of where the devices' time went."""
+    idle = compute_idle_seconds(report.devices)
+    return {
+        "device": lambda device: device.title,
+        "reading": lambda device: f"{device.read_seconds:,.2f} s",
+        "waiting for reads": lambda device: f"{device.waited_seconds:,.2f} s",
+        "loading the model": lambda device: f"{device.load_seconds:,.2f} s",
+        "first call": lambda device: f"{device.first_call_seconds:,.2f} s",
+        "computing": lambda device: f"{device.seconds:,.2f} s",
+        "writing": lambda device: f"{device.write_seconds:,.2f} s",
         "idle tail": lambda device: f"{idle[device.device]:,.2f} s" if device.device in idle else "",
     }
 
@@ -128,35 +149,56 @@ def _format_failures(report: RunReport) -> list[list[str]]:
     ]
 
 
+def _list_stage_entries(report: RunReport) -> list[tuple[str, str, str]]:
+    """List the timeline's legend: the background of a swatch or the colour of a character, the character, and the text."""
+    shown = {bar.stage for bar in make_bars(report.timeline)}
+    happened = {mark.kind for mark in report.marks}
+    return [
+        *((stage.phase.css, "", stage.label) for stage in STAGES if stage.label in shown),
+        *((f"color: {style.color}", style.character, kind) for kind, style in MARK_STYLES.items() if kind in happened),
+    ]
+
+
+def _list_share_entries(report: RunReport) -> list[tuple[str, str, str]]:
+    ink = ", ".join(str(int(INK[i : i + 2], 16)) for i in (1, 3, 5))
+    return [(f"background: rgba({ink}, {share.opacity})", "", share.label) for share in list_shares(report)]
+
+
 def _describe_tail(report: RunReport) -> str:
     """Describe the idle tail in a sentence; empty if there is none."""
     if not report.tail_seconds:
         return ""
+    if report.tail_seconds < _SHORT_TAIL_FRACTION * report.seconds:
+        return f"Devices finished within {report.tail_seconds:,.2f} s of each other."
     idle = compute_idle_seconds(report.devices)
-    first = max(idle, key=idle.__getitem__)
-    return f"{first} finished {report.tail_seconds:,.2f} s before the last device."
+    first = max(report.devices, key=lambda device: idle.get(device.device, 0.0))
+    return f"{first.title} finished {report.tail_seconds:,.2f} s before the last device."
+
+
+_SHORT_TAIL_FRACTION = 0.1  # of the wall time, below which nobody was late; arbitrary
 
 
 def _make_charts(report: RunReport) -> dict[str, Figure]:
     """Make the charts that have anything to show, by name."""
     charts = {}
+    rows = list_rows(report)
     if bars := make_bars(report.timeline):
-        devices = list_device_names(report)
-        charts["timeline"] = _make_timeline_chart(devices, bars)
-        charts["throughput"] = _make_throughput_chart(devices, bars, charts["timeline"].x_range)
-    if report.devices:
-        charts["shares"] = _make_shares_chart(report)
-    if report.tail_seconds:
-        idle = compute_idle_seconds(report.devices)
-        charts["tail"] = _make_bar_chart(report, [idle.get(device.device, 0.0) for device in report.devices], "seconds")
+        charts["timeline"] = _make_timeline_chart(rows, bars, place_marks(report))
+        charts["throughput"] = _make_throughput_chart(rows, bars, charts["timeline"].x_range)
+    if report.shown_devices:
+        charts["shares"] = _make_shares_chart(report, rows)
+    if report.tail_seconds >= _SHORT_TAIL_FRACTION * report.seconds > 0:
+        charts["tail"] = _make_bar_chart(rows, compute_idle_seconds(report.devices), "seconds")
     if any(device.peak_nbytes for device in report.devices):
-        charts["memory"] = _make_bar_chart(report, *measure_peak_memory(report.devices))
+        peaks, unit = measure_peak_memory(report.devices)
+        by_device = dict(zip((device.device for device in report.devices), peaks, strict=True))
+        charts["memory"] = _make_bar_chart(rows, by_device, unit)
     return charts
 
 
-def _make_chart(height: int, devices: Sequence[str], **options: Any) -> Figure:
+def _make_chart(height: int, rows: Sequence[Row], **options: Any) -> Figure:
     """Make a chart whose frame begins right of the longest name even if it shows no names: time axes are aligned."""
-    left = 40 + _PIXELS_PER_CHARACTER * max((len(shorten_label(device)) for device in devices), default=0)
+    left = 40 + _PIXELS_PER_CHARACTER * max((len(row.label) for row in rows), default=0)
     chart: Figure = figure(height=height, sizing_mode="stretch_width", min_border_left=left, **options)
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
@@ -165,92 +207,131 @@ def _make_chart(height: int, devices: Sequence[str], **options: Any) -> Figure:
     return chart
 
 
-def _make_device_chart(devices: Sequence[str], row_height: int, x_range: Any, **options: Any) -> Figure:
+def _make_device_chart(rows: Sequence[Row], row_height: int, x_range: Any, **options: Any) -> Figure:
     """Make a chart with a row of so many pixels per device, the first on top."""
-    height = min(_MAX_CHART_HEIGHT, row_height * len(devices) + 80)
-    chart = _make_chart(height, devices, x_range=x_range, y_range=Range1d(start=len(devices) - 0.5, end=-0.5), **options)
-    chart.yaxis.ticker = FixedTicker(ticks=list(range(len(devices))))
-    chart.yaxis.major_label_overrides = {i: PlainText(text=shorten_label(name)) for i, name in enumerate(devices)}
+    height = min(_MAX_CHART_HEIGHT, row_height * len(rows) + 80)
+    chart = _make_chart(height, rows, x_range=x_range, y_range=Range1d(start=len(rows) - 0.5, end=-0.5), **options)
+    chart.yaxis.ticker = FixedTicker(ticks=list(range(len(rows))))
+    chart.yaxis.major_label_overrides = {i: PlainText(text=row.label) for i, row in enumerate(rows)}
     chart.ygrid.grid_line_color = None
     return chart
-
-
-def _move_legend_above(chart: Figure) -> None:
-    """Move the legend out of the frame, so that it hides nothing."""
-    (legend,) = chart.legend
-    legend.orientation, legend.border_line_color, legend.padding, legend.margin = "horizontal", None, 0, 2
-    chart.add_layout(legend, "above")
 
 
 _TIME_TOOLS = "xpan,xwheel_zoom,xbox_zoom,reset"
 
 
-def _make_timeline_chart(devices: Sequence[str], bars: Sequence[Bar]) -> Figure:
-    chart = _make_device_chart(devices, 42, Range1d(start=0.0, end=max(bar.end for bar in bars)), tools=_TIME_TOOLS)
+def _make_timeline_chart(rows: Sequence[Row], bars: Sequence[Bar], marks: Sequence[PlacedMark]) -> Figure:
+    end = max(bar.end for bar in bars)
+    chart = _make_device_chart(rows, 46, Range1d(start=0.0, end=end), tools=_TIME_TOOLS)
     chart.xaxis.axis_label = "seconds since the first chunk"
-    row = {device: i for i, device in enumerate(devices)}
-    glyphs = []
-    for stage in STAGES:
-        own = [bar for bar in bars if bar.stage == stage.label]
-        if not own:  # bokeh's legend would have its name without its colour
-            continue
-        middle = np.array([row[bar.span.device] for bar in own], np.float64) + stage.offset
-        source = ColumnDataSource(
-            {
-                "left": np.array([bar.begin for bar in own], np.float64),
-                "right": np.array([bar.end for bar in own], np.float64),
-                "top": middle - SERIES_HEIGHT / 2,
-                "bottom": middle + SERIES_HEIGHT / 2,
-                "seconds": np.array([bar.end - bar.begin for bar in own], np.float64),
-                "device": [bar.span.device for bar in own],
-                "rows": [f"{bar.span.n_rows:,} of {bar.span.start:,}:{bar.span.stop:,}" for bar in own],
-                "chunks": np.array([bar.span.n_chunks for bar in own], np.int32),
-            }
+    for number, row in enumerate(rows):  # the device's colour, palely behind its bars
+        chart.add_layout(
+            BoxAnnotation(bottom=number - 0.45, top=number + 0.45, fill_color=row.color, fill_alpha=0.12, level="underlay")
         )
-        style = {"color": stage.color, "fill_alpha": 0.8, "line_width": 0.5, "legend_label": stage.label}
-        glyphs.append(chart.quad("left", "right", "top", "bottom", source=source, name=stage.label, **style))
+    numbers = {row.device: number for number, row in enumerate(rows)}
+    glyphs = [_draw_stage(chart, stage, own, numbers) for stage in STAGES if (own := _select_stage(bars, stage))]
     what = [("device", "@device"), ("", "$name"), ("rows", "@rows"), ("chunks", "@chunks")]
     when = [("from", "@left{0,0.000} s"), ("for", "@seconds{0,0.000} s")]
     chart.add_tools(HoverTool(renderers=glyphs, tooltips=what + when))
-    _move_legend_above(chart)
+    _draw_marks(chart, marks, rows)
     return chart
 
 
-def _make_throughput_chart(devices: Sequence[str], bars: Sequence[Bar], x_range: Range1d) -> Figure:
-    chart = _make_chart(240, devices, x_range=x_range, y_range=DataRange1d(start=0.0), tools=_TIME_TOOLS)
+def _select_stage(bars: Sequence[Bar], stage: Stage) -> list[Bar]:
+    return [bar for bar in bars if bar.stage == stage.label]
+
+
+def _draw_stage(chart: Figure, stage: Stage, bars: Sequence[Bar], numbers: Mapping[str, int]) -> Any:
+    """Draw the bars of one stage; return the glyph."""
+    middle = np.array([numbers[bar.span.device] for bar in bars], np.float64) + stage.offset
+    source = ColumnDataSource(
+        {
+            "left": np.array([bar.begin for bar in bars], np.float64),
+            "right": np.array([bar.end for bar in bars], np.float64),
+            "top": middle - SERIES_HEIGHT / 2,
+            "bottom": middle + SERIES_HEIGHT / 2,
+            "seconds": np.array([bar.end - bar.begin for bar in bars], np.float64),
+            "device": [bar.span.device for bar in bars],
+            "rows": [f"{bar.span.n_rows:,} of {bar.span.start:,}:{bar.span.stop:,}" for bar in bars],
+            "chunks": np.array([bar.span.n_chunks for bar in bars], np.int32),
+        }
+    )
+    style = {"fill_color": stage.phase.color, "line_color": INK, "line_width": 0.5}
+    if stage.phase.hatch:
+        style |= {"hatch_pattern": stage.phase.hatch, "hatch_color": INK, "hatch_scale": 6.0, "hatch_weight": 0.7}
+    return chart.quad("left", "right", "top", "bottom", source=source, name=stage.label, **style)
+
+
+def _draw_marks(chart: Figure, marks: Sequence[PlacedMark], rows: Sequence[Row]) -> None:
+    """Draw what went wrong over the bars; under the mouse, each mark tells what it was."""
+    numbers = {row.device: number for number, row in enumerate(rows)}
+    glyphs = []
+    for kind, style in MARK_STYLES.items():
+        if own := [one for one in marks if one.mark.kind == kind and one.mark.device in numbers]:
+            source = ColumnDataSource(
+                {
+                    "x": [one.seconds for one in own],
+                    "y": [numbers[one.mark.device] + style.offset for one in own],
+                    "device": [one.mark.device for one in own],
+                    "text": [one.mark.text for one in own],
+                }
+            )
+            look = {"marker": style.bokeh_shape, "size": 13, "line_width": 2, "line_color": "white"}
+            if style.bokeh_shape == "x":  # which is lines only
+                look |= {"line_width": 4, "line_color": style.color}
+            glyphs.append(chart.scatter("x", "y", source=source, fill_color=style.color, name=kind, **look))
+    if glyphs:
+        tooltips = [("device", "@device"), ("", "$name"), ("at", "@x{0,0.000} s"), ("", "@text")]
+        chart.add_tools(HoverTool(renderers=glyphs, tooltips=tooltips))
+
+
+def _make_throughput_chart(rows: Sequence[Row], bars: Sequence[Bar], x_range: Range1d) -> Figure:
+    chart = _make_chart(240, rows, x_range=x_range, y_range=DataRange1d(start=0.0), tools=_TIME_TOOLS)
     chart.xaxis.axis_label, chart.yaxis.axis_label = "seconds since the first chunk", "rows/s"
     chart.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
-    edges, layers = stack_throughput(devices, bars)
+    edges, layers = stack_throughput(rows, bars)
     for layer in layers:
         bottom, top = np.array(layer.bottom), np.array(layer.top)
         columns = {"left": np.array(edges[:-1]), "right": np.array(edges[1:]), "bottom": bottom, "top": top}
-        source = ColumnDataSource(columns | {"speed": top - bottom, "device": [layer.device] * len(top)})
-        chart.quad("left", "right", "top", "bottom", source=source, color=layer.color, line_width=0)
+        source = ColumnDataSource(columns | {"speed": top - bottom, "device": [layer.row.label] * len(top)})
+        chart.quad("left", "right", "top", "bottom", source=source, color=layer.row.color, line_width=1)
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("rows/s", "@speed{0,0.[0]}"), ("at", "@left{0,0.00} s")]))
     return chart
 
 
-def _make_shares_chart(report: RunReport) -> Figure:
-    devices = [device.device for device in report.devices]
-    chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+def _make_shares_chart(report: RunReport, rows: Sequence[Row]) -> Figure:
+    """Draw the shares in the devices' colours; the legend has them in ink."""
+    chart = _make_device_chart(rows, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[0]%")
-    for share, get_value in SHARES:
-        values = list(map(get_value, report.devices))
-        source = ColumnDataSource({"y": np.arange(len(devices)) + share.offset, "share": values, "device": devices})
-        style = {"color": share.color, "legend_label": share.label, "name": share.label}
-        chart.hbar("y", right="share", height=SERIES_HEIGHT, source=source, **style)
+    devices = {device.device: device for device in report.devices}
+    known = [(number, row, devices[row.device]) for number, row in enumerate(rows) if row.device in devices]
+    for share in list_shares(report):
+        source = ColumnDataSource(
+            {
+                "y": [number + share.offset for number, _, _ in known],
+                "share": [share.get_value(device) for _, _, device in known],
+                "device": [row.label for _, row, _ in known],
+                "color": [row.color for _, row, _ in known],
+            }
+        )
+        size = {"right": "share", "height": SERIES_HEIGHT, "fill_alpha": share.opacity}
+        chart.hbar("y", **size, source=source, fill_color="color", line_color="color", name=share.label)
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), ("", "$name @share{0.0%}")]))
-    _move_legend_above(chart)
     return chart
 
 
-def _make_bar_chart(report: RunReport, values: Sequence[float], unit: str) -> Figure:
+def _make_bar_chart(rows: Sequence[Row], values: Mapping[str, float], unit: str) -> Figure:
     """Make a chart of one number per device, in the device's colour."""
-    devices = [device.device for device in report.devices]
-    chart = _make_device_chart(devices, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart = _make_device_chart(rows, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
     chart.xaxis.axis_label = unit
-    colors = [get_device_color(position) for position in range(len(devices))]
-    source = ColumnDataSource({"y": np.arange(len(devices)), "value": values, "device": devices, "color": colors})
+    source = ColumnDataSource(
+        {
+            "y": np.arange(len(rows)),
+            "value": [values.get(row.device, 0.0) for row in rows],
+            "device": [row.label for row in rows],
+            "color": [row.color for row in rows],
+        }
+    )
     chart.hbar("y", right="value", height=0.6, source=source, color="color")
     chart.add_tools(HoverTool(tooltips=[("device", "@device"), (unit, "@value{0,0.00}")]))
     return chart

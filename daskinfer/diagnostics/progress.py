@@ -5,7 +5,7 @@ The first rule that matches decides:
 1. ``progress`` is a function: it gets the events, and nothing is shown.
 2. ``progress=False``: nothing is shown.
 3. In a notebook: a table in the cell's output, replaced as the run goes on; it needs no extension.
-4. In a terminal: a line per device and a total, on stderr. Concurrent runs are stacked.
+4. In a terminal: a line per device and a total, on stderr (``terminal``). Concurrent runs are stacked.
 5. ``progress=True``: a line on stderr every ``LINE_SECONDS``.
 6. ``progress=None``: nothing, since nobody is watching.
 
@@ -26,14 +26,8 @@ from typing import Any, Protocol
 from daskinfer.core.formatting import render_template
 from daskinfer.diagnostics.dashboard import StatusPublisher
 from daskinfer.diagnostics.events import Event, EventBus, Listener, RunEnded, RunStarted
-from daskinfer.diagnostics.status import (
-    DEVICE_HEADERS,
-    Status,
-    StatusTracker,
-    format_devices,
-    format_progress,
-    format_status,
-)
+from daskinfer.diagnostics.status import Status, StatusTracker, format_devices, format_progress, format_status
+from daskinfer.diagnostics.terminal import TerminalDisplay
 from daskinfer.errors import OptionError
 
 logger = logging.getLogger("daskinfer.progress")  # users set levels by this name, whatever the module's
@@ -72,7 +66,7 @@ def _make_listeners(progress: Progress) -> list[Listener]:
     if _is_in_notebook():
         return [DisplayListener(_NotebookDisplay(), DRAW_SECONDS, initial_delay)]
     if sys.stderr is not None and sys.stderr.isatty():
-        return [DisplayListener(_terminal_display, DRAW_SECONDS, initial_delay)]
+        return [DisplayListener(terminal_display, DRAW_SECONDS, initial_delay)]
     return [make_line_listener(_write_line)] if progress else []
 
 
@@ -140,76 +134,7 @@ def _write_line(status: Status) -> None:
     sys.stderr.flush()
 
 
-class _TerminalDisplay:
-    """The terminal: all runs of this process, stacked, since a terminal has one live region.
-
-    Note: the threads of the runs share it, and hold its lock while they draw.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._statuses: dict[object, Status] = {}
-        self._live: Any = None
-
-    def show(self, run: object, status: Status) -> None:
-        with self._lock:
-            self._statuses[run] = status
-            if self._live is None:
-                self._live = _make_live()
-                self._live.start()
-            self._draw()
-
-    def end(self, run: object, status: Status) -> None:
-        with self._lock:
-            self._statuses[run] = status
-            if len(self._statuses) > 1:  # the others continue below it
-                del self._statuses[run]
-                self._live.console.print(_render_statuses([status]))
-                self._draw()
-                return
-            self._draw()
-            self._statuses.clear()
-            self._live.stop()
-            self._live = None
-
-    def _draw(self) -> None:
-        self._live.update(_render_statuses(list(self._statuses.values())), refresh=True)
-
-
-_terminal_display = _TerminalDisplay()
-
-
-def _make_live() -> Any:
-    from rich.console import Console
-    from rich.live import Live
-
-    return Live(console=Console(stderr=True), auto_refresh=False)
-
-
-def _render_statuses(statuses: list[Status]) -> Any:
-    """Render statuses with rich: for each a table of devices, and a bar for all rows."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    parts: list[Any] = []
-    for status in statuses:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for header in DEVICE_HEADERS:
-            table.add_column(header, justify="left" if header in ("device", "name", "") else "right", no_wrap=True)
-        for cells in format_devices(status):
-            table.add_row(*map(Text, cells))
-        total = Table.grid(padding=(0, 1))
-        total.add_row(
-            Text(status.model, style="bold"),
-            ProgressBar(total=1.0, completed=status.fraction_done, width=30),
-            Text(", ".join(format_progress(status))),
-        )
-        parts += [table, total] if status.devices else [total]
-        if status.dashboard and not status.ended:
-            parts.append(Text(f"dashboard: {status.dashboard}", style="dim", no_wrap=True))
-    return Group(*parts)
+terminal_display = TerminalDisplay()
 
 
 class _NotebookDisplay:
@@ -231,13 +156,9 @@ class _NotebookDisplay:
 
 
 def _render_html(status: Status) -> str:
-    return render_template(
-        "diagnostics/progress.html.j2",
-        status=status,
-        text=", ".join(format_progress(status)),
-        headers=DEVICE_HEADERS,
-        devices=format_devices(status),
-    )
+    headers, devices = format_devices(status)
+    text = ", ".join(format_progress(status))
+    return render_template("diagnostics/progress.html.j2", status=status, text=text, headers=headers, devices=devices)
 
 
 def _is_in_notebook() -> bool:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from daskinfer.core.chunks import BatchConfig, RowFailure
 from daskinfer.core.formatting import format_text_table, render_template
 from daskinfer.core.installation import describe_install
-from daskinfer.diagnostics.charts import list_device_names, make_bars, render_svg
-from daskinfer.diagnostics.device_stats import DeviceReport, DeviceTable
-from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, Event, RunStarted
-from daskinfer.diagnostics.timeline import Span, Timeline
+from daskinfer.diagnostics.charts import list_rows, make_bars, place_marks, render_svg
+from daskinfer.diagnostics.device_stats import DeviceReport, DeviceTable, select_shown
+from daskinfer.diagnostics.events import (
+    BatchSizeChosen,
+    ChunkDone,
+    ChunkFailed,
+    DeviceChanged,
+    Event,
+    RunStarted,
+)
+from daskinfer.diagnostics.provenance import Hosts
+from daskinfer.diagnostics.timeline import Mark, Span, Timeline
+from daskinfer.diagnostics.verdict import SLOW_STARTUP_SECONDS, make_verdict, measure_tail
 from daskinfer.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -47,9 +57,14 @@ class RunReport:
     timeline
         When each device read, computed and wrote, in a bounded number of spans of one chunk or more.
     facts
-        What was computed, as text: model, inputs, outputs, versions, and the fingerprints of a stored output.
+        What was computed, as text: the call and its options, model, inputs, outputs, hosts, versions, and the fingerprints
+        of a stored output.
     start_seconds
-        Wall time before ``seconds``: starting workers, loading the model and tuning the batch size.
+        Wall time before ``seconds``: starting workers, and loading the model and tuning the batch size there.
+    marks
+        What went wrong and when: failed attempts, workers that died, were restarted or lost; the first of them.
+    started_at, ended_at
+        When the call began and ended, in seconds since 1970; 0.0 if unknown.
 
     Examples
     --------
@@ -71,6 +86,9 @@ class RunReport:
     timeline: tuple[Span, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = 0.0
+    marks: tuple[Mark, ...] = ()
+    started_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def rows_per_second(self) -> float:
@@ -88,20 +106,22 @@ class RunReport:
 
         This process does not count if workers took over from it.
         """
-        ended = [device.ended for device in self.devices if device.n_chunks and device.device != "inline"]
-        return max(ended) - min(ended) if ended else 0.0
+        return measure_tail(self.devices)
 
     @property
-    def _total_device_seconds(self) -> float:
-        """Time available to the devices, summed up: ``seconds`` for each, unless workers took over from this process.
+    def load_seconds(self) -> float:
+        """How long the device that waited longest for the model to load did so, within ``seconds``."""
+        return max((device.load_seconds for device in self.devices), default=0.0)
 
-        In that case the workers were starting until this process finished its last chunk, and from then on it was idle.
-        """
-        working = [device for device in self.devices if device.n_rows]
-        inline = [device.ended - device.began for device in working if device.device == "inline"]
-        if not inline or len(working) == 1:
-            return self.seconds * len(working)
-        return inline[0] + max(0.0, self.seconds - inline[0]) * (len(working) - 1)
+    @property
+    def first_call_seconds(self) -> float:
+        """The longest first micro-batch of the model in a process, within ``seconds``."""
+        return max((device.first_call_seconds for device in self.devices), default=0.0)
+
+    @property
+    def shown_devices(self) -> list[DeviceReport]:
+        """The devices that tables list: none if nothing was computed, no workers that were not needed."""
+        return select_shown(self.devices) if any(device.is_used for device in self.devices) else []
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the report to plain strings, numbers, lists and dicts, without the timeline.
@@ -114,11 +134,12 @@ class RunReport:
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("timeline", "devices")}
         devices = [asdict(device) | {"rows_per_second": device.rows_per_second} for device in self.devices]
         derived = {name: getattr(self, name) for name in ("rows_per_second", "n_retried", "tail_seconds", "verdict")}
-        failures = [asdict(failure) for failure in self.failures]
-        return own | derived | {"devices": devices, "failures": failures, "by_kind": dict(self.by_kind)}
+        lists = {name: [asdict(one) for one in getattr(self, name)] for name in ("failures", "marks")}
+        return own | derived | lists | {"devices": devices, "by_kind": dict(self.by_kind)}
 
     def _format_devices(self) -> list[list[str]]:
-        return [[format_cell(device) for format_cell in DEVICE_COLUMNS.values()] for device in self.devices]
+        columns = choose_columns(self.shown_devices)
+        return [[format_cell(device) for format_cell in columns.values()] for device in self.shown_devices]
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """Render the report as one HTML page that opens offline: timeline, throughput, shares, memory, failures and facts.
@@ -185,8 +206,9 @@ class RunReport:
     def __str__(self) -> str:
         if self.found_all_done:
             return self.totals
-        lines = [format_text_table(tuple(DEVICE_COLUMNS), self._format_devices()), self._format_summary(), self.details]
-        return "\n".join(line for line in lines if line)
+        devices = self.shown_devices
+        table = format_text_table(tuple(choose_columns(devices)), self._format_devices()) if devices else ""
+        return "\n".join(line for line in (table, self._format_summary(), self.details) if line)
 
     __repr__ = __str__  # shown at the interpreter's prompt and by notebooks without HTML
 
@@ -195,9 +217,9 @@ class RunReport:
             return f"<p>{self.totals}</p>"
         return render_template(
             "diagnostics/report.html.j2",
-            headers=tuple(DEVICE_COLUMNS),
+            headers=tuple(choose_columns(self.shown_devices)),
             rows=self._format_devices(),
-            svg=render_svg(list_device_names(self), make_bars(self.timeline)),
+            svg=render_svg(list_rows(self), make_bars(self.timeline), place_marks(self)),
             lines=[line for line in (self.details, self._format_summary()) if line],
         )
 
@@ -212,13 +234,16 @@ class RunReport:
         line = f"{self.rows:,} rows in {self.seconds:.2f} s ({self.rows_per_second:,.0f} rows/s), "
         line += f"batch size {self.batch_size:,}"
         line += f"; {self.rows_before:,} rows were already done" if self.rows_before else ""
-        line += f"; {len(self.failed_rows):,} rows failed" if self.failed_rows else ""
+        line += (
+            f"; {len(self.failed_rows):,} row{'s' if len(self.failed_rows) > 1 else ''} failed" if self.failed_rows else ""
+        )
         return line
 
     @property
     def details(self) -> str:
-        """What else is worth a line, or empty: a slow startup, tuned batch sizes, failed attempts, an idle tail."""
-        parts = [f"startup {self.start_seconds:.1f} s"] if self.start_seconds >= SLOW_STARTUP_SECONDS else []
+        """What else is worth a line, or empty: what came before the rows, tuned sizes, failed attempts, an idle tail."""
+        before = {"startup": self.start_seconds, "loading": self.load_seconds, "first call": self.first_call_seconds}
+        parts = [f"{what} {seconds:.1f} s" for what, seconds in before.items() if seconds >= SLOW_STARTUP_SECONDS]
         if self.by_kind:
             parts.append(f"batch size by kind: {', '.join(f'{kind} {n:,}' for kind, n in self.by_kind.items())}")
         if self.channels_last:
@@ -231,46 +256,32 @@ class RunReport:
 
     @property
     def verdict(self) -> str:
-        """What limits the throughput and what to change, in one line; empty if nothing was done. The first that holds:
-
-        1. Devices waited for reads for ``SIGNIFICANT_FRACTION`` of the time: input-bound.
-        2. They computed for ``DOMINANT_FRACTION`` of it: compute-bound.
-        3. The first device finished ``SIGNIFICANT_FRACTION`` of it before the last: unbalanced.
-        4. Writing took ``DOMINANT_FRACTION`` of it: output-bound.
-        5. Otherwise the work around the chunks took the time: overhead-bound.
-        """
-        total = self._total_device_seconds
-        if not total:
-            return ""
-        seconds = [(d.waited_seconds, d.seconds, d.write_seconds) for d in self.devices if d.n_rows]
-        waited, computed, wrote = (min(1.0, sum(of_one_kind) / total) for of_one_kind in zip(*seconds, strict=True))
-        if waited >= SIGNIFICANT_FRACTION:
-            return f"input-bound: devices waited for reads {waited:.0%} of the time; raise prefetch"
-        if computed >= DOMINANT_FRACTION:
-            return f"compute-bound: devices computed {computed:.0%} of the time"
-        if self.tail_seconds >= SIGNIFICANT_FRACTION * self.seconds:
-            tail = f"the last device finished {self.tail_seconds:.1f} s after the first"
-            return f"unbalanced: {tail}; use device_weights='auto' or a smaller batch_size"
-        if wrote >= DOMINANT_FRACTION:
-            return f"output-bound: writing took {wrote:.0%} of the time; use faster storage or fewer devices"
-        cure = "pass more rows per call, use fewer devices, or stop other work on them"
-        return f"overhead-bound: devices computed {computed:.0%} of the time; {cure}"
+        """What limits the throughput and what to change, in one line; empty if nothing was done (see ``verdict``)."""
+        return make_verdict(self.devices, self.seconds, self.start_seconds)
 
 
-SIGNIFICANT_FRACTION, DOMINANT_FRACTION = 0.15, 0.7  # of the devices' time; arbitrary
 LONG_TAIL_FRACTION = 0.1  # of the wall time, from which on the idle tail is mentioned; arbitrary
-SLOW_STARTUP_SECONDS = 1.0  # from which on the startup is mentioned; arbitrary
 
-DEVICE_COLUMNS: Mapping[str, Callable[[DeviceReport], str]] = {
-    "device": lambda device: device.device,
+_DEVICE_COLUMNS: Mapping[str, Callable[[DeviceReport], str]] = {
+    "device": lambda device: device.title,
     "name": lambda device: device.device_name,
     "chunks": lambda device: f"{device.n_chunks:,}",
     "rows": lambda device: f"{device.n_rows:,}",
     "rows/s": lambda device: f"{device.rows_per_second:,.0f}",
-    "requested": lambda device: f"{device.asked_share:.1%}",
+    "requested": lambda device: "" if device.asked_share is None else f"{device.asked_share:.1%}",
     "measured": lambda device: f"{device.measured_share:.1%}",
     "done": lambda device: f"{device.done_share:.1%}",
 }
+
+
+def choose_columns(devices: Sequence[DeviceReport]) -> dict[str, Callable[[DeviceReport], str]]:
+    """Choose the columns of a table of devices: shares compare several, and one was requested only if a caller did."""
+    columns = dict(_DEVICE_COLUMNS)
+    if all(device.asked_share is None for device in devices):
+        del columns["requested"]
+    if len(devices) == 1:
+        del columns["measured"]
+    return columns
 
 
 class RunAggregator:
@@ -282,14 +293,19 @@ class RunAggregator:
         self._timeline = Timeline()
         self._batch = BatchConfig(0)
         self._facts: dict[str, str] = {}
+        self._hosts = Hosts()
+        self._started_at = 0.0
 
     def __call__(self, event: Event) -> None:
         self._devices(event)
         if isinstance(event, ChunkDone):
             self._failures += event.failures
             self._timeline.add(event.stats)
+            self._hosts.add(event.stats)
+        elif isinstance(event, ChunkFailed | DeviceChanged):
+            self._timeline.mark(event)
         elif isinstance(event, RunStarted):
-            self._batch = event.batch
+            self._batch, self._started_at = event.batch, event.at
             self._facts = {"model": event.model, "input": "; ".join(event.inputs), "output": "; ".join(event.outputs)}
         elif isinstance(event, BatchSizeChosen):
             self._batch = event.batch
@@ -310,6 +326,9 @@ class RunAggregator:
             by_kind=dict(self._batch.by_kind),
             channels_last=self._batch.channels_last,
             timeline=self._timeline.spans,
-            facts={**self._facts, **(facts or {})},
+            facts={**self._facts, **self._hosts.describe(), **(facts or {})},
             start_seconds=start_seconds,
+            marks=tuple(self._timeline.marks),
+            started_at=self._started_at,
+            ended_at=time.time(),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from daskinfer.core.chunks import BatchConfig
 from daskinfer.core.formatting import format_seconds
-from daskinfer.diagnostics.device_stats import DeviceStatus, DeviceTable, RollingThroughput
+from daskinfer.diagnostics.device_stats import INLINE, DeviceStatus, DeviceTable, RollingThroughput, select_shown
 from daskinfer.diagnostics.events import (
     BatchSizeChosen,
     BatchTuningStarted,
@@ -21,6 +21,10 @@ from daskinfer.diagnostics.events import (
     RunStarted,
 )
 
+MIN_QUIET_SECONDS = 10.0  # without a result until it is said what is waited for; arbitrary
+MAX_LISTED_DEVICES = 4  # that are waited for; arbitrary
+USUAL_GAPS = 2.0  # how many times the longest time between two results so far that has to be; arbitrary
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -28,7 +32,8 @@ class Status:
 
     ``n_done`` are rows that need no more work, including those of earlier calls and those that failed. ``seconds`` counts
     from the first chunk sent; None before. ``seconds_left`` is what remains at the recent throughput; None if unknown.
-    ``measures``: the batch size is being tuned, before the first chunk. ``dashboard`` is the URL of the page that shows the
+    ``measures``: the batch size is being tuned, before the first chunk. ``quiet_seconds`` is for how long no chunk was done,
+    if that is longer than usual, else 0.0. ``dashboard`` is the URL of the page that shows the
     run; empty if there is none.
     """
 
@@ -47,6 +52,7 @@ class Status:
     error: str
     measures: bool = False
     dashboard: str = ""
+    quiet_seconds: float = 0.0
 
     @property
     def fraction_done(self) -> float:
@@ -68,6 +74,7 @@ class StatusTracker:
         self._batch_size = 0
         self._is_tuning = False
         self._dashboard = ""
+        self._last_done_at, self._longest_gap = 0.0, 0.0
         self._devices = DeviceTable()
         self._throughput = RollingThroughput()
 
@@ -100,7 +107,14 @@ class StatusTracker:
                 error=self._ended.error if self._ended else "",
                 measures=self._is_tuning,
                 dashboard=self._dashboard,
+                quiet_seconds=self._measure_quiet_seconds(now),
             )
+
+    def _measure_quiet_seconds(self, now: float) -> float:
+        """Return for how long no chunk was done, if that is unusual: chunks may take minutes each."""
+        quiet = now - self._last_done_at
+        is_unusual = quiet > max(MIN_QUIET_SECONDS, USUAL_GAPS * self._longest_gap)
+        return quiet if self._last_done_at and self._ended is None and is_unusual else 0.0
 
     def _handle_run_started(self, event: RunStarted) -> None:
         self._started, self._batch_size = event, event.batch.batch_size
@@ -117,11 +131,13 @@ class StatusTracker:
     def _handle_chunk_started(self, event: ChunkStarted) -> None:
         self._is_tuning = False
         if self._first_chunk_at is None:
-            self._first_chunk_at = event.at
+            self._first_chunk_at = self._last_done_at = event.at
         self._throughput.start(event.at)
 
     def _handle_chunk_done(self, event: ChunkDone) -> None:
         self._throughput.add(event.at, event.stop - event.start)
+        self._longest_gap = max(self._longest_gap, event.at - self._last_done_at)
+        self._last_done_at = event.at
 
     def _handle_run_ended(self, event: RunEnded) -> None:
         self._ended = event
@@ -138,25 +154,31 @@ _HANDLERS: dict[type[Event], Callable[[StatusTracker, Any], None]] = {
 }
 
 
-_STATE_LABELS = {"replaced": "worker restarted", "gone": "lost"}  # DeviceStatus.state, as people read it
+_STATE_LABELS = {
+    "restarting": "restarting",
+    "replaced": "worker restarted",
+    "gone": "lost",
+}  # DeviceStatus.state, as people read it
 
 _DEVICE_COLUMNS: Mapping[str, Callable[[DeviceStatus, Status], str]] = {
-    "device": lambda device, status: device.device,
+    "device": lambda device, status: device.title,
     "name": lambda device, status: device.label,
     "rows": lambda device, status: f"{device.n_rows:,}",
     "rows/s": lambda device, status: f"{_get_rows_per_second(device, status):,.0f}",
     "batch size": lambda device, status: f"{device.batch_size:,}" if device.batch_size else "",
-    "requested": lambda device, status: f"{device.asked_share:.0%}",
+    "requested": lambda device, status: "" if device.asked_share is None else f"{device.asked_share:.0%}",
     "done": lambda device, status: f"{device.done_share:.0%}",
     "in flight": lambda device, status: f"{device.n_in_flight:,}",
     "": lambda device, status: ", ".join([*_format_state(device), *_format_problems(device)]),
 }
-DEVICE_HEADERS = tuple(_DEVICE_COLUMNS)
 
 
-def format_devices(status: Status) -> list[list[str]]:
-    """Format a line per device, under ``DEVICE_HEADERS``."""
-    return [[format_cell(device, status) for format_cell in _DEVICE_COLUMNS.values()] for device in status.devices]
+def format_devices(status: Status) -> tuple[list[str], list[list[str]]]:
+    """Format the headers of the devices' table, and a line per device; a share was requested only if a caller did."""
+    devices = select_shown(status.devices)
+    hidden = {"requested"} if all(device.asked_share is None for device in devices) else set()
+    columns = {header: format_cell for header, format_cell in _DEVICE_COLUMNS.items() if header not in hidden}
+    return list(columns), [[format_cell(device, status) for format_cell in columns.values()] for device in devices]
 
 
 def _get_rows_per_second(device: DeviceStatus, status: Status) -> float:
@@ -181,26 +203,56 @@ def format_progress(status: Status) -> list[str]:
     >>> format_progress(Status("a", "Net", 2000, 500, 3, 0, 10.0, 30.0, 50.0, 10, (), False, ""))
     ['25%', '500 of 2,000 rows', '50 rows/s', '0:30 left', '3 failed']
     """
+    done = [f"{status.fraction_done:.0%}", f"{status.n_done:,} of {status.n_rows:,} rows"]
     parts = [
-        f"{status.fraction_done:.0%}",
-        f"{status.n_done:,} of {status.n_rows:,} rows",
+        *(done if _has_begun(status) else []),
         *_format_throughput(status),
         *_format_problems(status),
+        *_format_absent(status),
+        *_format_stall(status),
     ]
     return [*parts, status.error] if status.error else parts
+
+
+def _has_begun(status: Status) -> bool:
+    return status.seconds is not None or status.ended or status.n_done > 0
 
 
 def _format_throughput(status: Status) -> list[str]:
     if status.seconds is None:
         if status.ended:
             return ["nothing computed"]
-        return ["tuning batch size" if status.measures else "starting workers"]
+        has_workers = any(device.kind != INLINE for device in status.devices)
+        return ["tuning batch size" if status.measures else "starting workers" if has_workers else "starting"]
     if status.ended:
         outcome = "stopped" if status.error else "done"
         throughput = sum(_get_rows_per_second(device, status) for device in status.devices)
         return [f"{outcome} after {format_seconds(status.seconds)}", f"{throughput:,.0f} rows/s"]
     left = [] if status.seconds_left is None else [f"{format_seconds(status.seconds_left)} left"]
     return [f"{status.rows_per_second:,.0f} rows/s", *left]
+
+
+def _format_absent(status: Status) -> list[str]:
+    """Name the devices whose worker is away."""
+    names = [device.title for device in status.devices if device.state == "restarting"] if not status.ended else []
+    return [f"{_list_some(names)} restarting"] if names else []
+
+
+def _list_some(texts: list[str]) -> str:
+    more = [f"{len(texts) - MAX_LISTED_DEVICES:,} more"] if len(texts) > MAX_LISTED_DEVICES else []
+    return " and ".join([*texts[:MAX_LISTED_DEVICES], *more])
+
+
+def _format_stall(status: Status) -> list[str]:
+    """Say what is waited for if nothing has moved for unusually long."""
+    if not status.quiet_seconds:
+        return []
+    waits = [
+        f"{device.title} ({', '.join([*_format_state(device), f'{device.n_in_flight:,} in flight'])})"
+        for device in status.devices
+        if device.n_in_flight or device.state == "restarting"
+    ]
+    return [f"no result for {format_seconds(status.quiet_seconds)}: waiting for {_list_some(waits) or 'a worker'}"]
 
 
 def format_status(status: Status) -> str:
@@ -212,5 +264,5 @@ def format_status(status: Status) -> str:
     'Net: 25%, 500 of 2,000 rows, 50 rows/s, 0:30 left, 3 failed'
     """
     working = [device for device in status.devices if device.n_rows]
-    devices = [f"{d.device} {_get_rows_per_second(d, status):,.0f} rows/s {d.done_share:.0%}" for d in working]
+    devices = [f"{d.title} {_get_rows_per_second(d, status):,.0f} rows/s {d.done_share:.0%}" for d in working]
     return f"{status.model}: {', '.join([*format_progress(status), *devices])}"

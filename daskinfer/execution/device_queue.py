@@ -20,8 +20,9 @@ class DeviceQueue:
     that keep a task on it, ``max_in_flight`` is the most tasks at a time. ``pool`` is None if its worker shares no memory
     with this process; ``reads_process_memory``: its worker reads this process's own memory. ``nanny`` is the address of the
     nanny that restarts an external worker; empty if it has none, or if tasks are placed by resource. ``last_response`` is
-    when its worker last responded or returned, ``restarted_at`` when its process was last killed because of a fault, both
-    by ``time.monotonic()``. ``lost``: the call continues without this device.
+    when its worker last responded or returned, ``restarted_at`` when its process was last killed because of a fault, both by
+    ``time.monotonic()``. ``away``: its worker has died and is expected back, as the listeners know. ``lost``: the call
+    continues without this device.
     """
 
     device: int
@@ -36,6 +37,7 @@ class DeviceQueue:
     last_response: float = 0.0
     missing_since: float | None = None
     restarted_at: float = 0.0
+    away: bool = False
     lost: bool = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ from daskinfer.execution.signals import convert_keyboard_interrupt, drain_on_sig
 from daskinfer.execution.sinks import Sink, StreamSink, collect_facts, warn_of_failed_rows
 from daskinfer.execution.tuning import benchmark_devices, benchmark_inline
 from daskinfer.execution.worker_setup import make_task_builder, open_client, prepare_workers
+from daskinfer.hardware.host import count_cores
 from daskinfer.planning.job import InferenceJob
 from daskinfer.scheduling.throughput_history import PerformanceRecord
 from daskinfer.worker.current_device import current_device
@@ -113,7 +115,10 @@ class Run(RunState):
 def make_run_started(job: InferenceJob, run_id: str, done: Ranges) -> RunStarted:
     """Make the event that starts a run; ``done`` are the rows that earlier calls computed."""
     plan, kinds = job.plan, [device.kind for device in job.placement.devices]
-    devices = tuple(PlannedDevice(d.device, d.label, kind, d.share) for d, kind in zip(plan.devices, kinds, strict=True))
+    devices = tuple(
+        PlannedDevice(d.device, d.label, kind, None if job.balanced else d.share)
+        for d, kind in zip(plan.devices, kinds, strict=True)
+    )
     return RunStarted(
         run_id,
         time.time(),
@@ -124,7 +129,14 @@ def make_run_started(job: InferenceJob, run_id: str, done: Ranges) -> RunStarted
         tuple(done),
         job.run_config.batch,
         devices,
+        _get_n_cores(),
     )
+
+
+@functools.cache
+def _get_n_cores() -> int:
+    """Return the cores of this process; cached, since counting them takes a tenth of a millisecond."""
+    return count_cores()
 
 
 def make_complete_report(job: InferenceJob) -> RunReport:

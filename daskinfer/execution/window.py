@@ -158,7 +158,9 @@ class TaskWindow:
     def _check_seconds(self) -> float:
         """Seconds between checks of workers and hung chunks."""
         timeout = self._policy.chunk_timeout
-        is_any_missing = any(queue.missing_since is not None and not queue.lost for queue in self._device_queues)
+        is_any_missing = any(
+            (queue.away or queue.missing_since is not None) and not queue.lost for queue in self._device_queues
+        )
         seconds = MISSING_WORKER_CHECK_SECONDS if is_any_missing else WORKER_CHECK_SECONDS
         return seconds if timeout is None else min(seconds, timeout / CHECKS_PER_TIMEOUT)
 
@@ -180,6 +182,7 @@ class TaskWindow:
             del device_queue.tasks[future]  # its slot must not be used again: its process may still be ending
             # Otherwise the client keeps it, with all that its error's traceback refers to: this frame, the pool, so itself.
             future.release()
+            self._mark_away(device_queue)
             yield from self._handle_worker_death(device_queue, task, _get_worker_address(error.last_worker), balancer)
         except DependencyLostError:
             del device_queue.tasks[future]
@@ -242,6 +245,12 @@ class TaskWindow:
             self._policy.events(
                 ChunkFailed(self._policy.events.run, time.time(), chunk.start, chunk.stop, device_queue.name, reason)
             )
+
+    def _mark_away(self, device_queue: DeviceQueue) -> None:
+        """Tell the listeners, once, that a worker has died and is expected back."""
+        if not device_queue.away and not device_queue.lost:
+            device_queue.away = True
+            self._emit_device_changed(device_queue, "restarting")
 
     def _emit_device_changed(self, device_queue: DeviceQueue, state: str) -> None:
         self._policy.events(DeviceChanged(self._policy.events.run, time.time(), device_queue.name, state))
@@ -335,9 +344,13 @@ class TaskWindow:
         if device_queue.missing_since is not None:
             device_queue.missing_since, device_queue.last_response = None, now
         if device_queue.workers and address not in device_queue.workers:  # its nanny restarted it
+            self._mark_away(device_queue)
             self._policy.on_worker_restart(address)
             device_queue.restriction = {"workers": [address]}
             yield from self._requeue_pending(device_queue, balancer)
+        if device_queue.away:
+            device_queue.away = False
+            self._emit_device_changed(device_queue, "replaced")
         if task := device_queue.find_hung_task(self._policy.chunk_timeout, now):
             logger.warning(
                 "%s timed out on %s (chunk_timeout=%g s); restarting its worker",
@@ -357,6 +370,8 @@ class TaskWindow:
         may_return = device_queue.nanny or not device_queue.workers
         if not may_return or now - device_queue.missing_since > MAX_MISSING_SECONDS:
             yield from self._drop_device(device_queue, balancer)
+        else:
+            self._mark_away(device_queue)
 
     def _requeue_pending(self, device_queue: DeviceQueue, balancer: LoadBalancer) -> Iterator[ChunkResult]:
         """Cancel the pending tasks of a device, and schedule their chunks to run again."""
@@ -371,7 +386,7 @@ class TaskWindow:
         """Restart the worker of a device; if that is not possible, continue without the device."""
         if self._policy.restarter.restart_worker(device_queue.name, address):
             device_queue.restarted_at = time.monotonic()
-            self._emit_device_changed(device_queue, "replaced")
+            self._mark_away(device_queue)
             _wait_until_removed(self._client, address)
         else:
             yield from self._drop_device(device_queue, balancer)

@@ -16,6 +16,8 @@ class LoadedModel:
 
     ``compiled``: it recompiles itself for each new input shape, and its last bits may then differ.
 
+    ``is_warm``: it has computed a micro-batch, so what only the first call has to do is done.
+
     Note: hold ``lock`` while a chunk runs, since models and users' objects need not be thread-safe.
     """
 
@@ -24,6 +26,7 @@ class LoadedModel:
     takes_tensors: bool
     on_close: Callable[[], None] | None = None
     compiled: bool = False
+    is_warm: bool = False
     max_batch_sizes: dict[Any, int] = field(default_factory=dict)  # what fitted into memory, by the shape of a row
     contiguous_only_shapes: set[Any] = field(default_factory=set)  # shapes of rows that failed in channels_last
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -137,7 +137,7 @@ class Plan:
     input   x: (1000, 16) float32
     output  (1000, 10) float32
     <BLANKLINE>
-    device  name  weight (assumed)  share   rows  chunks  micro-batch        in       out     needs
+    device  name  weight (assumed)  share   rows  chunks  batch size        in       out     needs
     cuda:0  H100                 3  75.0%    750       6           10  46.9 KiB  29.3 KiB  23.3 KiB
     cpu:0   CPU                  1  25.0%    250       6           10  15.6 KiB   9.8 KiB  11.1 KiB
     total                                  1,000      12               62.5 KiB  39.1 KiB
@@ -231,7 +231,7 @@ class Plan:
     def _get_column_names(self) -> list[str]:
         weight = "weight (assumed)" if self.weights_assumed else "weight"
         speed = ["rows/s"] if self._has_measured_speeds else []
-        return ["device", "name", weight, *speed, "share", "rows", "chunks", "micro-batch", "in", "out", "needs"]
+        return ["device", "name", weight, *speed, "share", "rows", "chunks", "batch size", "in", "out", "needs"]
 
     def _format_device_cells(self) -> list[list[str]]:
         return [

@@ -118,7 +118,8 @@ class ModelOutput:
     """A chunk's outputs, each (n, *shape), in the order of ``structure``, and the smallest batch size that was used.
 
     ``channels_last`` says whether images were in that memory format. ``failed_rows`` holds why a row of the chunk failed, by
-    row; these rows hold the fill value.
+    row; these rows hold the fill value. ``first_call_seconds`` of the time went into the model's first micro-batch in this
+    process; 0 if it was not among these.
     """
 
     arrays: list[Array]
@@ -127,6 +128,7 @@ class ModelOutput:
     seconds: float
     channels_last: bool = False
     failed_rows: Mapping[int, str] = field(default_factory=dict)
+    first_call_seconds: float = 0.0
 
 
 def run_model(
@@ -190,7 +192,8 @@ def run_model(
             logger.info("%s: the model fails in channels_last; continuing in torch's default memory format", model.device)
             model.contiguous_only_shapes.add(shapes)
         seconds = time.perf_counter() - began
-        return ModelOutput(arrays, structure, batch_size, seconds, attempt.channels_last, attempt.failed_rows)
+        first_call = attempt.first_call_seconds
+        return ModelOutput(arrays, structure, batch_size, seconds, attempt.channels_last, attempt.failed_rows, first_call)
 
 
 def _halve_batch_size(model: LoadedModel, batch_size: int) -> int:
@@ -227,6 +230,7 @@ class _ChunkRun:
         self.results: list[Array] = []
         self.structure: PyTreeSpec | None = None
         self.failed_rows: dict[int, str] = {}
+        self.first_call_seconds = 0.0
         self._alone, self._tentative = alone, tentative
         self.channels_last = model.takes_tensors and (tentative or run_config.options.memory_format == "channels_last")
         self._buffers = BatchBuffers(model, run_config.options.get_cast_dtype, channels_last=self.channels_last)
@@ -234,6 +238,7 @@ class _ChunkRun:
 
     def run(self) -> tuple[list[Array], PyTreeSpec]:
         """Compute all micro-batches; return the chunk's outputs and their structure."""
+        began = time.perf_counter()
         while self._next_row < self.n_rows:
             try:
                 if self._can_use_fast_path():
@@ -244,6 +249,8 @@ class _ChunkRun:
                 if self._tentative or self._is_fatal(error):
                     raise
                 self._handle_failure(self._next_row, self._cell_end(), error)
+            if not self.model.is_warm:
+                self.model.is_warm, self.first_call_seconds = True, time.perf_counter() - began
             self._next_row = self._cell_end()
         if self.structure is None:  # every row failed
             self._allocate_results(self.run_config.outputs or ())

@@ -157,10 +157,12 @@ def compute_chunk(
         return ChunkResult(chunk, [output.copy() for output in config.outputs], stats)
     _check_dask_row_counts(config, rows, chunk)
     with worker_device.limit_threads():
+        n_loads, since = model_cache.n_loads, time.perf_counter()
         model = get_model(spec.loader, worker_device)
+        load_seconds = time.perf_counter() - since if model_cache.n_loads > n_loads else 0.0
         began = time.time()
         output = run_model(model, rows, chunk.start, config, out, alone=alone)
-    stats = _make_chunk_stats(chunk, worker_device, output, began)
+    stats = _make_chunk_stats(chunk, worker_device, output, began, load_seconds)
     return ChunkResult(chunk, output.arrays, stats, failures=_make_row_failures(chunk, worker_device, output))
 
 
@@ -174,7 +176,9 @@ def _make_row_failures(chunk: Chunk, worker_device: WorkerDevice, output: ModelO
     return tuple(RowFailure(row, row + 1, worker_device.device, reason) for row, reason in rows)
 
 
-def _make_chunk_stats(chunk: Chunk, worker_device: WorkerDevice, output: ModelOutput, began: float) -> ChunkStats:
+def _make_chunk_stats(
+    chunk: Chunk, worker_device: WorkerDevice, output: ModelOutput, began: float, load_seconds: float
+) -> ChunkStats:
     return ChunkStats(
         chunk.start,
         chunk.stop,
@@ -186,6 +190,8 @@ def _make_chunk_stats(chunk: Chunk, worker_device: WorkerDevice, output: ModelOu
         began=began,
         peak_nbytes=worker_device.peak_nbytes(),
         channels_last=output.channels_last,
+        load_seconds=load_seconds,
+        first_call_seconds=output.first_call_seconds,
     )
 
 

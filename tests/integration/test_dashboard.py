@@ -45,7 +45,16 @@ from daskinfer.diagnostics.dashboard.state import (
     ThroughputHistory,
     limit_devices,
 )
-from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, ChunkStarted, Event, PlannedDevice, RunEnded, RunStarted
+from daskinfer.diagnostics.events import (
+    ChunkDone,
+    ChunkFailed,
+    ChunkStarted,
+    DeviceChanged,
+    Event,
+    PlannedDevice,
+    RunEnded,
+    RunStarted,
+)
 from tests.conftest import wait_until
 from tests.support import browser
 from tests.support.dask_commands import external_cluster
@@ -79,11 +88,11 @@ def done(start: int, stop: int, *failed: int, attempts: int = 1, began: float = 
 
 
 def publisher_of(
-    *events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2
+    *events: Event, run: str = "a", n_rows: int = 100, model: str = "Net", n_devices: int = 2, shares: bool = True
 ) -> StatusPublisher:
     """A publisher that has received these events of a run."""
     found = StatusPublisher()
-    planned = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", 1 / n_devices) for i in range(n_devices))
+    planned = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", 1 / n_devices if shares else None) for i in range(n_devices))
     found(RunStarted(run, 9.0, model, ("x",), ("y",), (0, n_rows), (), BatchConfig(8), planned))
     for event in events:
         found(event)
@@ -250,7 +259,7 @@ def test_before_the_first_chunk_and_after_the_end() -> None:
     """Before its first chunk, a run's workers start; at its end, its throughput is that of all of it, with the reason."""
     registry = RunRegistry()
     shown_on(registry, publisher_of())
-    assert "0%, 0 of 100 rows, starting workers<" in seen(registry)[1]
+    assert ">starting workers<" in seen(registry)[1]
     shown_on(registry, publisher_of(started(0, 50), done(0, 50), RunEnded("a", 20.0, "ValueError: <no>")))
     view, text = seen(registry)
     assert "50%, 50 of 100 rows, stopped after 0:10, 5 rows/s, ValueError: &lt;no&gt;" in text
@@ -294,6 +303,43 @@ def test_the_user_and_host_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     publisher._get_user.cache_clear()
 
 
+def test_a_worker_that_is_away() -> None:
+    """A worker that is restarted is named at the top and in its line; what is waited for is said if nothing moves."""
+    registry = RunRegistry()
+    away = DeviceChanged("a", 11.0, "cpu:1", "restarting")
+    shown_on(registry, publisher_of(started(0, 10), started(10, 20, "cpu:1"), away), now=12.0)
+    assert seen(registry)[1].count("restarting") == 2
+    shown_on(registry, publisher_of(started(0, 10), started(10, 20, "cpu:1"), away), now=40.0)
+    waits = "no result for 0:30: waiting for cpu:0 (1 in flight) and cpu:1 (restarting, 1 in flight)"
+    assert waits in seen(registry)[1]
+
+
+def test_shares_that_nobody_requested_are_not_shown() -> None:
+    """Without weights there is no requested share: neither a column nor an outline; with them there are both."""
+    registry = RunRegistry()
+    shown_on(registry, publisher_of(started(0, 10), done(0, 10)))
+    view, text = seen(registry)
+    assert "requested" in text and view._shares_plot._requested.visible
+    automatic = publisher_of(started(0, 10), done(0, 10), shares=False)
+    shown_on(registry, automatic)
+    view, text = seen(registry)
+    assert "requested" not in text and not view._shares_plot._requested.visible
+    assert view._shares_plot.root.title.text == "share of rows"
+
+
+def test_where_the_time_of_each_device_goes() -> None:
+    """Phases of a device follow one another, as fractions of the time since the first chunk."""
+    registry = RunRegistry()
+    loaded = replace(stats_of(0, 10), load_seconds=2.0, waited_seconds=1.0)
+    shown_on(registry, publisher_of(started(0, 10), replace(done(0, 10), stats=loaded)), now=20.0)
+    columns = seen(registry)[0]._phases_plot._source.data
+    ends = [columns[label][0] for label in ("read", "load the model", "compute")]
+    assert ends == pytest.approx([0.1, 0.3, 0.4])
+    view = seen(registry)[0]
+    plots = [plot.root for plot in (view._throughput_plot, view._shares_plot, view._phases_plot)]
+    assert {type(plot.x_scale).__name__ for plot in plots} | {type(plots[0].y_scale).__name__} == {"LinearScale"}
+
+
 def test_one_run_of_several_is_shown() -> None:
     """The latest active run is shown until another is chosen; a run that is no longer kept is replaced by the latest."""
     registry = RunRegistry()
@@ -327,7 +373,7 @@ def test_devices_that_joined_later_have_no_throughput_before() -> None:
     shown_on(registry, publisher_of(started(0, 10), done(0, 10)), now=14.0)
     shown_on(registry, publisher_of(started(0, 10), done(0, 10), started(10, 20, "inline")), now=15.0)
     lines = seen(registry)[0]._throughput_plot._source.data
-    assert lines["device"] == ["all", "cpu:0", "cpu:1", "inline"]
+    assert lines["device"] == ["all", "cpu:0", "cpu:1", "this process"]
     assert [len(line) for line in lines["ys"]] == [2] * 4
     assert len(set(lines["color"])) == 4
 

@@ -52,7 +52,7 @@ def check_all_but(y: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
 def test_a_worker_that_is_killed_once_costs_its_window(
     cpus: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every row is right, and only chunks that were in flight on the killed worker are computed again."""
+    """Every row is right, and only chunks that were in flight on the killed worker run again; the report marks it."""
     model = faulty.make_model(tmp_path, faulty.kill, [1234], times=1, seconds=0.06)
     y, report = di.predict(model, make_chunked(), **cpus)
     np.testing.assert_array_equal(y, 2 * X)
@@ -62,6 +62,9 @@ def test_a_worker_that_is_killed_once_costs_its_window(
         re.fullmatch(r"worker for cpu:\d died while computing rows \d+:\d+; retrying them in isolation", line)
         for line in caplog.messages
     )
+    (death,) = [mark for mark in report.marks if mark.kind == "worker died"]
+    assert {mark.device for mark in report.marks if mark.text.endswith("its worker died")} == {death.device}
+    assert "it is being restarted" in report.to_html()
 
 
 @pytest.mark.parametrize("act", [faulty.kill, faulty.raise_error(faulty.make_bad_row_error)])

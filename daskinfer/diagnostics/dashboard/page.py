@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -34,23 +33,25 @@ from distributed.dashboard.scheduler import template_variables
 from tornado.ioloop import IOLoop
 
 from daskinfer.core.formatting import format_html_table, render_template
+from daskinfer.diagnostics import palette
 from daskinfer.diagnostics.dashboard.chunk_map import UNKNOWN_DEVICE
 from daskinfer.diagnostics.dashboard.state import OTHERS, RunRegistry, RunView
-from daskinfer.diagnostics.device_stats import THROUGHPUT_WINDOW_SECONDS, DeviceStatus
-from daskinfer.diagnostics.status import DEVICE_HEADERS, format_devices, format_progress
+from daskinfer.diagnostics.device_stats import THROUGHPUT_WINDOW_SECONDS, DeviceStatus, select_shown
+from daskinfer.diagnostics.palette import (
+    FAILED_COLOR,
+    INK,
+    OTHERS_COLOR,
+    RETRYING_COLOR,
+    Phase,
+    get_device_color,
+)
+from daskinfer.diagnostics.status import Status, format_devices, format_progress
 
 PAGE_PATH, PLOT_PATH = "/daskinfer", "/individual-daskinfer"
 
 DRAW_SECONDS = 0.5
 SILENT_SECONDS = 15.0  # without news until a run counts as silent: thirty times the usual interval; arbitrary
 
-# Neither red nor orange, which mean that something went wrong; neighbours differ in lightness too.
-_DEVICE_COLORS = (
-    *("#4e79a7", "#59a14f", "#b07aa1", "#76b7b2", "#9c755f"),
-    *("#2f4b7c", "#8cd17d", "#d4a6c8", "#499894", "#b6992d"),
-)
-_OTHERS_COLOR, _TOTAL_COLOR, _DONE_BEFORE_COLOR = "#79706e", "#404040", "#a3a3a3"
-_FAILED_COLOR, _RETRYING_COLOR, _PENDING_COLOR = "#d62728", "#ff9d1c", "#e6e6e6"
 _PLOT_HEIGHT, _LABEL_HEIGHT, _AXES_HEIGHT = 230, 15, 70  # pixels: of a plot, a label, and what surrounds a plot's frame
 _MIN_PLOT_WIDTH = 400  # pixels; in a window narrower than two plots, like JupyterLab's, one is below the other
 _MAX_NAME_CHARACTERS = 80  # of a model; arbitrary
@@ -109,10 +110,13 @@ class PageView:
             text=_EMPTY_HTML, sizing_mode="stretch_width", min_width=_MIN_PLOT_WIDTH, stylesheets=[_WIDE_STYLE]
         )
         self._throughput_plot, self._shares_plot, self._chunk_map_plot = _ThroughputPlot(), _SharesPlot(), _ChunkMapPlot()
+        self._phases_plot = _PhasesPlot()
         self._device_table = Div(sizing_mode="stretch_width")
         self._error_table = Div(sizing_mode="stretch_width")
+        plots = self._throughput_plot, self._shares_plot, self._phases_plot
         self._body = column(
-            row(self._throughput_plot.root, self._shares_plot.root, sizing_mode="stretch_width", stylesheets=[_WRAP_STYLE]),
+            row(*(plot.root for plot in plots), sizing_mode="stretch_width", stylesheets=[_WRAP_STYLE]),
+            _make_legend("time", _TIME_ENTRIES),
             self._chunk_map_plot.root,
             self._device_table,
             self._error_table,
@@ -139,14 +143,15 @@ class PageView:
 
     def _draw(self, run: RunView, n_others: int) -> None:
         status = run.snapshot.status
-        colors = _assign_colors(status.devices)
+        colors, devices = _assign_colors(status.devices), select_shown(status.devices)
         self._body.visible = True
         self._headline.text = _render_headline(run, n_others)
         self._throughput_plot.draw(run, colors)
-        self._shares_plot.draw(status.devices, colors)
+        self._shares_plot.draw(devices, colors)
+        self._phases_plot.draw(status, devices)
         self._chunk_map_plot.draw(run, colors)
-        self._device_table.stylesheets = [_TABLE_STYLE, *_make_swatch_styles(colors)]
-        self._device_table.text = format_html_table(DEVICE_HEADERS, format_devices(status))
+        self._device_table.stylesheets = [_TABLE_STYLE, *_make_swatch_styles([colors[device.device] for device in devices])]
+        self._device_table.text = format_html_table(*format_devices(status))
         self._error_table.stylesheets = [_TABLE_STYLE]
         self._error_table.text = _render_errors(run)
 
@@ -175,7 +180,7 @@ class _ThroughputPlot:
         self.root.add_tools(HoverTool(renderers=[lines], tooltips=[("device", "@device"), ("rows/s", "$y{0,0}")]))
         self.root.yaxis.formatter = NumeralTickFormatter(format="0,0")
 
-    def draw(self, run: RunView, colors: Sequence[str]) -> None:
+    def draw(self, run: RunView, colors: Mapping[str, str]) -> None:
         points = run.throughput.points
         seconds = np.array([at for at, _ in points])
         devices = run.snapshot.status.devices
@@ -188,40 +193,83 @@ class _ThroughputPlot:
         self._source.data = {
             "xs": [seconds] * (len(devices) + 1),
             "ys": [total, *speeds],
-            "color": [_TOTAL_COLOR, *colors],
-            "device": ["all", *(device.device for device in devices)],
+            "color": [INK, *colors.values()],
+            "device": ["all", *(device.title for device in devices)],
             "width": [1.5] + [2.5] * len(devices),
         }
 
 
 class _SharesPlot:
-    """The share of the rows that was requested of each device, and the share that it has done."""
+    """The share of the rows that each device has done, in an outline of what was requested of it, if anything was."""
 
     def __init__(self) -> None:
         self._source = _make_source("daskinfer-shares", "device", "requested", "done", "color")
-        title = "share of rows (grey: requested, coloured: done)"
-        self.root = _make_plot(_PLOT_HEIGHT, title=title, y_range=FactorRange(" "), min_width=_MIN_PLOT_WIDTH)
-        requested = {"right": "requested", "color": _PENDING_COLOR, "line_color": "#bbbbbb"}
-        self.root.hbar("device", height=0.8, source=self._source, **requested)
-        self.root.hbar("device", height=0.4, source=self._source, right="done", color="color")
+        self.root = _make_plot(_PLOT_HEIGHT, title="share of rows", y_range=FactorRange(" "), min_width=_MIN_PLOT_WIDTH)
+        self.root.hbar("device", height=0.5, source=self._source, right="done", color="color")
+        outline = {"right": "requested", "fill_color": None, "line_color": INK, "line_width": 1.5}
+        self._requested = self.root.hbar("device", height=0.8, source=self._source, **outline)
         tooltips = [("device", "@device"), ("requested", "@requested{0.0%}"), ("done", "@done{0.0%}")]
         self.root.add_tools(HoverTool(tooltips=tooltips))
         self.root.xaxis.formatter = NumeralTickFormatter(format="0%")
         self.root.ygrid.visible = False
 
-    def draw(self, devices: Sequence[DeviceStatus], colors: Sequence[str]) -> None:
-        names = [device.device for device in devices]
-        if self.root.y_range.factors != names[::-1]:
-            self.root.y_range.factors = names[::-1]  # the first on top
-            self.root.height = max(_PLOT_HEIGHT, _LABEL_HEIGHT * len(names) + _AXES_HEIGHT)
-        shares = [share for device in devices for share in (device.asked_share, device.done_share)]
-        self.root.x_range.end = 1.05 * max(shares, default=0.0) or 1.0
+    def draw(self, devices: Sequence[DeviceStatus], colors: Mapping[str, str]) -> None:
+        _set_devices(self.root, devices)
+        self._requested.visible = any(device.asked_share is not None for device in devices)
+        requested = [device.asked_share or 0.0 for device in devices]
+        done = [device.done_share for device in devices]
+        self.root.x_range.end = 1.05 * max([*requested, *done], default=0.0) or 1.0
+        outlined = " (outline: requested)" if self._requested.visible else ""
+        self.root.title.text = f"share of rows{outlined}"
         self._source.data = {
-            "device": names,
-            "requested": [device.asked_share for device in devices],
-            "done": [device.done_share for device in devices],
-            "color": list(colors),
+            "device": [device.title for device in devices],
+            "requested": requested,
+            "done": done,
+            "color": [colors[device.device] for device in devices],
         }
+
+
+class _PhasesPlot:
+    """Where the time of each device went, as shares of the time since the first chunk."""
+
+    def __init__(self) -> None:
+        self._source = _make_source("daskinfer-phases", "device", *(phase.label for phase in _TIMED_PHASES))
+        how = {"y_range": FactorRange(" "), "min_width": _MIN_PLOT_WIDTH, "background_fill_color": palette.IDLE.color}
+        self.root = _make_plot(_PLOT_HEIGHT, title="time of each device", **how)
+        labels = [phase.label for phase in _TIMED_PHASES]
+        for phase, left, right in zip(_TIMED_PHASES, ["", *labels], labels, strict=False):
+            look = {"fill_color": phase.color, "line_color": INK, "line_width": 0.5}
+            if phase.hatch:
+                look |= {"hatch_pattern": phase.hatch, "hatch_color": INK, "hatch_scale": 6.0, "hatch_weight": 0.7}
+            self.root.hbar("device", left=left or 0.0, right=right, height=0.5, source=self._source, name=right, **look)
+        self.root.add_tools(HoverTool(tooltips=[("device", "@device"), ("", "$name")]))
+        self.root.xaxis.formatter = NumeralTickFormatter(format="0%")
+        self.root.ygrid.visible = False
+
+    def draw(self, status: Status, devices: Sequence[DeviceStatus]) -> None:
+        _set_devices(self.root, devices)
+        columns: dict[str, list[Any]] = {"device": [device.title for device in devices]}
+        ends = np.zeros(len(devices))
+        for phase, get_seconds in _TIMED_PHASES.items():
+            ends = ends + np.array([get_seconds(device) for device in devices]) / max(1e-9, status.seconds or 0.0)
+            columns[phase.label] = np.minimum(1.0, ends).tolist()
+        self._source.data = columns
+
+
+# One after the other on a device; the rest of its time it was idle. Writing overlaps with computing.
+_TIMED_PHASES: Mapping[Phase, Callable[[DeviceStatus], float]] = {
+    palette.READ: lambda device: device.waited_seconds,
+    palette.LOAD: lambda device: device.load_seconds,
+    palette.COMPUTE: lambda device: device.seconds,
+}
+
+
+def _set_devices(plot: Any, devices: Sequence[DeviceStatus]) -> None:
+    """Give each device a row, the first on top."""
+    names = [device.title for device in devices]
+    if plot.y_range.factors != names[::-1]:
+        plot.y_range.factors = names[::-1]
+        plot.height = max(_PLOT_HEIGHT, _LABEL_HEIGHT * len(names) + _AXES_HEIGHT)
 
 
 class _ChunkMapPlot:
@@ -230,29 +278,25 @@ class _ChunkMapPlot:
     def __init__(self) -> None:
         columns = ("left", "right", "zero", "done", "in_flight", "failed", "retrying", "color")
         self._source = _make_source("daskinfer-cells", *columns)
-        plot = _make_plot(125, x_axis_label="row", y_range=Range1d(0, 1), background_fill_color=_PENDING_COLOR)
+        plot = _make_plot(125, x_axis_label="row", y_range=Range1d(0, 1), background_fill_color=palette.PENDING.color)
         quads = {"left": "left", "right": "right", "line_color": None, "source": self._source}
         plot.quad(bottom="zero", top="done", color="color", **quads)
         plot.quad(bottom="done", top="in_flight", color="color", alpha=0.45, **quads)
-        plot.quad(bottom="in_flight", top="failed", color=_FAILED_COLOR, **quads)
-        plot.quad(bottom="retrying", top=1.0, color=_RETRYING_COLOR, **quads)
+        plot.quad(bottom="in_flight", top="failed", color=FAILED_COLOR, **quads)
+        plot.quad(bottom="retrying", top=1.0, color=RETRYING_COLOR, **quads)
         plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
         plot.yaxis.visible = plot.grid.visible = False
         self._x_range = plot.x_range
-        # Not the plot's title, which a narrow window cuts off: this wraps to a second line.
-        text = render_template("diagnostics/dashboard/legend.html.j2", font=_FONT, entries=_LEGEND_ENTRIES)
-        self.root = column(
-            Div(text=text, sizing_mode="stretch_width", stylesheets=[_WIDE_STYLE]), plot, sizing_mode="stretch_width"
-        )
+        self.root = column(_make_legend("rows", _ROW_ENTRIES), plot, sizing_mode="stretch_width")
 
-    def draw(self, run: RunView, colors: Sequence[str]) -> None:
+    def draw(self, run: RunView, colors: Mapping[str, str]) -> None:
         cells = run.snapshot.cells
         bars = np.array([list(part) for part in (cells.done, cells.in_flight, cells.failed, cells.retrying, cells.device)])
         # Equal neighbours become one bar: a seam between them would show.
         first = np.flatnonzero(np.any(bars != np.roll(bars, 1, axis=1), axis=0) | (np.arange(bars.shape[1]) == 0))
         done, in_flight, failed, retrying = bars[:4, first] / 100
         edges = cells.start + np.append(first, bars.shape[1]) * cells.n_rows // max(1, bars.shape[1])
-        by_number = dict(enumerate(colors)) | {UNKNOWN_DEVICE: _DONE_BEFORE_COLOR}
+        by_number = dict(enumerate(colors.values())) | {UNKNOWN_DEVICE: palette.DONE_EARLIER.color}
         self._x_range.start, self._x_range.end = cells.start, cells.start + max(1, cells.n_rows)
         self._source.data = {
             "left": edges[:-1],
@@ -262,13 +306,22 @@ class _ChunkMapPlot:
             "in_flight": done + in_flight,
             "failed": done + in_flight + failed,
             "retrying": np.where(retrying > 0, 0.85, 1.0),  # a band at the top
-            "color": [by_number.get(number, _OTHERS_COLOR) for number in bars[4, first].tolist()],
+            "color": [by_number.get(number, OTHERS_COLOR) for number in bars[4, first].tolist()],
         }
 
 
-def _assign_colors(devices: Sequence[DeviceStatus]) -> list[str]:
-    colors = list(islice(cycle(_DEVICE_COLORS), len(devices)))
-    return [_OTHERS_COLOR if device.device == OTHERS else color for device, color in zip(devices, colors, strict=True)]
+def _make_legend(title: str, entries: Sequence[tuple[str, str]]) -> Any:
+    """Make a line of swatches and texts; unlike the title of a plot, it wraps in a narrow window."""
+    text = render_template("diagnostics/dashboard/legend.html.j2", font=_FONT, title=title, entries=entries)
+    return Div(text=text, sizing_mode="stretch_width", stylesheets=[_WIDE_STYLE])
+
+
+def _assign_colors(devices: Sequence[DeviceStatus]) -> dict[str, str]:
+    """Return the colour of each device: that of its place in the plan, as in the report."""
+    return {
+        device.device: OTHERS_COLOR if device.device == OTHERS else get_device_color(position)
+        for position, device in enumerate(devices)
+    }
 
 
 def _get_state(run: RunView) -> str:
@@ -310,7 +363,7 @@ def _render_headline(run: RunView, n_others: int) -> str:
         "diagnostics/dashboard/headline.html.j2",
         font=_FONT,
         model=_shorten_name(status.model),
-        color=_FAILED_COLOR if status.error or state == "lost" else _DEVICE_COLORS[0],
+        color=FAILED_COLOR if status.error or state == "lost" else get_device_color(0),
         percent=100 * status.fraction_done,
         text=", ".join(parts),
         n_others=n_others,
@@ -326,13 +379,19 @@ _STATE_MESSAGES = {
 _EMPTY_HTML = (
     f'<div style="{_FONT}; padding: 1em">No run yet: this page fills when daskinfer computes on this cluster.</div>'
 )
-_LEGEND_ENTRIES = (
-    (_DEVICE_COLORS[0], 1, "done, in the device's colour"),
-    (_DEVICE_COLORS[0], 0.45, "in flight"),
-    (_PENDING_COLOR, 1, "pending"),
-    (_DONE_BEFORE_COLOR, 1, "done earlier"),
-    (_RETRYING_COLOR, 1, "retrying"),
-    (_FAILED_COLOR, 1, "failed"),
+_ROW_ENTRIES = (
+    (f"background: {get_device_color(0)}", "done, in the device's colour"),
+    (f"background: {get_device_color(0)}; opacity: 0.45", "in flight"),
+    (palette.PENDING.css, palette.PENDING.label),
+    (palette.DONE_EARLIER.css, palette.DONE_EARLIER.label),
+    (f"background: {RETRYING_COLOR}", "retrying"),
+    (f"background: {FAILED_COLOR}", "failed"),
+)
+_TIME_ENTRIES = (
+    (palette.READ.css, "waiting for reads"),
+    (palette.LOAD.css, palette.LOAD.label),
+    (palette.COMPUTE.css, palette.COMPUTE.label),
+    (palette.IDLE.css, palette.IDLE.label),
 )
 _WRAP_STYLE = ":host { flex-wrap: wrap }"
 _WIDE_STYLE = ":host, .bk-clearfix { width: 100% }"

@@ -515,8 +515,13 @@ def test_report_is_written_after_a_run_that_was_done(folder: Path, monkeypatch: 
     """--report writes a page, over an older one; a disk that is full then ends with 1, and a run that fails writes none."""
     Path("r.HTML").write_text("older")
     how = ("--devices", "inline", "--no-progress")
-    assert invoke("run", "cli_nets:linear", "x.npy", "y.npy", *how, "--report", "r.HTML").exit_code == 0
-    assert "<html" in Path("r.HTML").read_text()
+    command = ["run", "cli_nets:linear", "x.npy", "y.npy", *how, "--report", "r.HTML"]
+    monkeypatch.setattr("sys.argv", ["/opt/bin/daskinfer", *command])
+    assert invoke(*command).exit_code == 0
+    page = Path("r.HTML").read_text()
+    assert f"{' '.join(command)}</code>" in page
+    assert all(f"<td>{fact}</td>" in page for fact in ("command", "call", "options", "hosts", "versions"))
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d to .*\(UTC[+-]\d\d:\d\d\)", page)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

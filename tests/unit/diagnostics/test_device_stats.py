@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -74,11 +74,11 @@ def test_the_report_and_the_status_have_the_same_counts(chunks: list[tuple[str, 
 
 
 def test_a_device_outside_the_plan_joins_at_the_end() -> None:
-    """Its kind is read off its name; it has no planned share."""
+    """Its kind is read off its name; no share was requested of it."""
     devices = table("cpu:0")
     devices(ChunkStarted("a", 11.0, 0, 8, "cuda:1"))
     joined = devices.make_statuses(12.0)[1]
-    assert (joined.device, joined.kind, joined.asked_share, joined.n_in_flight) == ("cuda:1", "cuda", 0.0, 1)
+    assert (joined.device, joined.kind, joined.asked_share, joined.n_in_flight) == ("cuda:1", "cuda", None, 1)
 
 
 def test_several_devices_as_one() -> None:
@@ -87,7 +87,10 @@ def test_several_devices_as_one() -> None:
     second = DeviceStatus("cpu:1", "EPYC", "cpu", 10, 0, 1, 1, 2.0, 0.25, 0.5, 32, "")
     merged = merge_devices([first, second], "others")
     assert merged == DeviceStatus("others", "2 devices", "", 18, 1, 3, 4, 6.0, 0.75, 0.75, 32, "")
-    assert {one.name for one in fields(DeviceStatus) if not one.metadata} == {"device", "label", "kind", "state"}
+    assert {one.name for one in fields(DeviceStatus) if not one.metadata} == {"device", "label", "kind", "state", "n_cores"}
+    unasked = replace(first, asked_share=None)
+    assert merge_devices([unasked, unasked], "others").asked_share is None
+    assert merge_devices([unasked, second], "others").asked_share == second.asked_share
 
 
 def test_totals_are_named_like_the_stats_of_chunks() -> None:
@@ -104,3 +107,12 @@ def test_throughput_before_the_start() -> None:
     throughput.start(3.0)  # changes nothing
     throughput.add(4.0, 8)
     assert (throughput.compute_rows_per_second(2.0), throughput.compute_rows_per_second(4.0)) == (0.0, 4.0)
+
+
+def test_warming_up_is_what_the_first_call_took_beyond_the_others() -> None:
+    """The first micro-batch is compared with the mean of the others; without others, nothing is known."""
+    devices = table("cpu:0")
+    devices(done(0, 4, seconds=3.0, first_call_seconds=3.0))
+    assert devices.make_reports()[0].warm_up_seconds == 0.0
+    devices(done(4, 12, seconds=1.0))
+    assert devices.make_reports()[0].warm_up_seconds == pytest.approx(2.5)

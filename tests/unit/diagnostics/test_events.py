@@ -56,7 +56,7 @@ def test_events_describe_a_run(two_cpus: list[str], devices: Any) -> None:
     assert isinstance(first, RunStarted)
     assert isinstance(last, RunEnded)
     assert (first.n_rows, first.n_rows_before, last.error) == (1000, 0, "")
-    assert sum(planned.share for planned in first.devices) == pytest.approx(1)
+    assert [planned.share for planned in first.devices] == [None] * len(first.devices)  # none was requested
     done = sorted((event.start, event.stop) for event in between if isinstance(event, ChunkDone))
     assert sorted((event.start, event.stop) for event in between if isinstance(event, ChunkStarted)) == done
     assert [row for start, stop in done for row in range(start, stop)] == list(range(1000))
@@ -259,10 +259,13 @@ def closed() -> Iterator[None]:
 
 
 def test_a_restarted_worker_is_an_event(closed: None, tmp_path: Path) -> None:
-    """A chunk that hangs fails, its worker is restarted, and the run continues."""
+    """A chunk that hangs fails, its worker is restarted, and the run continues; the report marks both."""
     events: list[Event] = []
     net = faulty.make_model(tmp_path, faulty.sleep, [1234], times=1)
     how = {"devices": ["cpu", "cpu"], "batch_size": faulty.CHUNK_ROWS, "chunk_timeout": 2.0}
-    np.testing.assert_array_equal(di.predict(net, faulty.X, progress=events.append, **how), 2 * faulty.X)
-    assert [event.state for event in events if isinstance(event, DeviceChanged)] == ["replaced"]
+    y, report = di.predict(net, faulty.X, progress=events.append, return_report=True, **how)
+    np.testing.assert_array_equal(y, 2 * faulty.X)
+    states = [event.state for event in events if isinstance(event, DeviceChanged)]
+    assert states in (["restarting"], ["restarting", "replaced"])  # the other worker may end the run before
+    assert {"failed attempt", "worker died"} <= {mark.kind for mark in report.marks}
     assert any(isinstance(event, ChunkFailed) and event.exception == "its worker died" for event in events)

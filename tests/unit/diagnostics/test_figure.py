@@ -19,6 +19,7 @@ def test_the_figure_shows_the_run() -> None:
     figure = report.plot()
     timeline, throughput, shares, memory = figure.axes
     assert report.verdict in figure.get_suptitle()
+    assert {scale for axes in figure.axes for scale in (axes.get_xscale(), axes.get_yscale())} == {"linear"}
     for axes in (timeline, shares, memory):
         assert [label.get_text() for label in axes.get_yticklabels()] == ["cuda:0", "cpu:0"]
     bars = [found for found in timeline.collections if isinstance(found, PolyCollection)]

@@ -14,6 +14,7 @@ import pytest
 
 import daskinfer as di
 from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
+from daskinfer.diagnostics import html_report
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, PlannedDevice, RunStarted
 from daskinfer.diagnostics.html_report import MAX_EXCEPTION_CHARACTERS, MAX_FAILURES
 from daskinfer.diagnostics.report import RunAggregator, RunReport
@@ -92,12 +93,20 @@ def test_the_page_has_it_all() -> None:
     assert n_charts(report.to_html()) == len(CHARTS)
     for said in (report.verdict, report.totals, "Net ValueError: 3", "x: (9,) float32", "cuda:0", "A100", "2.0 GiB"):
         assert said in words
-    assert re.search(
-        r"cuda:0\s+A100\s+6\s+60\s+12\s+50.0%\s+\S+\s+55\.0%\s+8\s+0\.60 s\s+0\.00 s\s+4\.80 s\s+0\.60 s", words
-    )
+    assert re.search(r"cuda:0\s+A100\s+6\s+60\s+12\s+50.0%\s+\S+\s+55\.0%\s+8\s+1\.0 GiB\s+0", words)
+    assert re.search(r"cuda:0\s+0\.60 s\s+0\.00 s\s+0\.00 s\s+0\.00 s\s+4\.80 s\s+0\.60 s\s+0\.00 s", words)
     assert "cpu:0 finished 1.00 s before the last device." in words
     assert "Failed attempts at a chunk: 0." in words
     assert re.search(r"Failed rows: 1\..*13\s+cpu:0\s+ValueError: 3", words, re.DOTALL)
+
+
+def test_bars_are_as_long_as_what_they_mean() -> None:
+    """Every axis is linear, and those of bars begin at 0."""
+    charts = html_report._make_charts(made(["cuda:0", "cpu:0"], 11))
+    assert set(charts) == set(CHARTS)
+    assert {type(scale).__name__ for chart in charts.values() for scale in (chart.x_scale, chart.y_scale)} == {"LinearScale"}
+    assert {charts[name].x_range.start for name in ("timeline", "shares", "tail", "memory")} == {0.0}
+    assert charts["throughput"].y_range.start == 0.0
 
 
 def test_the_legend_has_what_is_drawn() -> None:
@@ -110,9 +119,7 @@ def test_the_legend_has_what_is_drawn() -> None:
         )
         aggregator = RunAggregator()
         aggregator(ChunkDone("a", 0.0, 0, 8, "cpu:0", stats, (), 1))
-        return re.findall(
-            r'"label":\{"type":"value","value":"(read|compute|write)"', aggregator.make_report(seconds=1.0).to_html()
-        )
+        return re.findall(r"</i>(read|compute|write)</span>", aggregator.make_report(seconds=1.0).to_html())
 
     assert stages(write_seconds=0.1) == ["read", "compute", "write"]
     assert stages(write_seconds=0.0) == ["read", "compute"]
@@ -134,7 +141,7 @@ def test_failed_attempts_are_on_the_page() -> None:
     ("report", "charts"),
     [
         (RunReport(0, 0.0, 8, ()), ()),
-        (made(["cpu:0", "cpu:1"], 0), ("shares",)),
+        (made(["cpu:0", "cpu:1"], 0), ()),
         (made(["inline"], 1), ("timeline", "throughput", "shares", "memory")),
         (made([f"cuda:{i}" for i in range(16)], MAX_SPANS), ("timeline", "throughput", "shares", "memory")),
         (made([f"cuda:{i}" for i in range(100)], 150), CHARTS),
@@ -254,6 +261,11 @@ def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, show
     for said in (report.verdict, "1,998 rows", "Failed rows: 2.", f"no number {SCRIPT}", "model fingerprint"):
         assert said in tab.text
     assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
+    for width in (800, 1100, 1600):  # no table is wider than the page
+        tab.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        tab.wait_for(lambda width=width: tab.evaluate("window.innerWidth") == width)
+        assert tab.evaluate("[...document.querySelectorAll('.wide')].every(one => one.scrollWidth <= one.clientWidth)")
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert tab.errors == []
 
 

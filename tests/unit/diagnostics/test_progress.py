@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import pty
 import re
-import select
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +20,7 @@ from rich.console import Console
 
 import daskinfer as di
 from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
-from daskinfer.diagnostics import progress
+from daskinfer.diagnostics import progress, terminal
 from daskinfer.diagnostics.events import (
     ChunkDone,
     ChunkFailed,
@@ -37,9 +33,11 @@ from daskinfer.diagnostics.events import (
     RunStarted,
 )
 from daskinfer.diagnostics.progress import DisplayListener, make_event_bus, make_line_listener
-from daskinfer.diagnostics.status import Status, StatusTracker, format_status
+from daskinfer.diagnostics.status import Status, StatusTracker, format_progress, format_status
+from daskinfer.diagnostics.terminal import FREE_COLUMNS, render_statuses
 from daskinfer.errors import OptionError
 from tests.conftest import wait_until
+from tests.support.terminal import Terminal
 
 X = np.arange(400.0, dtype=np.float32)
 SCRIPT = """
@@ -88,7 +86,7 @@ def status(n_events: int, error: str = "") -> Status:
 @pytest.mark.parametrize(
     ("n_events", "line"),
     [
-        (1, "Net: 0%, 0 of 100 rows, starting workers"),
+        (1, "Net: starting workers"),
         (3, "Net: 0%, 0 of 100 rows, 0 rows/s"),
         (6, "Net: 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 retried, cuda:0 25 rows/s 100%"),
         (7, "Net: 50%, 50 of 100 rows, stopped after 0:04, 12 rows/s, 1 failed, 1 retried, no, cuda:0 12 rows/s 100%"),
@@ -107,15 +105,42 @@ def test_nothing_computed_in_one_line() -> None:
     assert format_status(tracker.get_status(12.0)) == "Net: 0%, 0 of 100 rows, nothing computed, ModelError: no"
 
 
+def render(shown: Status, columns: int) -> list[str]:
+    """What a terminal of so many columns shows of a run."""
+    console = Console(file=io.StringIO(), width=columns, color_system="truecolor", force_terminal=True)
+    console.print(render_statuses([shown], columns))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    return [line.rstrip() for line in text.splitlines()]
+
+
 def test_a_terminal_has_a_line_per_device_and_one_for_all() -> None:
     """Each device has its throughput, batch size and shares; the total has a bar and the time left."""
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    console.print(progress._render_statuses([status(6)]))
-    lines = [re.sub(r" +", " ", line).strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    lines = [re.sub(r" +", " ", line).strip() for line in render(status(6), 120)]
     assert lines[0] == "device name rows rows/s batch size requested done in flight"
     assert lines[1] == "cuda:0 <L4> 50 25 8 80% 100% 0 1 failed"
     assert lines[2] == "cpu:0 EPYC 0 0 20% 0% 0 lost, 1 retried"
     assert re.fullmatch(r"Net [━╸╺ ]+ 50%, 50 of 100 rows, 25 rows/s, 0:02 left, 1 failed, 1 retried", lines[3])
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 120, 200])
+def test_a_terminal_of_any_width(columns: int) -> None:
+    """No line reaches the last columns, where ^C is written; the bar takes what is left, and no word is cut."""
+    for n_events in (1, 3, 6, 7):
+        shown = status(n_events)
+        lines = render(shown, columns)
+        assert max(map(len, lines)) <= columns - FREE_COLUMNS
+        if columns >= 60:
+            (bar,) = [line for line in lines if "━" in line]
+            assert len(bar) == columns - FREE_COLUMNS
+            words = " ".join(lines).split()
+            assert set(", ".join(format_progress(shown)).split()) <= set(words)
+
+
+def test_what_is_left_of_a_run_in_a_terminal() -> None:
+    """At its end there is a line for all of it, without a table: the report, or the error, comes next."""
+    for error in ("", "Interrupted: no"):
+        (line,) = render(status(7, error), 100)
+        assert re.fullmatch(r"Net [━╸╺ ]+ 50%, .* (done|stopped) after 0:04, 12 rows/s, 1 failed, 1 retried", line)
 
 
 def test_the_link_to_the_dashboard_while_the_run_goes_on() -> None:
@@ -125,9 +150,8 @@ def test_the_link_to_the_dashboard_while_the_run_goes_on() -> None:
         tracker = StatusTracker()
         for event in [*events()[:3], Connected("a", 11.0, address), *others]:
             tracker(event)
-        console = Console(file=io.StringIO(), width=60, force_terminal=False)
-        console.print(progress._render_statuses([tracker.get_status(13.0)]))
-        return console.file.getvalue(), progress._render_html(tracker.get_status(13.0))  # type: ignore[attr-defined]
+        now = tracker.get_status(13.0)
+        return "\n".join(render(now, 60)), progress._render_html(now)
 
     address = "http://127.0.0.1:8787/daskinfer?a&b"
     terminal, notebook = shown(address)
@@ -201,7 +225,7 @@ def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPat
     shown: list[object] = []
     monkeypatch.setattr(progress, "_is_in_notebook", lambda: False)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(progress._terminal_display, "show", lambda *shown_status: shown.append(shown_status))
+    monkeypatch.setattr(progress.terminal_display, "show", lambda *shown_status: shown.append(shown_status))
     bus = make_event_bus(None)
     for event in events():
         bus(event)
@@ -209,24 +233,9 @@ def test_a_call_that_is_over_at_once_shows_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def in_a_terminal(code: str) -> str:
-    """The output of a script in a terminal of 120 columns."""
-    master, slave = pty.openpty()
-    env = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
-    script = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT + code], stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, env=env
-    )
-    os.close(slave)
-    shown, deadline = b"", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if not select.select([master], [], [], 1.0)[0]:
-            continue
-        try:
-            shown += os.read(master, 1 << 16)
-        except OSError:  # the terminal's other end is closed
-            break
-    os.close(master)
-    assert script.wait(30) == 0, shown
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    """The output of a script in a terminal of 120 columns, without control sequences."""
+    with Terminal(SCRIPT + code, 120) as shown:
+        return shown.read_all()
 
 
 @pytest.mark.slow
@@ -237,8 +246,43 @@ def test_a_bar_in_a_real_terminal() -> None:
     assert len(set(shares)) > 2
     assert shares == sorted(shares)
     assert shares[-1] == 100
-    assert "inline" in shown
+    assert "this process" in shown
     assert "400 of 400 rows, done after" in shown
+
+
+INTERRUPTED = """
+import logging
+from daskinfer.cli.logging import configure_logging
+from daskinfer.diagnostics import progress
+
+configure_logging()
+progress.DRAW_SECONDS, progress.INITIAL_DELAY_SECONDS = 0.1, 0.0
+for columns in sys.stdin:
+    print("columns", columns.strip())
+    try:
+        call(devices="inline")
+    except KeyboardInterrupt as error:
+        logging.getLogger("daskinfer").warning("%s", error)
+    print("over")
+"""
+
+
+def test_ctrl_c_in_a_real_terminal() -> None:
+    """At any width, nothing of the table or a bar is left above what the command says after Ctrl-C."""
+    with Terminal(f"import sys{SCRIPT}{INTERRUPTED}") as shown:
+        for columns in (60, 80, 200):
+            shown.resize(columns)
+            shown.type(f"{columns}\n")
+            running = shown.read_until(lambda screen: any("rows/s, 0:" in line for line in screen.lines))
+            assert [line.split()[0] for line in running.lines if "device" in line] == ["device"]
+            shown.type("\x03")
+            lines = shown.read_until(lambda screen: "over" in screen.lines).lines
+            _, first, *said, last = filter(None, lines)  # the end of the line before may come late
+            assert (first, last) == (f"columns {columns}", "over")
+            text = " ".join(said)
+            assert text.startswith("daskinfer.execution.signals: SIGINT received")
+            assert not [word for word in ("device", "this process", "left", "^C") if word in text]
+            assert text.count("slow ━") == text.count("stopped after") == 1
 
 
 @pytest.mark.slow
@@ -256,10 +300,10 @@ def test_two_runs_in_one_terminal() -> None:
 def test_one_of_two_runs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run stays above the running ones, and the terminal is released at the end of the last."""
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    screen = progress._TerminalDisplay()
-    live = progress._make_live()
+    screen = terminal.TerminalDisplay()
+    live = terminal.make_live()
     live.console = console
-    monkeypatch.setattr(progress, "_make_live", lambda: live)
+    monkeypatch.setattr(terminal, "make_live", lambda: live)
     screen.show("first", status(6))
     screen.show("second", status(3))
     screen.end("first", status(7))
@@ -310,4 +354,4 @@ def test_runs_at_a_time_have_their_own_lines() -> None:
 
 def test_an_end_without_a_start() -> None:
     """A listener that was added after the start has nothing to end."""
-    DisplayListener(progress._terminal_display, 1.0, 1.0)(RunEnded("a", 1.0, ""))
+    DisplayListener(progress.terminal_display, 1.0, 1.0)(RunEnded("a", 1.0, ""))

@@ -1,9 +1,12 @@
 import dataclasses
 import json
 import pickle
+import platform
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,14 @@ import pytest
 import daskinfer as di
 from daskinfer.core.chunks import BatchConfig, ChunkStats, RowFailure
 from daskinfer.diagnostics.device_stats import DeviceReport
-from daskinfer.diagnostics.events import BatchSizeChosen, ChunkDone, ChunkFailed, PlannedDevice, RunStarted
+from daskinfer.diagnostics.events import (
+    BatchSizeChosen,
+    ChunkDone,
+    ChunkFailed,
+    DeviceChanged,
+    PlannedDevice,
+    RunStarted,
+)
 from daskinfer.diagnostics.report import RunAggregator, RunReport
 
 CURE = "pass more rows per call, use fewer devices, or stop other work on them"
@@ -19,7 +29,7 @@ CURE = "pass more rows per call, use fewer devices, or stop other work on them"
 
 def stats_of(start: int, stop: int, device: str = "cuda:0", seconds: float = 1.0) -> ChunkStats:
     """The stats of a chunk of rows start:stop."""
-    return ChunkStats(start, stop, device, f"<{device}>", batch_size=8, seconds=seconds, worker="tcp://worker")
+    return ChunkStats(start, stop, device, f"<{device}>", batch_size=8, seconds=seconds, worker="tcp://worker:1")
 
 
 def started(shares: dict[str, float]) -> RunAggregator:
@@ -70,7 +80,11 @@ def test_a_report_is_plain_for_programs():
     assert (found["by_kind"], found["failed_rows"], found["n_retried"]) == ({"cuda": 16}, [3], 1)
     assert found["failures"] == [{"start": 3, "stop": 4, "device": "cuda:0", "exception": "ValueError: 3"}]
     assert (found["devices"][0]["rows_per_second"], found["rows_per_second"]) == (9.0, 4.5)
-    assert found["facts"] == {"model": "Net", "input": "x: (100,) float32", "output": "y: (100,) float32", "machine": "m"}
+    described = {"model": "Net", "input": "x: (100,) float32", "output": "y: (100,) float32"}
+    assert found["facts"] == {**described, "hosts": "worker (cuda:0)", "machine": "m"}
+    assert [(mark["device"], mark["kind"], mark["text"]) for mark in found["marks"]] == [
+        ("cuda:0", "failed attempt", "rows 0:10: ValueError: 0")
+    ]
     assert "timeline" not in found
 
 
@@ -106,9 +120,9 @@ def test_rows_that_failed_are_listed_and_not_counted():
 
 
 def test_a_device_that_joined_later_has_no_requested_share():
-    """A chunk from a device outside the plan counts, with a requested share of 0."""
+    """A chunk from a device outside the plan counts, though no share was requested of the device."""
     late = summed([stats_of(0, 5, "cpu:9")], {"cpu:0": 1.0}, seconds=1.0).devices
-    assert [(d.device, d.n_rows, d.asked_share) for d in late] == [("cpu:0", 0, 1.0), ("cpu:9", 5, 0.0)]
+    assert [(d.device, d.n_rows, d.asked_share) for d in late] == [("cpu:0", 0, 1.0), ("cpu:9", 5, None)]
 
 
 def test_nothing_done_is_no_division_by_zero():
@@ -166,6 +180,34 @@ def test_startup_is_no_part_of_the_throughput():
     assert cold.start_seconds > cold.seconds
 
 
+class SlowToLoad:
+    """A model that loads for a while, and is slow the first time it is called."""
+
+    def load(self, device: str) -> None:
+        time.sleep(0.4)  # stands for reading weights
+        self.calls = 0
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        if self.calls == 1:
+            time.sleep(0.1)  # stands for compiling
+        return rows
+
+
+def test_loading_and_the_first_call_stand_apart():
+    """A call that mostly loads its model is told so; the next call finds the model loaded and warm."""
+    model, x = di.Model(SlowToLoad(), version="1"), np.zeros(64, np.float32)
+    how = {"devices": "inline", "batch_size": 8, "output": x[:0], "return_report": True}
+    _, cold = di.predict(model, x, **how)
+    _, warm = di.predict(model, x, **how)
+    assert cold.load_seconds >= 0.4
+    assert cold.verdict.startswith(f"load-bound: loading took {cold.load_seconds:.1f} of {cold.seconds:.1f} s; ")
+    (device,) = cold.devices
+    assert device.seconds >= device.first_call_seconds >= device.warm_up_seconds > 0.09
+    assert [span.loaded[1] - span.loaded[0] >= 0.4 for span in cold.timeline].count(True) == 1
+    assert (warm.load_seconds, warm.first_call_seconds) == (0.0, 0.0)
+
+
 def test_a_notebook_shows_the_timeline():
     """A report with a timeline has a small picture of it between the table and the verdict."""
     times = {"read_began": 1.0, "ended": 3.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
@@ -182,52 +224,57 @@ def test_a_report_is_escaped_in_html():
     assert page.endswith(f"{CURE}</p>")
 
 
-@pytest.mark.parametrize(
-    ("computed", "waited", "wrote", "verdict"),
-    [
-        (0.3, 0.61, 0.9, "input-bound: devices waited for reads 61% of the time; raise prefetch"),
-        (0.9, 0.1, 0.9, "compute-bound: devices computed 90% of the time"),
-        (0.3, 0.1, 0.8, "output-bound: writing took 80% of the time; use faster storage or fewer devices"),
-        (
-            0.3,
-            0.1,
-            0.1,
-            f"overhead-bound: devices computed 30% of the time; {CURE}",
-        ),
-        (0.0, 0.0, 0.0, ""),
-    ],
-)
-def test_the_report_ends_with_one_verdict(computed, waited, wrote, verdict):
-    """One line tells where the time went and what to change."""
-    times = {"read_began": 0.0, "ended": 0.0, "read_seconds": 1.0, "write_seconds": wrote, "waited_seconds": waited}
-    assert (
-        summed(
-            [stats_of(0, 10, seconds=computed).with_timing(**times)], {"cuda:0": 1.0}, seconds=1.0 if computed else 0.0
-        ).verdict
-        == verdict
-    )
+def test_workers_that_were_not_needed_are_not_listed() -> None:
+    """If this process was faster, its line is the only one, under the name that people know; programs get all devices."""
+    aggregator = RunAggregator()
+    planned = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", None) for i in range(2))
+    aggregator(RunStarted("a", 0.0, "Net", (), (), (0, 10), (), BatchConfig(8), planned, n_cores=2))
+    aggregator(done(stats_of(0, 10, "inline")))
+    found = aggregator.make_report(seconds=1.0)
+    header, line, _ = str(found).splitlines()
+    assert header.split() == ["device", "name", "chunks", "rows", "rows/s", "done"]
+    assert line.startswith("this process (all 2 cores)  <inline> ")
+    assert [device.device for device in found.devices] == ["cpu:0", "cpu:1", "inline"]
+    assert [one["asked_share"] for one in found.to_dict()["devices"]] == [None] * 3
+    assert "cpu:0" not in found._repr_html_()
 
 
-def test_a_device_whose_worker_starts_is_not_idle() -> None:
-    """A device's time begins with its first chunk, and ends for this process when workers take over from it."""
-    times = {"read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-    done = [
-        stats_of(0, 10, "inline", seconds=4.0).with_timing(**times, read_began=100.0, ended=104.0),
-        stats_of(10, 20, "cpu:0", seconds=5.5).with_timing(**times, read_began=104.0, ended=110.0),
-        stats_of(20, 30, "cpu:1", seconds=5.5).with_timing(**times, read_began=104.0, ended=109.5),
-    ]
-    found = summed(done, {"cpu:0": 0.5, "cpu:1": 0.5}, seconds=10.0)
-    assert found.verdict == "compute-bound: devices computed 94% of the time"
-    assert found.tail_seconds == pytest.approx(0.5)
+def test_a_device_that_got_nothing_is_listed_if_a_share_was_requested() -> None:
+    """A caller who gives weights sees what became of each."""
+    text = str(summed([stats_of(0, 10, "cpu:0")], {"cpu:0": 0.5, "cpu:1": 0.5}, seconds=1.0))
+    assert "requested" in text.splitlines()[0]
+    assert text.splitlines()[2].split()[0] == "cpu:1"
 
 
-def test_devices_that_end_apart_are_unbalanced() -> None:
-    """If one device waits for the other most of the time, shares are what to change."""
-    ended = [("cuda:0", 2.0), ("cpu:0", 9.0)]
-    none = {"read_began": 1.0, "read_seconds": 0.0, "write_seconds": 0.0, "waited_seconds": 0.0}
-    done = [stats_of(i, i + 1, device).with_timing(**none, ended=at) for i, (device, at) in enumerate(ended)]
-    found = summed(done, {"cuda:0": 0.5, "cpu:0": 0.5}, seconds=9.0)
-    assert (
-        found.verdict
-        == "unbalanced: the last device finished 7.0 s after the first; use device_weights='auto' or a smaller batch_size"
-    )
+def test_what_went_wrong_is_marked() -> None:
+    """Failed attempts, and workers that die, return or are lost, are on the timeline of plot, page and notebook."""
+    aggregator = started({"cuda:0": 0.5, "cpu:0": 0.5})
+    times = {"read_began": 10.0, "ended": 14.0, "read_seconds": 0.5, "write_seconds": 0.0, "waited_seconds": 0.0}
+    aggregator(done(dataclasses.replace(stats_of(0, 10, seconds=3.0).with_timing(**times), began=11.0)))
+    aggregator(DeviceChanged("a", 12.0, "cpu:0", "restarting"))
+    aggregator(ChunkFailed("a", 12.0, 10, 20, "cpu:0", "its worker died"))
+    aggregator(DeviceChanged("a", 13.0, "cpu:0", "replaced"))
+    aggregator(DeviceChanged("a", 13.5, "cpu:0", "gone"))
+    found = aggregator.make_report(seconds=4.0)
+    kinds = [mark.kind for mark in found.marks]
+    assert kinds == ["worker died", "failed attempt", "worker restarted", "device lost"]
+    timeline = found.plot().axes[0]
+    assert set(kinds) <= {text.get_text() for text in timeline.get_legend().get_texts()}
+    assert sorted(float(line.get_xdata()[0]) for line in timeline.lines) == [2.0, 2.0, 3.0, 3.5]
+    page = found.to_html()
+    assert all(f"</b>{kind}</span>" in page for kind in kinds)
+    assert "rows 10:20: its worker died" in page
+    assert found._repr_html_().count("<circle") == 3  # of two at one time, the first
+
+
+def test_the_call_and_its_time_are_in_the_report(in_folder: Path) -> None:
+    """A report says which function ran with which options, when and where; no array is in it."""
+    before = time.time()
+    np.save("x.npy", np.full(8, 3.5))
+    _, found = di.predict(np.sqrt, np.full(8, 3.5), devices="inline", batch_size=4, return_report=True)
+    assert found.facts["call"] == "daskinfer.predict(model, x, devices='inline', batch_size=4)"
+    assert before <= found.started_at <= found.ended_at <= time.time()
+    stored = di.run(np.sqrt, "x.npy", "y.npy", devices="inline")
+    assert stored.facts["options"] == "devices='inline'"
+    assert stored.facts["hosts"] == f"{platform.node()} (this process)"
+    assert "3.5" not in str(stored.facts)

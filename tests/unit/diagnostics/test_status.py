@@ -49,9 +49,9 @@ def test_before_the_first_chunk() -> None:
 
 def test_while_the_batch_size_is_tuned() -> None:
     """Between the start of the workers and the first chunk, the text tells what takes the time."""
-    assert format_progress(standing().get_status(11.0))[2:] == ["starting workers"]
+    assert format_progress(standing().get_status(11.0)) == ["starting workers"]
     tried = standing(BatchTuningStarted("a", 11.0))
-    assert format_progress(tried.get_status(12.0))[2:] == ["tuning batch size"]
+    assert format_progress(tried.get_status(12.0)) == ["tuning batch size"]
     tried(BatchSizeChosen("a", 13.0, BatchConfig(16, {})))
     tried(ChunkStarted("a", 13.0, 0, 10, "cuda:0"))
     assert "tuning batch size" not in format_progress(tried.get_status(14.0))
@@ -86,11 +86,13 @@ def test_a_failed_attempt_is_not_in_flight() -> None:
     assert (cpu.n_in_flight, cpu.n_retried, cpu.state, found.get_status(3.0).n_retried) == (2, 1, "replaced", 1)
 
 
-@pytest.mark.parametrize(("state", "label"), [("replaced", "worker restarted"), ("gone", "lost")])
+@pytest.mark.parametrize(
+    ("state", "label"), [("restarting", "restarting"), ("replaced", "worker restarted"), ("gone", "lost")]
+)
 def test_states_have_labels(state: str, label: str) -> None:
     """People read what became of a device; programs read the value of the event."""
     status = standing(DeviceChanged("a", 2.0, "cpu:0", state)).get_status(3.0)
-    assert (status.devices[1].state, format_devices(status)[1][-1]) == (state, label)
+    assert (status.devices[1].state, format_devices(status)[1][1][-1]) == (state, label)
 
 
 def test_what_was_given_up_is_not_counted_twice() -> None:
@@ -119,3 +121,41 @@ def test_nothing_to_do_at_once() -> None:
     """A run without rows has no throughput, and nothing is divided by zero."""
     found = StatusTracker()
     assert found.get_status(0.0).rows_per_second == 0.0
+
+
+def test_what_is_waited_for_if_nothing_moves() -> None:
+    """After unusually long without a result, the text names the devices that have work, and those that restart."""
+    found = standing(
+        ChunkStarted("a", 10.0, 0, 10, "cuda:0"),
+        ChunkStarted("a", 10.0, 10, 20, "cpu:0"),
+        DeviceChanged("a", 12.0, "cpu:0", "restarting"),
+    )
+    assert format_progress(found.get_status(20.0))[-1] == "cpu:0 restarting"
+    said = "no result for 0:11: waiting for cuda:0 (1 in flight) and cpu:0 (restarting, 1 in flight)"
+    assert format_progress(found.get_status(21.0))[-1] == said
+    found(done(0, 10, 30.0))
+    assert "no result" not in ", ".join(format_progress(found.get_status(69.0)))  # chunks take 20 s here
+    assert format_progress(found.get_status(71.0))[-1].startswith("no result for 0:41: waiting for cpu:0")
+    found(RunEnded("a", 72.0, ""))
+    assert "no result" not in ", ".join(format_progress(found.get_status(99.0)))
+
+
+def test_many_devices_are_not_all_named() -> None:
+    """Of many devices that are waited for, a few are named and the others counted."""
+    found = standing(*[ChunkStarted("a", 10.0, i, i + 1, f"cpu:{i}") for i in range(9)])
+    assert format_progress(found.get_status(30.0))[-1].endswith("cpu:3 (1 in flight) and 5 more")
+
+
+def test_workers_that_are_not_needed_are_not_shown() -> None:
+    """While this process computes, idle workers have no line, unless a share was requested of them."""
+    planned = tuple(PlannedDevice(f"cpu:{i}", "", "cpu", None) for i in range(2))
+    found = StatusTracker()
+    found(RunStarted("a", 10.0, "Net", ("x",), ("y",), (0, 100), (), BatchConfig(8), planned, n_cores=4))
+    headers, lines = format_devices(found.get_status(10.5))
+    assert [line[0] for line in lines] == ["cpu:0", "cpu:1"]
+    assert "requested" not in headers
+    found(ChunkStarted("a", 11.0, 0, 10, "inline"))
+    assert [line[0] for line in format_devices(found.get_status(11.5))[1]] == ["this process (all 4 cores)"]
+    found(ChunkStarted("a", 12.0, 10, 20, "cpu:1"))
+    assert [line[0] for line in format_devices(found.get_status(12.5))[1]] == ["cpu:1", "this process (all 4 cores)"]
+    assert "requested" in format_devices(standing().get_status(11.0))[0]

@@ -23,7 +23,9 @@ def test_a_span_per_chunk() -> None:
     for i, device in enumerate(["cpu:0", "cpu:1", "cpu:0"]):
         timeline.add(stats_of(i, device))
     assert [(span.device, span.start) for span in timeline.spans] == [("cpu:0", 0), ("cpu:0", 2), ("cpu:1", 1)]
-    assert timeline.spans[1] == Span("cpu:0", 2, 3, 1, 1, (9.0, 10.0), (10.0, 12.0), (12.0, 13.0))
+    assert timeline.spans[1] == Span(
+        "cpu:0", 2, 3, 1, 1, (9.0, 10.0), (10.0, 12.0), (12.0, 13.0), (10.0, 10.0), (10.0, 10.0)
+    )
 
 
 @settings(max_examples=30, deadline=None)

@@ -63,7 +63,7 @@ def test_a_plan_as_text():
         "output  (1010, 64) float32",
     ]
     assert [" ".join(line.split()) for line in lines[5:]] == [
-        "device name weight share rows chunks micro-batch in out needs",
+        "device name weight share rows chunks batch size in out needs",
         "cuda:0 <b> 1 50.5% 510 6 10 382.5 KiB 127.5 KiB 130.0 KiB",
         "cuda:1 <b> 1 49.5% 500 6 10 375.0 KiB 125.0 KiB 130.0 KiB",
         "total 1,010 12 757.5 KiB 252.5 KiB",
