@@ -168,9 +168,12 @@ def list_rows(report: RunReport) -> list[Row]:
 
 
 def list_shares(report: RunReport) -> list[Share]:
-    """List the shares to show: the requested one only if shares were requested."""
-    was_requested = any(device.asked_share is not None for device in report.devices)
-    return [share for share in _SHARES if was_requested or share.opacity]
+    """List the shares to show: the requested one only if shares were requested, that by throughput for several devices."""
+    hidden = {
+        "requested": all(device.asked_share is None for device in report.devices),
+        "measured": len(report.shown_devices) < 2,
+    }
+    return [share for share in _SHARES if not hidden.get(share.label)]
 
 
 def shorten_label(name: str) -> str:

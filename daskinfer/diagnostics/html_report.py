@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 MAX_FAILURES = 1000  # in the table; nobody reads more, and the browser lays out each
 MAX_EXCEPTION_CHARACTERS = 500  # of an exception's text
 _MAX_CHART_HEIGHT = 1200  # pixels; more devices get thinner rows
+_MIN_LEFT = 90  # pixels of a time axis's left margin, for rows/s of six digits and their title
 _PIXELS_PER_CHARACTER = 6  # of a name on an axis, on average
 
 Figure = Any  # bokeh's; its keywords have no types
@@ -185,7 +186,7 @@ def _make_charts(report: RunReport) -> dict[str, Figure]:
     if bars := make_bars(report.timeline):
         charts["timeline"] = _make_timeline_chart(rows, bars, place_marks(report))
         charts["throughput"] = _make_throughput_chart(rows, bars, charts["timeline"].x_range)
-    if report.shown_devices:
+    if len(report.shown_devices) > 1:
         charts["shares"] = _make_shares_chart(report, rows)
     if report.tail_seconds >= _SHORT_TAIL_FRACTION * report.seconds > 0:
         charts["tail"] = _make_bar_chart(rows, compute_idle_seconds(report.devices), "seconds")
@@ -198,7 +199,7 @@ def _make_charts(report: RunReport) -> dict[str, Figure]:
 
 def _make_chart(height: int, rows: Sequence[Row], **options: Any) -> Figure:
     """Make a chart whose frame begins right of the longest name even if it shows no names: time axes are aligned."""
-    left = 40 + _PIXELS_PER_CHARACTER * max((len(row.label) for row in rows), default=0)
+    left = max(_MIN_LEFT, 40 + _PIXELS_PER_CHARACTER * max((len(row.label) for row in rows), default=0))
     chart: Figure = figure(height=height, sizing_mode="stretch_width", min_border_left=left, **options)
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
@@ -214,6 +215,13 @@ def _make_device_chart(rows: Sequence[Row], row_height: int, x_range: Any, **opt
     chart.yaxis.ticker = FixedTicker(ticks=list(range(len(rows))))
     chart.yaxis.major_label_overrides = {i: PlainText(text=row.label) for i, row in enumerate(rows)}
     chart.ygrid.grid_line_color = None
+    return chart
+
+
+def _make_small_chart(rows: Sequence[Row]) -> Figure:
+    """Make a chart of a third of the page's width, so with few ticks."""
+    chart = _make_device_chart(rows, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart.xaxis.ticker.desired_num_ticks, chart.xaxis.ticker.num_minor_ticks = 4, 0
     return chart
 
 
@@ -301,7 +309,7 @@ def _make_throughput_chart(rows: Sequence[Row], bars: Sequence[Bar], x_range: Ra
 
 def _make_shares_chart(report: RunReport, rows: Sequence[Row]) -> Figure:
     """Draw the shares in the devices' colours; the legend has them in ink."""
-    chart = _make_device_chart(rows, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart = _make_small_chart(rows)
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[0]%")
     devices = {device.device: device for device in report.devices}
     known = [(number, row, devices[row.device]) for number, row in enumerate(rows) if row.device in devices]
@@ -322,7 +330,7 @@ def _make_shares_chart(report: RunReport, rows: Sequence[Row]) -> Figure:
 
 def _make_bar_chart(rows: Sequence[Row], values: Mapping[str, float], unit: str) -> Figure:
     """Make a chart of one number per device, in the device's colour."""
-    chart = _make_device_chart(rows, 36, DataRange1d(start=0.0), tools="", toolbar_location=None)
+    chart = _make_small_chart(rows)
     chart.xaxis.axis_label = unit
     source = ColumnDataSource(
         {

@@ -11,8 +11,8 @@ decides:
 All further rules judge the devices' time without loading and warming up:
 
 5. They waited for reads for ``SIGNIFICANT_FRACTION`` of it: input-bound.
-6. They computed for ``DOMINANT_FRACTION`` of it: compute-bound.
-7. The first device finished ``SIGNIFICANT_FRACTION`` of it before the last: unbalanced.
+6. The first device finished ``SIGNIFICANT_FRACTION`` of the wall time before the last: unbalanced.
+7. They computed for ``DOMINANT_FRACTION`` of it: compute-bound.
 8. Writing took ``DOMINANT_FRACTION`` of it: output-bound.
 9. Otherwise the work around the chunks took the time: overhead-bound.
 """
@@ -102,11 +102,11 @@ def _judge_rows(phases: PhaseSeconds, tail_seconds: float, seconds: float, n_dev
     waited, computed, wrote = (min(1.0, s / total) for s in (phases.waiting, phases.computing, phases.writing))
     if waited >= SIGNIFICANT_FRACTION:
         return f"input-bound: devices waited for reads {waited:.0%} of the time; raise prefetch"
-    if computed >= DOMINANT_FRACTION:
-        return f"compute-bound: devices computed {computed:.0%} of the time"
     if tail_seconds >= SIGNIFICANT_FRACTION * seconds:
         tail = f"the last device finished {tail_seconds:.1f} s after the first"
         return f"unbalanced: {tail}; use device_weights='auto' or a smaller batch_size"
+    if computed >= DOMINANT_FRACTION:
+        return f"compute-bound: devices computed {computed:.0%} of the time"
     fewer = "fewer devices" if n_devices > 1 else ""
     if wrote >= DOMINANT_FRACTION:
         cures = " or ".join(filter(None, ["use faster storage", fewer]))

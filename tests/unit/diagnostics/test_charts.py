@@ -100,9 +100,13 @@ def test_workers_that_were_not_needed_have_no_row() -> None:
 
 def test_the_requested_share_is_shown_if_there_was_one() -> None:
     """Shares by throughput and done are always there; one was requested only if the caller gave weights."""
-    given, none = (RunReport(8, 1.0, 1, (DeviceReport("a", "", 1, 8, asked_share=share),)) for share in (0.0, None))
+    given, none = (
+        RunReport(8, 1.0, 1, tuple(DeviceReport(name, "", 1, 8, asked_share=share) for name in "ab"))
+        for share in (0.0, None)
+    )
     assert [share.label for share in list_shares(given)] == ["requested", "measured", "done"]
     assert [share.label for share in list_shares(none)] == ["measured", "done"]
+    assert [share.label for share in list_shares(RunReport(8, 1.0, 1, none.devices[:1]))] == ["done"]
 
 
 def test_loading_and_the_first_call_have_bars() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from daskinfer.diagnostics import html_report
 from daskinfer.diagnostics.events import ChunkDone, ChunkFailed, PlannedDevice, RunStarted
 from daskinfer.diagnostics.html_report import MAX_EXCEPTION_CHARACTERS, MAX_FAILURES
 from daskinfer.diagnostics.report import RunAggregator, RunReport
-from daskinfer.diagnostics.timeline import MAX_SPANS
+from daskinfer.diagnostics.timeline import MAX_SPANS, Mark
 from daskinfer.errors import SourceMissing
 from tests.support import browser
 
@@ -142,7 +143,7 @@ def test_failed_attempts_are_on_the_page() -> None:
     [
         (RunReport(0, 0.0, 8, ()), ()),
         (made(["cpu:0", "cpu:1"], 0), ()),
-        (made(["inline"], 1), ("timeline", "throughput", "shares", "memory")),
+        (made(["inline"], 1), ("timeline", "throughput", "memory")),
         (made([f"cuda:{i}" for i in range(16)], MAX_SPANS), ("timeline", "throughput", "shares", "memory")),
         (made([f"cuda:{i}" for i in range(100)], 150), CHARTS),
     ],
@@ -269,21 +270,28 @@ def test_a_real_run_in_a_real_browser(two_cpus: list[str], in_folder: Path, show
     assert tab.errors == []
 
 
-@needs_browser
-def test_what_hovers_is_text(shown: Any) -> None:
-    """Under the mouse, a bar shows its device, rows and seconds; a name that looks like HTML is text there too."""
-    tab = shown(made([IMAGE], 1))
-    tab.wait_for(lambda: n_drawn(tab) >= 4)
+def hover_until(tab: browser.Tab, text: str) -> bool:
+    """Move the mouse over the first chart until a text is shown."""
     left, top, width, height = tab.evaluate(
         f"(() => {{ const r = {_ALL}('canvas')[0].getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; }})()"
     )
-    for step in range(20):
-        place = {"x": left + 0.6 * width, "y": top + height * step / 20}
-        tab.ask("Input.dispatchMouseEvent", type="mouseMoved", **place)
-        if "0.800 s" in tab.text:
-            break
+    places = [(left + width * x / 40, top + height * y / 20) for x in (24, *range(40)) for y in range(20)]
+    for x, y in places:
+        tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        if text in tab.text:
+            return True
+    return False
+
+
+@needs_browser
+def test_what_hovers_is_text(shown: Any) -> None:
+    """Under the mouse, a bar and a mark show their device and what they are; what looks like HTML is text there too."""
+    tab = shown(replace(made([IMAGE], 1), marks=(Mark(IMAGE, 1000.5, "worker died", SCRIPT),)))
+    tab.wait_for(lambda: n_drawn(tab) >= 3)
+    assert hover_until(tab, "0.800 s")
     assert f"device : {IMAGE}" in tab.text.replace("device: ", "device : ")
     assert "10 of 0:10" in tab.text
+    assert hover_until(tab, SCRIPT)
     assert tab.evaluate(f"{_ALL}('img').length") == 0
     assert tab.evaluate("document.title").startswith("daskinfer: Net")
     assert tab.errors == []

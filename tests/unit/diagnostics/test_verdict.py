@@ -48,7 +48,7 @@ def device(name: str = "cpu:0", n_rows: int = 100, **seconds: float) -> DeviceRe
         ),
         ([device(seconds=2.6, load_seconds=1.5)], 0.0, "compute-bound: devices computed 84% of the time"),
         (
-            [device(seconds=1.0, ended=2.0), device("cpu:1", seconds=3.0, ended=4.0)],
+            [device(seconds=2.4, ended=2.5), device("cpu:1", seconds=4.4, ended=4.5)],
             0.0,
             "unbalanced: the last device finished 2.0 s after the first; use device_weights='auto' or a smaller batch_size",
         ),
@@ -72,7 +72,13 @@ def device(name: str = "cpu:0", n_rows: int = 100, **seconds: float) -> DeviceRe
     ],
     ids=[
         *("1: no device", "1: no row", "2: startup", "not 2: less than half", "3: loading", "3: the longest of many"),
-        *("4: the first call", "5: reads", "6: computing, without loading", "7: unbalanced", "8: writing"),
+        *(
+            "4: the first call",
+            "5: reads",
+            "7: computing, without loading",
+            "6: unbalanced, though they computed",
+            "8: writing",
+        ),
         *("8: writing, one device", "9: overhead", "9: overhead, one device"),
     ],
 )
