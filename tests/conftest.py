@@ -43,6 +43,7 @@ KEPT_THREADS = (
     "QueueFeederThread",
     "zarr_",
 )
+FREE_PORT = {"dashboard_address": "127.0.0.1:0"}  # of a plain scheduler; without it 8787, which another session may have
 LEAVE_SECONDS = 20.0  # a killed worker's kernel clean-up on a busy machine
 
 _SHARED = Path("/dev/shm")
@@ -170,7 +171,8 @@ def foreign(tracker: None) -> Iterator[Client]:
     """A client of a Dask cluster of two processes, none of ours, which a test may kill."""
     from distributed import Client, LocalCluster
 
-    how = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "silence_logs": 60}
+    how: dict[str, object] = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "silence_logs": 60}
+    how["scheduler_kwargs"] = FREE_PORT
     with LocalCluster(n_workers=2, **how) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 

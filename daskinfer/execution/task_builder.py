@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 from distributed import Client, Future
 
-from daskinfer.core.arrays import Array, RemoteArray
+from daskinfer.core.arrays import Array, RemoteArray, is_dask_array
 from daskinfer.core.chunks import Chunk
-from daskinfer.execution.dask_inputs import DaskBlocks
 from daskinfer.planning.inputs import Inputs
 from daskinfer.transport.row_sources import ChunkInput, FileRows, RowRouter, RowSource, Task, TaskResources
 from daskinfer.transport.shared_memory import ALIGN, Slot, compute_slot_nbytes
+
+if TYPE_CHECKING:
+    from daskinfer.execution.dask_inputs import DaskBlocks
 
 MAX_INLINE_SPEC_NBYTES = 1 << 20  # a larger spec is sent to the cluster once instead of with each task; arbitrary
 
@@ -37,6 +38,12 @@ class SpecPublisher:
         return self._future
 
 
+def _make_blocks(arrays: Sequence[Any], client: Client | None) -> DaskBlocks:
+    from daskinfer.execution.dask_inputs import DaskBlocks  # imports dask.array
+
+    return DaskBlocks(arrays, client)
+
+
 class TaskBuilder:
     """Turns chunks into tasks.
 
@@ -55,8 +62,8 @@ class TaskBuilder:
     def __init__(self, inputs: Inputs, outputs: Sequence[Array], row_chunks: Sequence[int], client: Client | None) -> None:
         self._arrays, self._client = inputs.arrays, client
         self._outputs = outputs
-        lazy = [inputs.make_dask_array(array, row_chunks) for array in inputs.arrays if isinstance(array, da.Array)]
-        self._blocks = DaskBlocks(lazy, client) if lazy else None
+        lazy = [inputs.make_dask_array(array, row_chunks) for array in inputs.arrays if is_dask_array(array)]
+        self._blocks = _make_blocks(lazy, client) if lazy else None
 
     def compute_slot_nbytes(self, n_rows: int, n_chunks: int) -> int:
         """Return the most bytes of shared memory that a task of so many rows in so many chunks needs."""
@@ -94,7 +101,7 @@ class TaskBuilder:
 
     def _make_row_sources(self, chunk: Chunk, router: RowRouter) -> list[RowSource]:
         blocks = iter(self._blocks.make_row_sources(chunk.index, router) if self._blocks else ())
-        return [next(blocks) if isinstance(a, da.Array) else _make_row_source(a, chunk, router) for a in self._arrays]
+        return [next(blocks) if is_dask_array(a) else _make_row_source(a, chunk, router) for a in self._arrays]
 
     def _reserve_outputs(self, chunk: Chunk, slot: Slot | None) -> Any:
         if slot is None or not self._outputs:

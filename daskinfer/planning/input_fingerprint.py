@@ -19,10 +19,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import dask.array as da
 import numpy as np
 
-from daskinfer.core.arrays import Array
+from daskinfer.core.arrays import Array, is_dask_array
 from daskinfer.planning.inputs import Inputs
 from daskinfer.storage.formats import compute_stat_fingerprint, npy
 
@@ -38,7 +37,7 @@ def compute_input_fingerprint(inputs: Inputs) -> dict[str, dict[str, Any]]:
 
 
 def _compute_array_fingerprint(array: Any) -> dict[str, Any]:
-    if isinstance(array, da.Array):
+    if is_dask_array(array):
         return {"name": array.name, "chunks": hashlib.sha256(repr(array.chunks).encode()).hexdigest()}
     if not isinstance(array, np.ndarray):
         return compute_stat_fingerprint(array.path)

@@ -16,20 +16,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import dask
-import dask.array as da
 import numpy as np
 import torch
 
-from daskinfer.core.arrays import NUMERIC_KINDS, Array, ArraySource
+from daskinfer.core.arrays import NUMERIC_KINDS, Array, ArraySource, is_dask_array
 from daskinfer.core.formatting import format_nbytes
 from daskinfer.core.pytree import Ports
 from daskinfer.errors import InputError
 from daskinfer.planning.input_advice import check_is_array_like, make_conversion_error, make_dtype_error
 from daskinfer.storage.formats import open_source
 from daskinfer.worker.tensors import tensor_to_numpy
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 MAX_INPUT_NBYTES = 1 << 48  # 256 TiB of rows: a plan lists every chunk, here 4 million of 64 MiB; arbitrary
 
@@ -94,7 +96,7 @@ class Inputs:
     @property
     def row_chunks(self) -> tuple[int, ...] | None:
         """Chunks on axis 0 of the first dask array among the ports; None if there is none."""
-        return next((a.chunks[0] for a in self.arrays if isinstance(a, da.Array)), None)
+        return next((a.chunks[0] for a in self.arrays if is_dask_array(a)), None)
 
     @property
     def unit_rows(self) -> int | None:
@@ -159,7 +161,7 @@ def _get_form(value: Any) -> Form:
         return "tensor"
     if isinstance(value, str | os.PathLike):
         return "path"
-    return "array" if isinstance(value, np.ndarray | da.Array) else "other"
+    return "array" if isinstance(value, np.ndarray) or is_dask_array(value) else "other"
 
 
 def _compute_nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
@@ -173,7 +175,7 @@ def _format_location(array: Any) -> str:
 
 def _get_unit_rows(array: Any) -> int | None:
     """Return the rows of a store's chunk or shard, or of a dask array's chunk if all but the last are equal; else None."""
-    if not isinstance(array, da.Array):
+    if not is_dask_array(array):
         return getattr(array, "unit_rows", None)
     first, *rest = array.chunks[0]
     return first if all(size == first for size in rest[:-1]) and (not rest or rest[-1] <= first) else None
@@ -186,7 +188,7 @@ def _make_port_array(name: str, value: Any) -> Any:
     if array.ndim == 0:
         single_row = f"{name}[None]" if hasattr(value, "ndim") else f"[{name}]"
         raise InputError(f"{name} is 0-d, but its first axis must be the rows. Pass {single_row} for a single row.")
-    if isinstance(array, da.Array) and any(np.isnan(size) for axis in array.chunks for size in axis):
+    if is_dask_array(array) and any(np.isnan(size) for axis in array.chunks for size in axis):
         raise InputError(
             f"{name} is a dask array with unknown chunk sizes, so its rows cannot be located. "
             f"Call {name}.compute_chunk_sizes() first."
@@ -197,7 +199,7 @@ def _make_port_array(name: str, value: Any) -> Any:
 def _convert_to_array(name: str, value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
         return open_source(value)
-    if isinstance(value, da.Array):
+    if is_dask_array(value):
         return value
     check_is_array_like(name, value)
     _check_supported_type(name, value)
@@ -235,8 +237,10 @@ def _check_lengths(ports: Ports, arrays: Sequence[Any]) -> None:
 
 
 def _convert_to_dask(array: Any, row_chunks: tuple[int, ...]) -> da.Array:
-    if isinstance(array, da.Array):
+    if is_dask_array(array):
         return array if array.chunks[0] == row_chunks else array.rechunk({0: row_chunks})
+    import dask.array as da  # a second, which only map_blocks needs to spend
+
     # Derive no name from the content: hashing an array costs more than cutting it.
     if not isinstance(array, np.ndarray):
         meta = np.empty(0, object)

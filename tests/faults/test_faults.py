@@ -1,6 +1,7 @@
 """Scenarios of ``python -m tests.faults`` that need seconds and no machine of their own, in their short version.
 
-The others (workers killed for minutes, cgroups, links that are cut, every instant of a run, the soak) the command runs.
+The others (workers killed for minutes, poison, cgroups, links that are cut, every instant of a run, the soak) the command
+runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tests.faults.__main__ import line, proved
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("poison", "full", "output", "input", "listeners", "tampered", "code", "declared", "rows")
+QUICK = ("full", "output", "input", "listeners", "tampered", "code", "declared", "rows")
 
 
 @pytest.mark.timeout(600)

@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-FEWER = {"N_IMAGES = 4_000_000": "N_IMAGES = 400_000", "augment(100_000,": "augment(20_000,"}  # rows, not other code
+FEWER = {"N_IMAGES = 4_000_000": "N_IMAGES = 100_000", "augment(100_000,": "augment(20_000,"}  # rows, not other code
 
 
 @pytest.mark.slow

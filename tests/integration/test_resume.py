@@ -125,12 +125,13 @@ def command(folder: Path, output: str, *arguments: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_killed_with_its_workers(tmp_path: Path, suffix: str) -> None:
+def test_killed_with_its_workers(tmp_path: Path, two_cpus: list[str], suffix: str) -> None:
     """A command that is killed repeatedly with all its processes writes the bytes of an undisturbed run."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((2000, 6), np.float32))
     draw = random.Random(suffix)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    subprocess.run(command(tmp_path, f"once{suffix}"), cwd=tmp_path, env=env, check=True, capture_output=True)
+    how = {"devices": two_cpus, "device_weights": "even", "batch_size": 10}
+    di.run(lambda rows: rows[:, ::2] * 3, tmp_path / "x.npy", tmp_path / f"once{suffix}", **how)
     log, n_killed = manifest_of(tmp_path / f"y{suffix}") / "receipts.jsonl", 0
     for _ in range(2):
         n_bytes = log.stat().st_size if log.exists() else 0

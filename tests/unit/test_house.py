@@ -207,6 +207,22 @@ def test_pure_packages_import_quickly(package: str) -> None:
     assert all(import_module(name).__doc__ for name in modules)
 
 
+RUN_A_FILE = """
+import sys
+import numpy as np
+import daskinfer as di
+np.save("x.npy", np.arange(8.0))
+di.run(np.sqrt, "x.npy", "y.npy", devices="inline", progress=False)
+print(*{"dask.array", "pandas", "xarray", "cupy"} & set(sys.modules))
+"""
+
+
+def test_dask_array_is_imported_for_dask_arrays_only(tmp_path: Path) -> None:
+    """A run from file to file imports neither ``dask.array`` nor what that imports, which would take a second."""
+    done = subprocess.run([sys.executable, "-c", RUN_A_FILE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 COUNT_CROSSINGS = """
 import sys
 import numpy as np, torch

@@ -22,7 +22,7 @@ from daskinfer.models.loaders import BroadcastLoader, ModelLoader
 from daskinfer.models.model import Model
 from daskinfer.models.shared_files import get_broadcast_path, remove_broadcast_file
 from daskinfer.worker.loaded_models import model_cache
-from tests.conftest import wait_until
+from tests.conftest import FREE_PORT, wait_until
 
 X = np.ones((64, 4), np.float32)
 
@@ -50,7 +50,14 @@ def folders_and_loaded(client: Client, loader: ModelLoader) -> tuple[dict[str, s
 @pytest.fixture
 def plain_client() -> Iterator[Client]:
     """A client of an external Dask cluster in this process."""
-    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(
+        processes=False,
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address=None,
+        scheduler_kwargs=FREE_PORT,
+        set_as_default=False,
+    ) as client:
         yield client
 
 
@@ -140,7 +147,9 @@ def test_on_external_hosts_the_file_is_in_a_folder_of_the_user(monkeypatch: pyte
 
 def test_models_are_closed_when_the_client_leaves() -> None:
     """The workers close the models that they loaded for the client."""
-    with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(
+        processes=False, n_workers=1, dashboard_address=None, scheduler_kwargs=FREE_PORT, set_as_default=False
+    ) as client:
         di.predict(big_model(4), X, client=client)
         assert any(key[0] == Model(big_model(4)).make_loader().key for key in model_cache._models)
     assert not model_cache._models

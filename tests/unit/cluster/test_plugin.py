@@ -23,7 +23,7 @@ from daskinfer.cluster.placement import fetch_workers
 from daskinfer.transport import shared_memory
 from daskinfer.worker import device_thread
 from daskinfer.worker.loaded_models import model_cache
-from tests.conftest import wait_until
+from tests.conftest import FREE_PORT, wait_until
 
 X = np.arange(64.0, dtype=np.float32)
 
@@ -65,7 +65,9 @@ def left() -> list[object]:
 @pytest.fixture
 def threads_cluster() -> Iterator[LocalCluster]:
     """A Dask cluster of two workers in this process."""
-    with LocalCluster(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(
+        processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None, scheduler_kwargs=FREE_PORT
+    ) as cluster:
         yield cluster
 
 
@@ -182,7 +184,9 @@ def test_the_allocator_of_external_workers_is_unchanged(
 def test_workers_that_join_later_are_set_up(tracker: None) -> None:
     """A restarted worker and a new one are set up like the first, and released with the client."""
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, scheduler_kwargs=FREE_PORT
+        ) as cluster,
         Client(cluster, set_as_default=False) as watching,
     ):
         with Client(cluster, set_as_default=False) as client:

@@ -19,7 +19,7 @@ from daskinfer.cluster.placement import resolve_placement
 from daskinfer.execution import run, task_builder
 from daskinfer.planning.build_job import RunArguments, build_job
 from daskinfer.scheduling.throughput_history import history
-from tests.conftest import wait_until
+from tests.conftest import FREE_PORT, wait_until
 
 X = np.ones((64, 4), np.float32)
 
@@ -57,7 +57,14 @@ def test_chunks_stay_on_their_device(two_cpus: list[str]) -> None:
 @pytest.fixture
 def plain_client() -> Iterator[Client]:
     """Yield a client of an external Dask cluster in this process."""
-    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(
+        processes=False,
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address=None,
+        scheduler_kwargs=FREE_PORT,
+        set_as_default=False,
+    ) as client:
         yield client
 
 

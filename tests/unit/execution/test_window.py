@@ -38,7 +38,7 @@ from daskinfer.scheduling.balancer import StaticBalancer
 from daskinfer.scheduling.chunking import assign_chunks, make_chunks
 from daskinfer.transport import shared_memory
 from daskinfer.transport.row_sources import ChunkInput, RowTransferError, Task
-from tests.conftest import wait_until
+from tests.conftest import FREE_PORT, wait_until
 
 N_TINY = 2000  # chunks
 IN_FLIGHT = {"waiting", "processing", "queued", "no-worker"}
@@ -230,7 +230,9 @@ def test_a_task_that_is_cancelled_externally_ends_the_call(cluster_client: Clien
 
 def test_a_client_that_is_closed_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no result can come back any more, the call ends and says why."""
-    with Client(processes=False, n_workers=1, dashboard_address=None, set_as_default=False) as client:
+    with Client(
+        processes=False, n_workers=1, dashboard_address=None, scheduler_kwargs=FREE_PORT, set_as_default=False
+    ) as client:
         pass
     monkeypatch.setattr(window, "WORKER_CHECK_SECONDS", 0.01)
     device_queue = DeviceQueue(
