@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from daskinfer.models.model import Model
     from daskinfer.options import Options
 
-    __version__: str
+__version__ = "0.1.0"  # pyproject reads it here: reading what pip recorded takes milliseconds of each first call
 
 __all__ = [
     "DaskInferError",
@@ -56,10 +56,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("daskinfer")
     if name not in _MODULES:
         raise AttributeError(f"module 'daskinfer' has no attribute {name!r}")
     return getattr(import_module(f"daskinfer.{_MODULES[name]}"), name)

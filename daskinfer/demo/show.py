@@ -10,14 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import zarr
 
-from daskinfer import Model, RunReport, run
+from daskinfer import Model, RunReport, __version__, run
 from daskinfer.core.arrays import Array
 from daskinfer.demo import digits
 from daskinfer.demo.contact_sheet import N_COLUMNS, N_ROWS, draw_contact_sheet
@@ -80,7 +79,7 @@ def run_demo(
     n_rows = n_rows or count_rows(devices, machine)
     _prepare_folder(folder)
     width = min(MAX_WIDTH, width)
-    title = f"daskinfer {version('daskinfer')} demo: {n_rows:,} images of handwritten digits (8x8 pixels, in Zarr)"
+    title = f"daskinfer {__version__} demo: {n_rows:,} images of handwritten digits (8x8 pixels, in Zarr)"
     yield from textwrap.wrap(f"{title}, classified by a small CNN that never saw them", width)
     yield from textwrap.wrap(f"this machine: {_describe_machine(machine)}{note}", width)
     yield ""

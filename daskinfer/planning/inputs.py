@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
@@ -215,7 +216,8 @@ def _convert_to_array(name: str, value: Any) -> Any:
 
 def _check_supported_type(name: str, value: Any) -> None:
     """Refuse what NumPy would convert with a side effect: dask values would be computed here, a mask would be dropped."""
-    if isinstance(value, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # whose import takes 20 ms
+    if masked is not None and isinstance(value, masked.MaskedArray):
         raise InputError(f"{name} is a masked array, and models cannot see its mask. Pass {name}.filled(0), for example.")
     if any(dask.is_dask_collection(item) for item in (value if isinstance(value, list) else [value])):
         kind = "list of dask collections" if isinstance(value, list) else f"dask {type(value).__name__}"
