@@ -55,7 +55,7 @@ def _disk_full(folder: Path, suffix: str) -> dict[str, Any]:
     np.save(folder / "x.npy", nets.rows(FULL_ROWS))
     disk = folder / "disk"
     env = {nets.FOLDER: str(folder)}
-    how = ["--devices", "cpu,cpu", "--batch-size", "1000"]
+    how = ["--devices", "cpu", "--batch-size", "1000"]
     command = ["run", "tests.faults.nets:made", "x.npy", str(disk / f"y{suffix}"), *how]
     with means.small_disk(disk, DISK_MB) as resize:
         code, said = means.run_command(*command, folder=folder, env=env)
