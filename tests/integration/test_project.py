@@ -73,7 +73,7 @@ def test_conda_environment_agrees_with_pyproject() -> None:
 
 def test_ci_runs_the_readme_command() -> None:
     """CI runs the README's test command, to the letter."""
-    (command,) = re.findall(r"^python3 -m venv .*pytest -n 3 --dist loadfile$", join_lines(README), re.MULTILINE)
+    (command,) = re.findall(r"^python3 -m venv .*pytest -n 2 --dist loadfile$", join_lines(README), re.MULTILINE)
     assert command in join_lines((ROOT / ".ci/run").read_text()).splitlines()
 
 
