@@ -64,10 +64,7 @@ def _draw_tile(
     x, y = corner[0] + (_TILE_WIDTH - brightness.shape[1]) // 2, corner[1]
     sheet.paste(Image.fromarray(brightness), (x, y))
     side = brightness.shape[0]
-    is_wrong = read != label
-    canvas.rectangle(
-        (x - 1, y - 1, x + side, y + side), outline=_WRONG if is_wrong else "#dddddd", width=2 if is_wrong else 1
-    )
-    text = f"{read}, not {label}"[: None if is_wrong else 1]
-    position = (corner[0] + _TILE_WIDTH / 2, y + side + 10)
-    canvas.text(position, text, fill=_WRONG if is_wrong else _INK, font=ImageFont.load_default(12), anchor="mm")
+    text, color, frame, width = (str(read), _INK, _EDGE, 1) if read == label else (f"{read}, not {label}", _WRONG, _WRONG, 2)
+    canvas.rectangle((x - 1, y - 1, x + side, y + side), outline=frame, width=width)
+    below = (corner[0] + _TILE_WIDTH / 2, y + side + 10)
+    canvas.text(below, text, fill=color, font=ImageFont.load_default(12), anchor="mm")

@@ -85,6 +85,7 @@ def run_demo(
     yield ""
     labels = digits.write(folder / _IMAGES, n_rows, SEED)
     race = _race(folder, devices, wait_with)
+    wait_with("")
     yield from _format_speeds(race, n_rows, machine.n_cores, width)
     yield ""
     read = np.argmax(race.output, axis=1)  # (n,)
@@ -101,7 +102,7 @@ def run_demo(
 
 
 def choose_devices(devices: str, machine: Machine) -> tuple[str, str]:
-    """Choose the CPUs, and say why, if ``devices`` is "auto" and the GPUs cannot be used as daskinfer is installed.
+    """Choose this process, and say why, if ``devices`` is "auto" and the GPUs cannot be used as daskinfer is installed.
 
     Returns
     -------
@@ -114,7 +115,7 @@ def choose_devices(devices: str, machine: Machine) -> tuple[str, str]:
         check_drivable(machine.gpus, torch.version.cuda, machine)
         importlib.import_module("daskinfer.cluster.cuda")  # needs an extra
     except DaskInferError as error:
-        return "cpu", f", not used: {error}"
+        return "inline", f", not used: {error}"
     return devices, ""
 
 
@@ -130,7 +131,7 @@ def _prepare_folder(folder: Path) -> None:
         raise OptionError(f"--folder {os.fspath(folder)!r} holds files that no demo wrote; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    for name in (_IMAGES, _SCORES, f"{_SCORES}.daskinfer"):
+    for name in (_IMAGES, _SCORES, f"{_SCORES}.partial", f"{_SCORES}.daskinfer"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ plan can be made and tested for another one.
 
 Every name that a table or a report shows is also a spec, so what was listed can be typed: ``"cuda:1"``, a UUID, and
 ``"cpu:0"``. GPUs have numbers of their own. CPU workers are numbered in the order requested, so ``"cpu:0,cpu:1"`` is
-``"cpu*2"``, and a number out of turn is refused: the worker would get another name than was typed.
+``"cpu*2"``, and any other number is refused: the worker would get another name than was typed.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def parse_devices(spec: str | torch.device | Sequence[str | torch.device], machi
     Raises
     ------
     DeviceError
-        If a device is unknown, missing or requested twice, if a CPU worker's number is out of turn, or if the spec is
+        If a device is unknown, missing or requested twice, if a CPU worker's number is not the next one, or if the spec is
         empty or not text.
 
     Examples
@@ -302,8 +302,8 @@ def _number_cpu_devices(requested: Sequence[tuple[str, Device]]) -> Iterator[Dev
         numbered = _number_cpu_device(device, next(index))
         if ":" in device.name and device.name != numbered.name:
             raise DeviceError(
-                f"{entry!r} is out of turn: CPU workers are numbered from cpu:0 in the order requested, and this one is "
-                f"{numbered.name}. Use 'cpu' for one worker, 'cpu*2' for two."
+                f"{entry!r} is not the next CPU worker, which is {numbered.name}: they are numbered in the order requested. "
+                "Use 'cpu' for one worker, 'cpu*2' for two."
             )
         yield numbered
 

@@ -73,13 +73,13 @@ def test_the_folder_of_somebody_else_is_left_alone(in_folder: Path) -> None:
 
 
 def test_gpus_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with a GPU but without the extra, the CPUs are used, and the note says what to install."""
+    """On a machine with a GPU but without the extra, this process is used, and the note says what to install."""
     machine = Machine(gpus=(GPU,), n_cores=2, driver="580.1", driver_cuda=(13, 0))
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setitem(sys.modules, "dask_cuda", None)
     monkeypatch.delitem(sys.modules, "daskinfer.cluster.cuda", raising=False)
     devices, note = show.choose_devices("auto", machine)
-    assert devices == "cpu"
+    assert devices == "inline"
     assert note.startswith(", not used: GPU workers need dask-cuda")
     assert "[cuda13]" in note
     monkeypatch.setattr("torch.version.cuda", None)
@@ -105,7 +105,7 @@ def test_what_takes_time_is_said(tmp_path: Path) -> None:
     """While the demo computes it says what it does, and it clears that before the next line."""
     told: list[str] = []
     lines = list(show.run_demo(tmp_path / "d", 100, "inline", 80, told.append))
-    assert told == ["the plain torch loop runs", "daskinfer runs", "drawing", ""]
+    assert told == ["the plain torch loop runs", "daskinfer runs", "", "drawing", ""]
     assert lines[0].startswith("daskinfer ")
     (tmp_path / "d" / show._MARKER).unlink()
     with pytest.raises(OptionError, match="holds files that no demo wrote"):

@@ -191,8 +191,8 @@ REFUSED = {
     "cuda,cuda:0": r"cuda:0 \(Fast One\) is requested 2 times, as 'cuda' and 'cuda:0'; each GPU has one worker\. Keep one",
     "gpu:1,GPU-0001": r"cuda:1 .* is requested 2 times, as 'gpu:1' and 'GPU-0001'",
     "cuda:7": r"device 'cuda:7' not found; this process sees cuda:0.*cuda:1.*4 CPU cores\. Request one of those",
-    "cpu:3": r"'cpu:3' is out of turn: CPU workers are numbered .*this one is cpu:0\. Use 'cpu' for one worker, 'cpu\*2'",
-    "cpu:0,cpu:0": r"'cpu:0' is out of turn: .*this one is cpu:1",
+    "cpu:3": r"'cpu:3' is not the next CPU worker, which is cpu:0: .* Use 'cpu' for one worker, 'cpu\*2'",
+    "cpu:0,cpu:0": r"'cpu:0' is not the next CPU worker, which is cpu:1:",
     "gpu:7": r"device 'gpu:7' \(same as 'cuda:7'\) not found; this process sees cuda:0",
     "GPU-9999": r"device 'GPU-9999' not found",
 }
