@@ -178,6 +178,16 @@ def foreign(tracker: None) -> Iterator[Client]:
 
 
 @pytest.fixture
+def plain_client() -> Iterator[Client]:
+    """A client of a Dask cluster of two workers in this process, none of ours."""
+    from distributed import Client
+
+    how: dict[str, object] = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with Client(**how, scheduler_kwargs=FREE_PORT, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker reads this process's memory: its rows go through slots, or by Dask's comms."""
     monkeypatch.setattr("daskinfer.cluster.preflight.advertise_process_memory", lambda: None)

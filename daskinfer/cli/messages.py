@@ -17,7 +17,7 @@ from daskinfer.errors import DaskInferError, PlanError
 _KEYWORD = re.compile(
     r"""(?:Model\([^()=]*,\ )?                    # Model('w.safetensors',
         \b(?P<name>[\w.]+)
-        (?P<given>=(?P<value>'[^']*'|"[^"]*"|[\w.]+)?)?   # factory='pkg.mod:make'
+        (?P<given>=(?P<value>'[^']*'|"[^"]*"|\([\d, ]*\)|[\w.]+)?)?   # factory='pkg.mod:make'
         \)?(?P<bound>\ or\ (?:less|more))?
         \ \((?P<flag>--[a-z0-9-]+)(?P<typed>\ [^()]*)?\)  # (--factory pkg.mod:make)""",
     re.VERBOSE,

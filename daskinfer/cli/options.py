@@ -37,7 +37,6 @@ from daskinfer.options import get_all_declarations, list_options
 
 if TYPE_CHECKING:
     from daskinfer.diagnostics.status import Status
-    from daskinfer.storage.paths import Shard
 
 C = TypeVar("C", bound=click.Command)
 
@@ -292,13 +291,14 @@ def _validate_early(options: Mapping[str, Any]) -> None:
     from daskinfer.hardware.discovery import inspect_machine
     from daskinfer.models.paths import check_reference
     from daskinfer.storage.formats import check_input_path, check_output_path, open_source
+    from daskinfer.storage.output_request import check_shard
 
     errors: ErrorCollector = click.get_current_context().obj.errors
     errors.attempt(check_reference, options["model"], has_factory=options["factory"] is not None)
     inputs = [path for path in list_paths(options["input"]) if errors.succeeds(check_input_path, path)]
     for path in list_paths(options["output"]):
         errors.attempt(check_output_path, path)
-    errors.attempt(_check_shard, options["shard"], overwrite=options["overwrite"])
+    errors.attempt(check_shard, options["shard"], overwrite=options["overwrite"])
     errors.attempt(check_report, options["report"])
     errors.attempt(check_scheduler, options)
     if not options["scheduler"]:
@@ -323,14 +323,6 @@ def log_start(message: str, progress: bool | None) -> None:
 def _is_watched() -> bool:
     """Return whether progress is shown to a person, and not written to a log."""
     return not logging.is_json_format() and sys.stderr is not None and sys.stderr.isatty()
-
-
-def _check_shard(shard: Shard | None, *, overwrite: bool) -> None:
-    if shard is not None and overwrite:
-        raise OptionError(
-            f"--overwrite cannot be combined with --shard {shard[0]}/{shard[1]}: it would delete other shards' rows. Remove "
-            "the output, .partial and .daskinfer before the first shard starts, or choose another path."
-        )
 
 
 def check_scheduler(options: Mapping[str, Any]) -> None:

@@ -66,7 +66,8 @@ def check_shard(shard: object, *, overwrite: bool) -> Shard | None:
         )
     if overwrite:
         raise OptionError(
-            f"overwrite=True cannot be combined with shard={shard!r}: it would delete other shards' rows. Remove the "
-            "output, .partial and .daskinfer before the first shard starts, or choose another path."
+            f"overwrite=True (--overwrite) cannot be combined with shard={numbers} (--shard {numbers[0]}/{numbers[1]}): it "
+            "would delete other shards' rows. Remove the output, .partial and .daskinfer before the first shard starts, or "
+            "choose another path."
         )
     return numbers[0], numbers[1]

@@ -593,7 +593,9 @@ def test_invalid_shards(tmp_path: Path, shard: Any) -> None:
 
 def test_a_shard_does_not_start_over(tmp_path: Path) -> None:
     """overwrite=True would remove what the other shards did."""
-    with pytest.raises(di.DaskInferError, match=r"overwrite=True cannot be combined with shard=\(1, 2\)"):
+    with pytest.raises(
+        di.DaskInferError, match=r"overwrite=True \(--overwrite\) cannot be combined with shard=\(1, 2\) \(--shard 1/2\)"
+    ):
         di.run(double, X, tmp_path / "y.npy", shard=(1, 2), overwrite=True, **HOW)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,20 +44,6 @@ def folders_and_loaded(client: Client, loader: ModelLoader) -> tuple[dict[str, s
     return {address: info.scratch_path for address, info in workers.items()}, {
         address for address, info in workers.items() if info.model_loaded
     }
-
-
-@pytest.fixture
-def plain_client() -> Iterator[Client]:
-    """A client of an external Dask cluster in this process."""
-    with Client(
-        processes=False,
-        n_workers=2,
-        threads_per_worker=1,
-        dashboard_address=None,
-        scheduler_kwargs=FREE_PORT,
-        set_as_default=False,
-    ) as client:
-        yield client
 
 
 def test_a_managed_cluster_keeps_one_file_per_host(cluster_client: Client) -> None:

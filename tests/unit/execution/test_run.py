@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from daskinfer.cluster.placement import resolve_placement
 from daskinfer.execution import run, task_builder
 from daskinfer.planning.build_job import RunArguments, build_job
 from daskinfer.scheduling.throughput_history import history
-from tests.conftest import FREE_PORT, wait_until
+from tests.conftest import wait_until
 
 X = np.ones((64, 4), np.float32)
 
@@ -52,20 +51,6 @@ def test_chunks_stay_on_their_device(two_cpus: list[str]) -> None:
     """Every chunk is computed by the worker that the plan assigned it to."""
     _, report = di.predict(np.negative, X, devices=two_cpus, device_weights=[1, 7], batch_size=1, return_report=True)
     assert {d.device: d.n_rows for d in report.devices} == {"cpu:0": 8, "cpu:1": 56}
-
-
-@pytest.fixture
-def plain_client() -> Iterator[Client]:
-    """Yield a client of an external Dask cluster in this process."""
-    with Client(
-        processes=False,
-        n_workers=2,
-        threads_per_worker=1,
-        dashboard_address=None,
-        scheduler_kwargs=FREE_PORT,
-        set_as_default=False,
-    ) as client:
-        yield client
 
 
 def test_an_external_cluster(plain_client: Client) -> None:
